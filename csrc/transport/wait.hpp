@@ -1,0 +1,16 @@
+// Waiting for a transfer that can only be polled.
+#pragma once
+
+#include <functional>
+
+namespace mlpint {
+
+// Runs now and then while a rank waits, outside the fast path; may throw (keyboard interrupt, a peer that has left).
+// Installed once by the bindings.
+std::function<void()>& wait_hook();
+
+// Polls until done; false if `seconds` passed first. Spins for a while and then sleeps between polls: ranks may
+// outnumber cores, and an MPI that only ever spins makes them crawl.
+bool poll_until(const std::function<bool()>& done, double seconds);
+
+}  // namespace mlpint
