@@ -8,6 +8,7 @@
 #include "solver.hpp"
 #include "transport/collectives.hpp"
 #include "transport/mpi.hpp"
+#include "transport/nccl.hpp"
 #include "transport/python.hpp"
 #include "transport/self.hpp"
 #include "transport/tags.hpp"
@@ -84,7 +85,12 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("size", &Transport::size)
       .def_property_readonly("control", &Transport::control, py::return_value_policy::reference_internal)
       .def_readwrite("stall_limit", &Transport::stall_limit)
-      .def("post", [](Transport& t, int to, int tag, py::object state) { t.post(to, tag, wrap(std::move(state))); })
+      .def("post",
+           [](Transport& t, int to, int tag, py::object object) {
+             State state = wrap(std::move(object));
+             py::gil_scoped_release nogil;  // NCCL's first send to a rank waits for that rank
+             t.post(to, tag, std::move(state));
+           })
       .def("receive",
            [](Transport& t, int from, int tag, py::object into) { return t.receive(from, tag, wrap(std::move(into))); })
       .def("progress", &Transport::progress)
@@ -102,6 +108,19 @@ PYBIND11_MODULE(_core, m) {
            py::arg("byte"));
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(m, "PythonTransport")
       .def(py::init<py::object>());
+  py::class_<NcclLibrary, std::shared_ptr<NcclLibrary>>(m, "NcclLibrary")
+      .def(py::init<const std::vector<std::string>&>(), py::arg("candidates"))
+      .def_property_readonly("path", &NcclLibrary::path)
+      .def_property_readonly("version", &NcclLibrary::version)
+      .def("unique_id", [](const NcclLibrary& l) { return py::bytes(l.unique_id()); });
+  py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport")
+      .def(py::init<std::shared_ptr<NcclLibrary>, std::shared_ptr<Transport>, const std::string&, int,
+                    std::function<std::uintptr_t()>>(),
+           py::arg("library"), py::arg("control"), py::arg("unique_id"), py::arg("device"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("check", &NcclTransport::check)
+      .def("abort", &NcclTransport::abort, py::call_guard<py::gil_scoped_release>())
+      .def("close", &NcclTransport::close, py::call_guard<py::gil_scoped_release>());
   m.attr("USER_TAG") = tag::user;
 
   py::class_<Grid>(m, "Grid")
