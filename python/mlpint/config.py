@@ -1,0 +1,169 @@
+"""The configuration of a training run: frozen dataclasses, each key a TOML key and a command-line flag.
+
+Keys are unique over all sections, so a flag needs no section: ``cfactor = 4`` under ``[solver]`` is ``--cfactor 4``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .fields import Section, key, similar
+from .options import MGRIT
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    layers: int = key(32, "transformer layers, buffer layers included", least=1)
+    dim: int = key(128, "width", least=1)
+    heads: int = key(4, "attention heads", least=1)
+    dropout: float = key(0.0, "dropout probability", least=0, below=1)
+    tied: bool = key(True, "one matrix for the token embedding and the output layer")
+    vocabulary: int = key(0, "vocabulary size; 0: 256 for text, 50257 for .bin tokens", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig(Section):
+    """The arguments of ``MGRIT`` and ``LayerParallel``; the defaults of ``mlpint train`` are here."""
+
+    levels: int = key(2, "multigrid levels; 1: exact")
+    cfactor: int = key(4, "layers per interval of the coarse grid")
+    forward_iters: int = key(2, "iterations of the forward solve; 0: exact")
+    backward_iters: int = key(1, "iterations of the adjoint solve; 0: exact")
+    relaxation: str = key("F", "F or FCF")
+    coarse: str = key("injection", "coarse operator")
+    tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
+    open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
+    close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
+    recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mgrit()
+
+    def mgrit(self) -> MGRIT:
+        """The solver's options."""
+        names = {field.name for field in dataclasses.fields(MGRIT)}
+        try:
+            return MGRIT(**{name: value for name, value in vars(self).items() if name in names})
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("MGRIT.")) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    data: str = key("", "text file, .gz, directory of text, or .bin of uint16 tokens; empty: text Python carries")
+    sequence: int = key(64, "tokens per sequence", least=1)
+    batch: int = key(8, "sequences per microbatch", least=1)
+    accumulate: int = key(1, "microbatches per step", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    optimizer: str = key("adamw", "adamw or sgd", choices=("adamw", "sgd"))
+    lr: float = key(1e-3, "highest learning rate", above=0)
+    warmup: int = key(20, "steps of linear warm-up", least=0)
+    final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
+    weight_decay: float = key(0.1, "weight decay of matrices", least=0)
+    momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
+    clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Section):
+    steps: int = key(200, "optimiser steps", least=1)
+    seed: int = key(0, "seed of the weights, the data order and dropout", least=0)
+    dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
+    device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    threads: int = key(0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0)
+    out: str = key("", "directory for results; empty: runs/NNN, the next free number")
+    resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
+    checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)
+    eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
+    eval_batches: int = key(8, "batches per validation", least=1)
+    log_every: int = key(10, "steps between log lines", least=1)
+    sample: int = key(200, "tokens to generate at the end; 0: none", least=0)
+    compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``mlpint train`` can be told.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+
+    model: ModelConfig = ModelConfig()
+    solver: SolverConfig = SolverConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        model, solver = self.model, self.solver
+        if model.dim % model.heads:
+            raise ConfigError(f"dim = {model.dim}: must be a multiple of heads = {model.heads}")
+        if solver.open_layers + solver.close_layers > model.layers:
+            raise ConfigError(
+                f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "
+                f"must be at most layers = {model.layers}"
+            )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From key -> value over all sections, for instance ``{"layers": 16, "lr": 3e-4}``."""
+        for name in values:
+            if name not in KEYS:
+                raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
+        return cls(
+            **{
+                name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+                for name, section in SECTIONS.items()
+            }
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Key -> value over all sections."""
+        return {name: value for section in vars(self).values() for name, value in vars(section).items()}
+
+
+SECTIONS: dict[str, type[Section]] = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+KEYS: dict[str, dataclasses.Field[Any]] = {
+    f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)
+}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a configuration file, e.g. ``[model]`` ``layers = 32``.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no TOML, or holds an unknown section or key.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config = {str(path)!r}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config = {str(path)!r}: is not TOML ({error})") from None
+    return dict(_flatten(tables, f"{path}: "))
+
+
+def from_saved(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys and values of a configuration saved in a checkpoint (``dataclasses.asdict``)."""
+    return dict(_flatten(tables, "saved configuration: "))
+
+
+def _flatten(tables: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for section, table in tables.items():
+        if section not in SECTIONS or not isinstance(table, Mapping):
+            raise ConfigError(f"{where}unknown section or key '{section}'; the sections are {', '.join(SECTIONS)}")
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for name, value in table.items():
+            if name not in known:
+                raise ConfigError(f"{where}unknown key '{name}' in [{section}]{similar(name, known)}")
+            yield name, value

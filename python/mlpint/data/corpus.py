@@ -1,0 +1,107 @@
+"""Texts and token files as arrays of tokens with a held-out part."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .embedded import embedded_text
+
+GPT2_VOCABULARY = 50257
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on and tokens held out.
+
+    Args:
+        train: [n] uint8 bytes of text, or uint16 tokens mapped from a file.
+        validation: the same, held out.
+        vocabulary: number of different tokens; larger than every token.
+        name: where the text came from.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocabulary: int
+    name: str
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of the tokens; token numbers where they are not bytes."""
+        if self.train.dtype == np.uint8:
+            return bytes(token & 0xFF for token in tokens).decode("utf-8", errors="replace")
+        return " ".join(map(str, tokens))
+
+
+def load(path: str, sequence: int, vocabulary: int = 0) -> Corpus:
+    """Reads training text. The last tenth is held out, or a directory's ``val.bin`` if it has ``train.bin`` beside it.
+
+    Args:
+        path: text file, text.gz, directory of these, ``.bin`` file of little-endian uint16 tokens (as nanoGPT writes
+            them), or a directory with ``train.bin`` and ``val.bin``. Empty: :func:`embedded_text`.
+        sequence: tokens per sequence; each part must hold at least one, and the token that follows it.
+        vocabulary: 0 takes 256 for text and GPT-2's for ``.bin``.
+
+    Raises:
+        DataError: naming the path, and what is wrong with it.
+    """
+    where = Path(path)
+    if not path:
+        name, (train, validation) = "embedded text", _split(np.frombuffer(embedded_text(), np.uint8), sequence)
+    elif (where / "train.bin").exists() and (where / "val.bin").exists():
+        name, train, validation = path, _tokens(where / "train.bin"), _tokens(where / "val.bin")
+    elif where.suffix == ".bin":
+        name, (train, validation) = path, _split(_tokens(where), sequence)
+    else:
+        name, (train, validation) = path, _split(np.frombuffer(_text(where), np.uint8), sequence)
+    for part, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) < sequence + 1:
+            raise DataError(
+                f"{name}: {len(tokens)} {part} tokens are too few for sequence = {sequence}; "
+                f"at least {sequence + 1} are needed"
+            )
+    is_text = train.dtype == np.uint8
+    if is_text and 0 < vocabulary < 256:
+        raise DataError(f"vocabulary = {vocabulary}: must be at least 256 for {name}, which is read as bytes")
+    return Corpus(train, validation, vocabulary or (256 if is_text else GPT2_VOCABULARY), name)
+
+
+def _split(tokens: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    held_out = max(len(tokens) // 10, sequence + 1)
+    cut = max(len(tokens) - held_out, 0)
+    return tokens[:cut], tokens[cut:]
+
+
+def _tokens(path: Path) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise DataError(f"{path}: {size} bytes are not a file of uint16 tokens")
+        return np.memmap(path, dtype="<u2", mode="r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _text(path: Path) -> bytes:
+    if not path.is_dir():
+        return _read(path)
+    visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    texts = (_read(p) for p in sorted(visible) if p.is_file())
+    found = [text for text in texts if b"\0" not in text[:8192]]  # as git tells text from binary files
+    if not found:
+        raise DataError(f"{path}: the directory holds no text files")
+    return b"\n".join(found)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: is not a gzip file ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None

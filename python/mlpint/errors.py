@@ -1,0 +1,17 @@
+"""Errors that the person at the command line can mend: shown as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Wrong input of any kind; the message says what was wrong and what is allowed."""
+
+
+class ConfigError(UserError, ValueError):
+    """An unknown key or a value out of range."""
+
+
+class DataError(UserError):
+    """Training text that cannot be read or is too short."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete or damaged; names the file."""
