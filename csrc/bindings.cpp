@@ -71,7 +71,6 @@ PYBIND11_MODULE(_core, m) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   };
 
-  // The solver's and the transports' errors become MlpintError in Python, so that they can be told from a layer's own.
   py::register_exception<TransferError>(m, "TransferError", PyExc_RuntimeError);
 
   py::enum_<Visit>(m, "Visit").value("relax", Visit::relax).value("chain", Visit::chain).value("last", Visit::last);
@@ -118,6 +117,7 @@ PYBIND11_MODULE(_core, m) {
                     std::function<std::uintptr_t()>>(),
            py::arg("library"), py::arg("control"), py::arg("unique_id"), py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("device", &NcclTransport::device)
       .def("check", &NcclTransport::check)
       .def("abort", &NcclTransport::abort, py::call_guard<py::gil_scoped_release>())
       .def("close", &NcclTransport::close, py::call_guard<py::gil_scoped_release>());
@@ -140,7 +140,8 @@ PYBIND11_MODULE(_core, m) {
   py::class_<SolveResult>(m, "SolveResult")
       .def_property_readonly("final_value", [](const SolveResult& r) { return unwrap(r.final_value); })
       .def_readonly("iterations", &SolveResult::iterations)
-      .def_readonly("residual_norms", &SolveResult::residual_norms);
+      .def_readonly("residual_norms", &SolveResult::residual_norms)
+      .def_readonly("waited", &SolveResult::waited);
 
   py::class_<Solver>(m, "Solver")
       .def(py::init([](const Grid& grid, const Partition& partition, std::vector<int> ranks,

@@ -1,6 +1,7 @@
 #include "solver.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -43,10 +44,6 @@ Solver::Solver(Grid grid, Partition partition, std::vector<int> ranks, std::shar
       node_index_[l].push_back(l == 1 ? k : node_index_[l - 1][grid_.c_point(l - 1, k)]);
 }
 
-std::string Solver::where() const {
-  return std::string(operation_) + ", level " + std::to_string(level_) + ", depth " + std::to_string(position_);
-}
-
 // --- the parts every phase is made of --------------------------------------------------------------------------------
 
 Solver::Node& Solver::node(int level, int k) { return nodes_[node_index_[level][k] - begin_[1]]; }
@@ -67,8 +64,10 @@ TransferPtr Solver::expect(int level, int kind, int from_slot, State& into) {
 }
 
 void Solver::finish(TransferPtr transfer) {
+  const auto started = std::chrono::steady_clock::now();
   transport_->progress();
   transfer->wait(transport_->stall_limit);
+  waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
 }
 
 void Solver::evaluate(std::vector<Evaluation>& batch, int level, Visit visit) {
@@ -100,9 +99,11 @@ void Solver::need_fine_steps(const std::vector<Node*>& nodes, const std::vector<
 
 SolveResult Solver::solve(Propagator& propagator, State initial, int iterations) {
   propagator_ = &propagator;
+  waited_ = 0;
   SolveResult result;
   if (iterations <= 0 || grid_.levels() == 1) {
     result.final_value = exact(std::move(initial));
+    result.waited = waited_;
     return result;
   }
 
@@ -158,6 +159,7 @@ SolveResult Solver::solve(Propagator& propagator, State initial, int iterations)
   final_value_.reset();
   nodes_.clear();
   g_.clear();
+  result.waited = waited_;
   operation_ = "idle";
   return result;
 }

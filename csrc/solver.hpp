@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "coarse.hpp"
@@ -31,6 +32,7 @@ struct SolveResult {
   State final_value;                   // of the last point, on the rank that owns the last step; null elsewhere
   int iterations = 0;                  // done
   std::vector<double> residual_norms;  // after iteration 1, 2, ... where asked for
+  double waited = 0;                   // seconds this rank waited for others
 };
 
 class Solver {
@@ -43,7 +45,7 @@ class Solver {
   SolveResult solve(Propagator& propagator, State initial, int iterations);
 
   // What this rank is doing, for error messages: operation, level, depth along the direction of the solve.
-  std::string where() const;
+  std::tuple<std::string, int, int> where() const { return {operation_, level_, position_}; }
 
  private:
   struct Node {  // a point of level 1
@@ -99,6 +101,7 @@ class Solver {
   State chain_value_, final_value_;
   const char* operation_ = "idle";
   int level_ = 0, position_ = 0;
+  double waited_ = 0;
 };
 
 }  // namespace mlpint

@@ -58,6 +58,7 @@ class NcclTransport final : public Transport {
   TransferPtr send(int to, int tag, State state) override;
   TransferPtr receive(int from, int tag, State into) override;
   Transport& control() override { return *control_; }
+  int device() const { return device_; }
 
   // Throws TransferError if NCCL has found a transfer to have failed. Done whenever messages are moved on.
   void check() const;

@@ -1,0 +1,334 @@
+"""The drop-in module: a stack of residual layers spread over ranks and solved by MGRIT."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._core import Grid, Partition, Solver
+from .comm import Comm
+from .options import MGRIT
+from .propagators import output_tensors
+from .random import LayerRandom
+from .run import Run, Solve
+from .sharing import SharedParameters, gather_state_dict
+from .states import State, extrapolate
+from .stats import Stats
+
+
+class LayerParallel(nn.Module):
+    """Runs ``for layer in layers: x = layer(x, *args, **kwargs)`` with the layers spread over ranks.
+
+    Every rank runs the same script on the same batch: x is the same on every rank, and so is the result. Each rank keeps
+    only its own layers. ``loss.backward()`` gives their parameters, x, and any tensor argument that requires it their
+    gradients. With exact options the result is that of the plain loop; otherwise it is MGRIT's (arXiv 2601.09026).
+
+    Args:
+        layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer whose
+            state is one tensor may return a tuple that starts with it (Hugging Face).
+        options: how the depth is solved; may be replaced between steps through :attr:`options`.
+
+    Keyword args:
+        comm: a :class:`mlpint.Comm`, an mpi4py communicator or a torch process group; by default the one that
+            :func:`mlpint.init` found, or this process alone.
+        step_size: h of x + h F(x), F(x) = layer(x) - x. At 1 the layer itself is called.
+        open_layers, close_layers: so many first and last layers are swept serially, at step size 1, on the first and last
+            rank ("buffer layers").
+        layout: ``"block"``: each rank owns consecutive layers.
+        recompute: keep only the states and evaluate layers again for their gradients (activation checkpointing).
+        serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
+            arguments whose first dimension is the batch's are sliced along.
+
+    A layer that has ``split_forward`` (see :class:`mlpint.tapes.SplitTape`) does without the second input-vjp at C-points.
+
+    Raises:
+        ValueError: no layers, options out of range, or ranks that disagree on any of these.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        options: MGRIT | None = None,
+        *,
+        comm: Any = None,
+        step_size: float = 1.0,
+        open_layers: int = 0,
+        close_layers: int = 0,
+        layout: str = "block",
+        recompute: bool = False,
+        serial_microbatches: int = 1,
+    ) -> None:
+        super().__init__()
+        layers = list(layers)
+        options = MGRIT() if options is None else options
+        self.comm = Comm.of(comm)
+        self.open_layers, self.close_layers = open_layers, close_layers
+        self.step_size, self.recompute, self.serial_microbatches = step_size, recompute, serial_microbatches
+        self._check(layers, options, layout)
+        self.comm.vote(
+            {
+                "layers": f"{len(layers)} with {_fingerprint(layers)}",
+                "options": str(options),
+                "step size": str(step_size),
+                "open and close layers": f"{open_layers} and {close_layers}",
+                "recompute": str(recompute),
+                "serial microbatches": str(serial_microbatches),
+            },
+            "LayerParallel",
+        )
+        self._options = options
+        self.watch_residuals = False
+        self.stats = Stats()
+
+        self.layer_count = len(layers)
+        self.depth = len(layers) - open_layers - close_layers
+        granularity = options.cfactor if options.levels > 1 else 1
+        self._partition = Partition(Partition.even(self.depth, granularity, self.comm.size), self.depth)
+        self.first_rank, self.last_rank = self._partition.owner(0), self._partition.owner(self.depth - 1)
+        self.local_layers = {n: m for n, m in enumerate(layers) if self.rank_of(n) == self.comm.rank}
+        for n, layer in self.local_layers.items():
+            self.add_module(str(n), layer)
+        self._shared = SharedParameters(layers, self.rank_of, self.comm)
+        self._solvers: dict[tuple, Solver] = {}
+        self._submodules: dict[int, list[nn.Module]] = {n: list(m.modules()) for n, m in self.local_layers.items()}
+
+        seed = torch.tensor([torch.initial_seed() & (2**63 - 1)])
+        if self.comm.size > 1:
+            self.comm.transport.control.broadcast(State([seed]), 0)
+        self.random = LayerRandom(int(seed))
+        self._calls = 0
+        self._next_key: tuple[int, int] | None = None
+
+    def _check(self, layers: list[nn.Module], options: MGRIT, layout: str) -> None:
+        if not layers:
+            raise ValueError("LayerParallel got no layers")
+        for n, layer in enumerate(layers):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"layer {n} is a {type(layer).__name__}, not a torch.nn.Module")
+        if not isinstance(options, MGRIT):
+            raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
+        if layout != "block":
+            raise ValueError(f"layout = {layout!r}: must be 'block'")
+        for name in ("open_layers", "close_layers"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be an integer of at least 0")
+        if self.open_layers + self.close_layers >= len(layers):
+            raise ValueError(
+                f"open_layers + close_layers = {self.open_layers} + {self.close_layers} leaves none of the "
+                f"{len(layers)} layers to the solver"
+            )
+        if isinstance(self.step_size, bool) or not isinstance(self.step_size, int | float) or not self.step_size > 0:
+            raise ValueError(f"step_size = {self.step_size!r}: must be a positive number")
+        if not isinstance(self.serial_microbatches, int) or self.serial_microbatches < 1:
+            raise ValueError(f"serial_microbatches = {self.serial_microbatches!r}: must be an integer of at least 1")
+
+    # --- who owns what -----------------------------------------------------------------------------------------------
+
+    def rank_of(self, layer: int) -> int:
+        """The rank that owns a layer."""
+        position = min(max(layer - self.open_layers, 0), self.depth - 1)
+        return self._partition.owner(position)
+
+    @property
+    def owns_first(self) -> bool:
+        return self.comm.rank == self.first_rank
+
+    @property
+    def owns_last(self) -> bool:
+        return self.comm.rank == self.last_rank
+
+    @property
+    def idle_ranks(self) -> list[int]:
+        """Ranks without layers of their own: there are fewer intervals of cfactor layers than ranks."""
+        busy = {self.rank_of(n) for n in range(self.layer_count)}
+        return [r for r in range(self.comm.size) if r not in busy]
+
+    @property
+    def open_indices(self) -> range:
+        return range(self.open_layers)
+
+    @property
+    def close_indices(self) -> range:
+        return range(self.layer_count - self.close_layers, self.layer_count)
+
+    def step_size_of(self, layer: int) -> float:
+        """h of a layer; 1 for open and close layers."""
+        serial = layer < self.open_layers or layer >= self.layer_count - self.close_layers
+        return 1 if serial else self.step_size
+
+    def __len__(self) -> int:
+        return self.layer_count
+
+    def extra_repr(self) -> str:
+        return f"{self.layer_count} layers on {self.comm.size} ranks, {self.options}"
+
+    # --- options and solvers -----------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> MGRIT:
+        """How the depth is solved. Replace it on all ranks alike, between a backward and the next forward."""
+        return self._options
+
+    @options.setter
+    def options(self, value: MGRIT) -> None:
+        if not isinstance(value, MGRIT):
+            raise TypeError(f"options must be an mlpint.MGRIT, got {type(value).__name__}")
+        self._options = value
+
+    def solver(self, direction: str) -> Solver:
+        """The solver of a direction for the current options."""
+        o = self._options
+        key = (direction, o.cfactor, o.levels, o.relaxation, o.coarse, o.tolerance, self.watch_residuals)
+        if key not in self._solvers:
+            grid, partition, ranks = Grid(self.depth, o.cfactor, o.levels), self._partition, list(range(self.comm.size))
+            if direction == "backward":
+                grid, partition, ranks = grid.mirrored(), partition.mirrored(), ranks[::-1]
+            self._solvers[key] = Solver(
+                grid,
+                partition,
+                ranks,
+                self.comm.transport,
+                coarse=o.coarse,
+                fcf=o.relaxation == "FCF",
+                tolerance=o.tolerance,
+                norms=self.watch_residuals,
+            )
+        return self._solvers[key]
+
+    # --- the pass ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        """The state after the last layer, in the form of x and the same on every rank.
+
+        Args:
+            x: state before the first layer, of any shape, the same on every rank.
+            *args, **kwargs: passed to every layer.
+        """
+        single = isinstance(x, torch.Tensor)
+        state = (x,) if single else tuple(x)
+        if not state or not all(isinstance(t, torch.Tensor) for t in state):
+            raise TypeError("the state must be a tensor or a tuple of tensors")
+        self.stats = Stats()
+        if self.comm.size == 1 and self.options.exact and self.serial_microbatches == 1 and not self.recompute:
+            outputs = self._plain(state, single, args, kwargs)
+            return outputs[0] if single else outputs
+        grad = torch.is_grad_enabled()
+        run = Run(self, state, single, args, kwargs, grad)
+        # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
+        anchor = torch.zeros((), requires_grad=grad and self.comm.size > 1)
+        outputs = Solve.apply(run, anchor, *state, *run.extras, *run.weights)
+        return outputs[0] if single else outputs
+
+    def _plain(self, state: tuple[torch.Tensor, ...], single: bool, args: tuple, kwargs: dict) -> tuple:
+        """Alone and exact: the loop itself, under autograd itself."""
+        _, key = self.next_key()
+        device, draws = state[0].device, self.random.draws
+        draw = [n for n, layer in self.local_layers.items() if draws(n, layer.training)]
+        if draw:
+            with self.random.preserved(device):
+                for n in range(self.layer_count):
+                    with self.random.keyed(*key, n, self.local_layers[n].training, device):
+                        state = self._plain_step(n, state, single, args, kwargs)
+        else:
+            for n in range(self.layer_count):
+                state = self._plain_step(n, state, single, args, kwargs)
+        evaluations = self.stats.evaluations
+        evaluations["forward"][0] = self.layer_count
+        self.stats.iterations["forward"] = 0
+        if state[0].requires_grad:
+            stats, count = self.stats, self.layer_count
+
+            def came_back(_: torch.Tensor) -> None:
+                stats.evaluations["combined_vjp"][0] = count
+                stats.iterations["backward"] = 0
+
+            state[0].register_hook(came_back)
+        return state
+
+    def _plain_step(self, n: int, state: tuple, single: bool, args: tuple, kwargs: dict) -> tuple:
+        output = self.local_layers[n](state[0] if single else state, *args, **kwargs)
+        new = output_tensors(n, output, state, single)
+        h = self.step_size_of(n)
+        return new if h == 1 else extrapolate(State(state), State(new), h).tensors
+
+    def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
+        """Own parameters that require gradients now, by layer, in the order of ``layer.parameters()``."""
+        return {
+            n: tuple(dict.fromkeys(p for m in ms for p in m._parameters.values() if p is not None and p.requires_grad))
+            for n, ms in self._submodules.items()
+        }
+
+    def sum_shared_parameters(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Adds up, over the ranks that hold it, the gradient of a parameter that layers of several ranks share."""
+        self._shared.sum(gradients)
+
+    # --- dropout -----------------------------------------------------------------------------------------------------
+
+    def dropout_key(self, step: int, microbatch: int = 0) -> None:
+        """Keys the random numbers of the next pass; without it passes are counted. Same on every rank."""
+        self._next_key = (step, microbatch)
+
+    def next_key(self) -> tuple[int, tuple[int, int]]:
+        """Number of this pass and its (step, microbatch)."""
+        self._calls += 1
+        # Counted passes use a microbatch that no training loop reaches, so that the two kinds of key never meet.
+        key, self._next_key = self._next_key or (self._calls, 1 << 40), None
+        return self._calls, key
+
+    def train(self, mode: bool = True) -> LayerParallel:
+        self.random.forget()
+        return super().train(mode)
+
+    # --- copies and checkpoints --------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The parameters of all layers under the keys of the unwrapped layers. Collective: call it on every rank."""
+        if args:
+            raise TypeError("state_dict takes destination, prefix and keep_vars as keyword arguments only")
+        local = super().state_dict(prefix=prefix, keep_vars=keep_vars)
+        whole = gather_state_dict(local, self.comm, prefix)
+        if destination is None:
+            return whole
+        destination.update(whole)
+        return destination
+
+    def local_state_dict(self, prefix: str = "") -> Any:
+        """The part of :meth:`state_dict` that this rank owns; not collective."""
+        return super().state_dict(prefix=prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        # Layers of other ranks are no concern here; their keys must still be those of layers that exist.
+        for name in state_dict:
+            if name.startswith(prefix):
+                index = name[len(prefix) :].split(".", 1)[0]
+                if not (index.isdigit() and int(index) < self.layer_count):
+                    unexpected.append(name)
+
+    def __deepcopy__(self, memo: dict) -> LayerParallel:
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        for name, value in self.__dict__.items():
+            if name == "_solvers":
+                clone.__dict__[name] = {}
+            elif name in ("comm", "_partition"):
+                clone.__dict__[name] = value
+            else:
+                clone.__dict__[name] = copy.deepcopy(value, memo)
+        return clone
+
+
+def _fingerprint(layers: list[nn.Module]) -> str:
+    """A digest of the names, shapes and dtypes of all parameters and buffers."""
+    text = "\n".join(
+        f"{n} {name} {tuple(t.shape)} {t.dtype}"
+        for n, layer in enumerate(layers)
+        for name, t in [*layer.named_parameters(), *layer.named_buffers()]
+    )
+    return f"{sum(p.numel() for layer in layers for p in layer.parameters())} parameters, digest " + (
+        hashlib.sha256(text.encode()).hexdigest()[:8]
+    )

@@ -1,0 +1,245 @@
+"""Fine steps for the C++ solver: layers forwards, their vector-Jacobian products backwards."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import states
+from ._core import Visit
+from .random import LayerRandom
+from .states import State
+from .stats import Stats
+from .tapes import GraphTape, RecomputeTape, Tape, TwoPartTape
+
+
+def output_tensors(layer: int, output: Any, inputs: Sequence[torch.Tensor], single: bool) -> tuple[torch.Tensor, ...]:
+    """The new state in what a layer returned, checked against the old one.
+
+    A layer whose state is one tensor may return a tuple that starts with it, as Hugging Face's do.
+
+    Raises:
+        ValueError: naming the layer, if shapes or dtypes changed.
+    """
+    if single and isinstance(output, torch.Tensor):
+        tensors: tuple[torch.Tensor, ...] = (output,)
+    elif isinstance(output, tuple | list) and output:
+        tensors = tuple(output[:1]) if single else tuple(output)
+    else:
+        tensors = ()
+    if len(tensors) != len(inputs) or not all(isinstance(t, torch.Tensor) for t in tensors):
+        raise ValueError(
+            f"layer {layer} returned {type(output).__name__}, but its state is "
+            f"{'one tensor' if single else f'a tuple of {len(inputs)} tensors'}"
+        )
+    for new, old in zip(tensors, inputs, strict=True):
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"layer {layer} turned {states.describe([old])} into {states.describe([new])}; "
+                "the layers of a LayerParallel stack must keep shape and dtype"
+            )
+    return tensors
+
+
+class Stream:
+    """One batch on its way through this rank's layers: arguments, dropout key, and the tapes for the way back.
+
+    Args:
+        layers: own layers by index in the stack.
+        step_sizes: h by layer index.
+        arguments: positional and keyword arguments for every layer.
+        extras: the tensors among them that gradients are wanted for (leaves).
+        parameters: own parameters that require gradients, by layer index.
+        single: whether the state is one tensor, as opposed to a tuple.
+        record: keep tapes, so that a backward can follow.
+        key: (step, microbatch) of the dropout keys.
+    """
+
+    def __init__(
+        self,
+        layers: dict[int, nn.Module],
+        step_sizes: Callable[[int], float],
+        arguments: tuple[tuple, dict],
+        extras: tuple[torch.Tensor, ...],
+        parameters: dict[int, tuple[nn.Parameter, ...]],
+        *,
+        single: bool,
+        record: bool,
+        recompute: bool,
+        random: LayerRandom,
+        key: tuple[int, int],
+        stats: Stats,
+    ) -> None:
+        self.layers, self.step_sizes = layers, step_sizes
+        self.args, self.kwargs = arguments
+        self.extras, self.parameters = extras, parameters
+        self.single, self.record, self.recompute = single, record, recompute
+        self.random, self.key, self.stats = random, key, stats
+        self.tapes: dict[int, Tape] = {}
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def _call(self, n: int, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        layer = self.layers[n]
+        x = tensors[0] if self.single else tensors
+        if self.random.draws(n, layer.training):
+            with self.random.keyed(*self.key, n, layer.training, tensors[0].device):
+                output = layer(x, *self.args, **self.kwargs)
+        else:
+            output = layer(x, *self.args, **self.kwargs)
+        new = output_tensors(n, output, tensors, self.single)
+        h = self.step_sizes(n)
+        return new if h == 1 else states.extrapolate(State(tensors), State(new), h).tensors
+
+    def _differentiable(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in tensors if t.is_floating_point())
+
+    def _taped(self, n: int, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], Tape]:
+        layer = self.layers[n]
+        if self.single and not self.extras and self.step_sizes(n) == 1 and hasattr(layer, "split_forward"):
+            with torch.no_grad():
+                output, tape = layer.split_forward(tensors[0], *self.args, **self.kwargs)
+            return output_tensors(n, output, tensors, True), TwoPartTape(tape)
+        inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors)
+        with torch.enable_grad():
+            outputs = self._call(n, inputs)
+        weights = (*self.parameters.get(n, ()), *self.extras)
+        return outputs, GraphTape(self._differentiable(inputs), self._differentiable(outputs), weights)
+
+    def forward(self, n: int, state: State, level: int, keep: bool) -> State:
+        """Evaluates layer n; ``keep`` at its final value, so that a tape is wanted."""
+        count = self._counter(level)
+        count("forward")
+        if not (keep and self.record):
+            with torch.no_grad():
+                return State(self._call(n, state.tensors))
+        if self.recompute:
+            with torch.no_grad():
+                outputs = self._call(n, state.tensors)
+
+            def evaluate(count: Callable[[str], None]) -> Tape:
+                count("forward")
+                return self._taped(n, state.tensors)[1]
+
+            self.tapes[n] = RecomputeTape(evaluate)
+        else:
+            outputs, self.tapes[n] = self._taped(n, state.tensors)
+        return State(t.detach() for t in outputs)
+
+    def input_vjp(self, n: int, state: State, level: int) -> State:
+        return State(self.tapes[n].input_vjp(state.tensors, self._counter(level)))
+
+    def finish(self, n: int, state: State, known: State | None, level: int) -> State:
+        """The last product with layer n: gradients are added up, and its tape is freed."""
+        tape = self.tapes.pop(n)
+        result, found = tape.finish(state.tensors, known.tensors if known else None, self._counter(level))
+        for weight, gradient in zip((*self.parameters.get(n, ()), *self.extras), found, strict=True):
+            if gradient is not None:
+                self.add_gradient(weight, gradient)
+        return State(result)
+
+    def add_gradient(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        old = self.gradients.get(weight)
+        self.gradients[weight] = gradient if old is None else old + gradient
+
+    def _counter(self, level: int) -> Callable[[str], None]:
+        evaluations = self.stats.evaluations
+
+        def count(kind: str) -> None:
+            evaluations[kind][level] += 1
+
+        return count
+
+
+class _Propagator:
+    """The vector operations that both directions share; see csrc/propagator.hpp."""
+
+    operations = {Visit.relax: "relaxation", Visit.chain: "coarse sweep", Visit.last: "last sweep"}
+    direction = ""
+
+    def __init__(self, stream: Stream, template: State, rank: int) -> None:
+        self.stream, self.template, self.rank = stream, template, rank
+
+    extrapolate = staticmethod(states.extrapolate)
+    axpy = staticmethod(states.axpy)
+    squared_norm = staticmethod(states.squared_norm)
+
+    def empty(self) -> State:
+        return self.template.empty_like()
+
+    def layer(self, position: int) -> int:
+        raise NotImplementedError
+
+    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+        raise NotImplementedError
+
+    def evaluate(
+        self, positions: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+    ) -> list[State]:
+        results = []
+        for position, state, known in zip(positions, inputs, outputs, strict=True):
+            n = self.layer(position)
+            try:
+                results.append(self.step(n, state, known, level, visit))
+            except BaseException as error:
+                annotate(error, self.rank, f"layer {n}, level {level}, {self.direction} {self.operations[visit]}")
+                raise
+        return results
+
+
+def annotate(error: BaseException, rank: int, where: str) -> None:
+    """Adds to an error, as a note, which rank failed doing what; notes of what is no error are shown at once."""
+    note = f"[mlpint] rank {rank}, {where}"
+    error.add_note(note)
+    if not isinstance(error, Exception):  # sys.exit, Ctrl-C: nobody prints their notes
+        print(f"{note}: {type(error).__name__}", file=sys.stderr, flush=True)
+
+
+class ForwardPropagator(_Propagator):
+    """Position p is layer ``first + p``."""
+
+    direction = "forward"
+
+    def __init__(self, stream: Stream, template: State, rank: int, first: int) -> None:
+        super().__init__(stream, template, rank)
+        self.first = first
+
+    def layer(self, position: int) -> int:
+        return self.first + position
+
+    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+        # Whatever the chain evaluated for good was taped there and then.
+        return known if known is not None else self.stream.forward(n, state, level, keep=visit != Visit.relax)
+
+
+class AdjointPropagator(_Propagator):
+    """Position p is layer ``last - p``; the step is lambda -> J^T lambda."""
+
+    direction = "backward"
+
+    def __init__(self, stream: Stream, template: State, rank: int, last: int) -> None:
+        super().__init__(stream, template, rank)
+        self.last = last
+
+    def layer(self, position: int) -> int:
+        return self.last - position
+
+    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+        if visit == Visit.last:
+            return self.stream.finish(n, state, known, level)
+        return self.stream.input_vjp(n, state, level)
+
+
+def merge_gradients(streams: Sequence[Stream]) -> dict[torch.Tensor, torch.Tensor]:
+    """Sums the gradients of several microbatches."""
+    if len(streams) == 1:
+        return streams[0].gradients
+    total: dict[torch.Tensor, Any] = defaultdict(lambda: 0)
+    for stream in streams:
+        for weight, gradient in stream.gradients.items():
+            total[weight] = total[weight] + gradient
+    return total

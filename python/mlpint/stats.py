@@ -1,0 +1,35 @@
+"""What a solve cost and how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+KINDS = ("forward", "input_vjp", "parameter_vjp", "combined_vjp")
+
+
+@dataclasses.dataclass
+class Stats:
+    """Of the last forward pass and its backward, on this rank.
+
+    Attributes:
+        iterations: done, by direction (``"forward"``, ``"backward"``); 0 for the exact sweep.
+        residual_norms: after iteration 1, 2, ..., by direction, over all ranks; where they were computed.
+        evaluations: ``evaluations[kind][level]`` layers evaluated; the kinds are ``forward``, ``input_vjp``,
+            ``parameter_vjp`` (the weight part alone) and ``combined_vjp`` (input and weights in one).
+        seconds: by phase: ``forward`` and ``backward`` in all, and within them ``wait`` for other ranks.
+    """
+
+    iterations: dict[str, int] = dataclasses.field(default_factory=dict)
+    residual_norms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    evaluations: dict[str, Counter[int]] = dataclasses.field(default_factory=lambda: {k: Counter() for k in KINDS})
+    seconds: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def total(self, kind: str) -> int:
+        """Evaluations of a kind over all levels."""
+        return self.evaluations[kind].total()
+
+    @property
+    def convergence_factor(self) -> dict[str, float]:
+        """Ratio of the last two residual norms, by direction; where there are two."""
+        return {d: r[-1] / r[-2] for d, r in self.residual_norms.items() if len(r) > 1 and r[-2] > 0}
