@@ -21,9 +21,7 @@ namespace {
 
 State wrap(py::object object) { return object.is_none() ? nullptr : std::make_shared<PythonState>(std::move(object)); }
 
-py::object unwrap(const State& state) {
-  return state ? static_cast<PythonState*>(state.get())->object : py::none();
-}
+py::object unwrap(const State& state) { return state ? static_cast<PythonState*>(state.get())->object : py::none(); }
 
 class PythonPropagator final : public Propagator {
  public:

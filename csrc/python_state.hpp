@@ -20,8 +20,8 @@ class PythonState final : public StateData {
     std::vector<Buffer> result;
     for (pybind11::handle item : object.attr("buffers")()) {
       const auto b = pybind11::reinterpret_borrow<pybind11::tuple>(item);
-      result.push_back({reinterpret_cast<void*>(b[0].cast<std::uintptr_t>()), b[1].cast<std::size_t>(),
-                        b[2].cast<int>()});
+      result.push_back(
+          {reinterpret_cast<void*>(b[0].cast<std::uintptr_t>()), b[1].cast<std::size_t>(), b[2].cast<int>()});
     }
     return result;
   }

@@ -220,8 +220,8 @@ std::vector<State> Solver::coarse_step(int l, const std::vector<int>& ks, Visit 
   if (coarse_->uses_fine_step()) need_fine_steps(nodes, positions, l, visit);
   std::vector<State> values;
   for (std::size_t i = 0; i < ks.size(); ++i) {
-    State value = coarse_->step(*propagator_, {l, positions[i], grid_.length(l, ks[i])}, nodes[i]->value,
-                                nodes[i]->step);
+    State value =
+        coarse_->step(*propagator_, {l, positions[i], grid_.length(l, ks[i])}, nodes[i]->value, nodes[i]->step);
     const State& g = g_[l][ks[i] - begin_[l]];
     values.push_back(g ? propagator_->axpy(1.0, g, value) : std::move(value));
   }
@@ -250,8 +250,7 @@ std::vector<State> Solver::relax(int l, Visit visit, Relaxation what) {
 
   // An interval that began on an earlier rank comes in while this rank works on its own.
   TransferPtr arrival, end_arrival;
-  if (!incoming.empty())
-    arrival = expect(l, tag::f_point, slot_of_step(l, incoming[0].first - 1), incoming[0].value);
+  if (!incoming.empty()) arrival = expect(l, tag::f_point, slot_of_step(l, incoming[0].first - 1), incoming[0].value);
   State arriving_end;
   const bool awaits_end = what.ends && !local.empty() && !local.back().ends && local.back().interval != last_interval;
   if (awaits_end) {
@@ -353,8 +352,8 @@ double Solver::down(int l, bool norms) {
   }
   for (int K = begin_[l + 1]; K < end_[l + 1] && K + 1 < grid_.steps(l + 1); ++K) {
     const Node& n = node(l + 1, K);
-    const State coarse = coarse_->step(*propagator_, {l + 1, grid_.position(l + 1, K), grid_.length(l + 1, K)},
-                                       n.value, n.step);
+    const State coarse =
+        coarse_->step(*propagator_, {l + 1, grid_.position(l + 1, K), grid_.length(l + 1, K)}, n.value, n.step);
     g_[l + 1][K - begin_[l + 1]] = propagator_->axpy(-1.0, coarse, ends[K - begin_[l + 1]]);
   }
   return square;

@@ -104,9 +104,10 @@ MpiTransport::~MpiTransport() = default;
 
 TransferPtr MpiTransport::start(bool sending, int peer, int tag, State state) {
   const auto buffers = state->buffers();
-  auto transfer = std::make_unique<MpiTransfer>(
-      mpi_, std::move(state),
-      "rank " + std::to_string(rank_) + (sending ? " sending to" : " receiving from") + " rank " + std::to_string(peer));
+  auto transfer =
+      std::make_unique<MpiTransfer>(mpi_, std::move(state),
+                                    "rank " + std::to_string(rank_) + (sending ? " sending to" : " receiving from") +
+                                        " rank " + std::to_string(peer));
   for (const Buffer& b : buffers)
     if (b.device >= 0)
       throw std::invalid_argument("the MPI transport moves host memory, and this state is on GPU " +

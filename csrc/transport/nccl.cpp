@@ -51,8 +51,10 @@ NcclLibrary::NcclLibrary(const std::vector<std::string>& candidates) : calls_(st
   open(RTLD_NOW | RTLD_NOLOAD);  // a second NCCL beside torch's would only cost memory
   if (!handle) open(RTLD_NOW | RTLD_LOCAL);
   if (!handle)
-    throw std::runtime_error("cannot load NCCL; install a CUDA build of torch, which brings it, or set MLPINT_NCCL to "
-                             "the path of libnccl.so.2. Tried:" + tried);
+    throw std::runtime_error(
+        "cannot load NCCL; install a CUDA build of torch, which brings it, or set MLPINT_NCCL to "
+        "the path of libnccl.so.2. Tried:" +
+        tried);
   auto bind = [&](auto& f, const char* name) {
     f = reinterpret_cast<std::decay_t<decltype(f)>>(dlsym(handle, name));
     if (!f) throw std::runtime_error("the NCCL library " + path_ + " has no " + name + "; NCCL 2.7 or later is needed");
@@ -155,9 +157,9 @@ class NcclCommunicator {
 
 namespace {
 
-// Enqueued on construction (a send) or when first waited for (a receive). The state is let go as soon as it is enqueued,
-// while the GPU may still be using it: its memory came from the same stream, so whatever torch's caching allocator gives
-// it to next runs behind the transfer.
+// Enqueued on construction (a send) or when first waited for (a receive). The state is let go as soon as it is
+// enqueued, while the GPU may still be using it: its memory came from the same stream, so whatever torch's caching
+// allocator gives it to next runs behind the transfer.
 class NcclTransfer final : public Transfer {
  public:
   NcclTransfer(std::shared_ptr<NcclCommunicator> communicator, bool sending, int peer, State state,
@@ -198,8 +200,7 @@ NcclTransport::NcclTransport(std::shared_ptr<NcclLibrary> library, std::shared_p
                              const std::string& unique_id, int device, std::function<std::uintptr_t()> stream)
     : control_(std::move(control)), device_(device), rank_(control_->rank()), size_(control_->size()) {
   stall_limit = control_->stall_limit;
-  communicator_ =
-      std::make_shared<NcclCommunicator>(std::move(library), unique_id, rank_, size_, std::move(stream));
+  communicator_ = std::make_shared<NcclCommunicator>(std::move(library), unique_id, rank_, size_, std::move(stream));
 }
 
 NcclTransport::~NcclTransport() = default;

@@ -5,15 +5,17 @@
 //
 // Order. NCCL has neither tags nor receives posted ahead: of the messages from one rank to another the k-th sent meets
 // the k-th received, and an enqueued receive holds up everything behind it on the stream. A receive is therefore
-// enqueued when it is first waited for, never when it is posted; a send is enqueued at once. The solver's messages match
-// in this order because every rank goes through the same phases (coarsest sweep, relaxation, C-relaxation, exchange of
-// residuals, level by level), each of which sends at most one message from any rank to any other and waits for all that
-// it receives before it ends. The one receive posted ahead of a phase, the chain's, is waited for inside its phase too.
+// enqueued when it is first waited for, never when it is posted; a send is enqueued at once. The solver's messages
+// match in this order because every rank goes through the same phases (coarsest sweep, relaxation, C-relaxation,
+// exchange of residuals, level by level), each of which sends at most one message from any rank to any other and waits
+// for all that it receives before it ends. The one receive posted ahead of a phase, the chain's, is waited for inside
+// its phase too.
 //
 // Deadlock. A send may hold up the stream until the receiver gets there. Within a phase no circle of ranks can wait for
-// one another: first come the messages to later ranks (the chain, F-points, C-points), then those to earlier ranks (ends
-// of intervals, residuals), and within each kind the waiting runs one way along the ranks. What is built on a transport
-// beside the solver must see to it too: where two ranks exchange messages, one of them receives before it sends.
+// one another: first come the messages to later ranks (the chain, F-points, C-points), then those to earlier ranks
+// (ends of intervals, residuals), and within each kind the waiting runs one way along the ranks. What is built on a
+// transport beside the solver must see to it too: where two ranks exchange messages, one of them receives before it
+// sends.
 #pragma once
 
 #include <cstdint>

@@ -37,9 +37,7 @@ class PythonTransfer final : public Transfer {
 }  // namespace
 
 PythonTransport::PythonTransport(py::object object)
-    : object_(std::move(object)),
-      rank_(object_.attr("rank").cast<int>()),
-      size_(object_.attr("size").cast<int>()) {}
+    : object_(std::move(object)), rank_(object_.attr("rank").cast<int>()), size_(object_.attr("size").cast<int>()) {}
 
 PythonTransport::~PythonTransport() {
   py::gil_scoped_acquire gil;
