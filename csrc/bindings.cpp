@@ -101,7 +101,7 @@ PYBIND11_MODULE(_core, m) {
       .def("sum", [](Transport& t, double value) { return sum(t, value); }, py::call_guard<py::gil_scoped_release>());
   py::class_<SelfTransport, Transport, std::shared_ptr<SelfTransport>>(m, "SelfTransport").def(py::init<>());
   py::class_<MpiTransport, Transport, std::shared_ptr<MpiTransport>>(m, "MpiTransport")
-      .def(py::init<const std::string&, std::intptr_t, std::intptr_t>(), py::arg("module"), py::arg("comm"),
+      .def(py::init<const std::string&, std::uintptr_t, std::uintptr_t>(), py::arg("module"), py::arg("comm"),
            py::arg("byte"));
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(m, "PythonTransport")
       .def(py::init<py::object>());

@@ -9,10 +9,10 @@
 
 namespace mlpint {
 
-// The few calls used. Handles cross as intptr_t: MPICH's are ints and Open MPI's are pointers, and either passes
+// The few calls used. Handles cross as uintptr_t: MPICH's are ints and Open MPI's are pointers, and either passes
 // unchanged in an integer register.
 struct MpiLibrary {
-  using Handle = std::intptr_t;
+  using Handle = std::uintptr_t;
   int (*Comm_rank)(Handle, int*) = nullptr;
   int (*Comm_size)(Handle, int*) = nullptr;
   int (*Isend)(const void*, int, Handle, int, int, Handle, Handle*) = nullptr;
@@ -92,7 +92,7 @@ class MpiTransfer final : public Transfer {
 
 }  // namespace
 
-MpiTransport::MpiTransport(const std::string& module, std::intptr_t comm, std::intptr_t byte)
+MpiTransport::MpiTransport(const std::string& module, std::uintptr_t comm, std::uintptr_t byte)
     : mpi_(std::make_shared<MpiLibrary>(module)) {
   mpi_->comm = comm;
   mpi_->byte = byte;

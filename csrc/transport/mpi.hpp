@@ -15,7 +15,7 @@ class MpiTransport final : public Transport {
  public:
   // module: path of mpi4py's extension module, whose dependencies include libmpi.
   // comm, byte: MPI_Comm and MPI_BYTE handles as mpi4py's _handleof gives them.
-  MpiTransport(const std::string& module, std::intptr_t comm, std::intptr_t byte);
+  MpiTransport(const std::string& module, std::uintptr_t comm, std::uintptr_t byte);
   ~MpiTransport() override;
   int rank() const override { return rank_; }
   int size() const override { return size_; }

@@ -267,6 +267,11 @@ class LayerParallel(nn.Module):
         """Adds up, over the ranks that hold it, the gradient of a parameter that layers of several ranks share."""
         self._shared.sum(gradients)
 
+    @property
+    def shared_parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """Own parameters that layers of other ranks use too, with the ranks that hold them."""
+        return self._shared.parameters
+
     # --- dropout -----------------------------------------------------------------------------------------------------
 
     def dropout_key(self, step: int, microbatch: int = 0) -> None:
