@@ -1,0 +1,142 @@
+"""The NCCL transport, driven over a substitute library that moves the bytes between processes on the CPU."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlpint import _core, nccl
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "fake_nccl" / "fake_nccl.cpp"
+
+
+def _compile(directory, *flags):
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    library = directory / "libnccl.so.2"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", *flags]
+    subprocess.run([compiler, *flags, "-o", library, SOURCE], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return _compile(tmp_path_factory.mktemp("nccl"))
+
+
+def _start(ranks, checks, library):
+    """Runs the checks on so many ranks, connected by gloo; no launcher needed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "MLPINT_NCCL": str(library), "OMP_NUM_THREADS": "1", "MLPINT_STALL_LIMIT": "30"}
+    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(HERE / "nccl_worker.py"), *checks]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=env | {"RANK": str(r)}, **pipes) for r in range(ranks)]
+    try:
+        outputs = [p.communicate(timeout=60)[0] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    for r, (p, output) in enumerate(zip(started, outputs, strict=True)):
+        assert p.returncode == 0, f"rank {r}:\n{output}"
+        for check in checks:
+            assert f"rank {r}: {check} passed" in output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "checks"),
+    [
+        (2, ["traffic", "order", "devices", "failures", "stack"]),
+        (3, ["traffic", "order", "devices", "stack"]),
+        (4, ["traffic"]),
+    ],
+)
+def test_ranks(ranks, checks, library):
+    _start(ranks, checks, library)
+
+
+def test_one_process(library, monkeypatch):
+    monkeypatch.setenv("MLPINT_NCCL", str(library))
+    transport = nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
+    assert (transport.rank, transport.size, transport.sum(2.5)) == (0, 1, 2.5)
+    transport.check()
+    nccl.synchronize(transport)
+
+
+def test_argument_before_environment(library, monkeypatch):
+    monkeypatch.setenv("MLPINT_NCCL", "elsewhere.so")
+    nccl.nccl_transport(_core.SelfTransport(), "cpu", library, host_memory=True)
+    with pytest.raises(RuntimeError, match=r"set MLPINT_NCCL(.|\n)*elsewhere\.so: cannot open"):
+        nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
+
+
+def test_loaded_library_is_found_by_name(library):
+    """As with torch, which loads it from a place that the system does not know."""
+    names = ["libnccl.so.2", str(library)]
+    program = (
+        "import ctypes, sys; from mlpint import _core; found = sys.argv[1:]\n"
+        "try: _core.NcclLibrary(found[:1])\n"
+        "except RuntimeError: ctypes.CDLL(found[1])\n"
+        "print(_core.NcclLibrary(found[:1]).path, _core.NcclLibrary(found[:1]).version)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["libnccl.so.2", "22703"]
+
+
+def test_library_without_a_symbol(tmp_path):
+    library = _compile(tmp_path, "-DFAKE_NCCL_WITHOUT_RECV")
+    with pytest.raises(RuntimeError, match=f"{library} has no ncclRecv; NCCL 2.7 or later"):
+        _core.NcclLibrary([str(library)])
+
+
+def test_no_library(monkeypatch):
+    monkeypatch.delenv("MLPINT_NCCL", raising=False)
+    monkeypatch.setattr(nccl, "_NAME", "libnccl-absent.so.2")
+    with pytest.raises(RuntimeError, match=r"cannot load NCCL; install a CUDA build(.|\n)*libnccl-absent"):
+        nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
+
+
+def test_device_must_be_a_gpu_of_this_machine(library, monkeypatch):
+    with pytest.raises(ValueError, match="rank 0: NCCL moves memory of GPUs, not of device 'cpu'"):
+        nccl.nccl_transport(_core.SelfTransport(), "cpu", library)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="rank 0 was given GPU 2 and sees 2 GPUs"):
+        nccl.nccl_transport(_core.SelfTransport(), 2, library)
+
+
+def test_synchronize_gives_up_after_the_stall_limit(library, monkeypatch):
+    lib = _core.NcclLibrary([str(library)])
+    transport = _core.NcclTransport(lib, _core.SelfTransport(), lib.unique_id(), 0, lambda: 0)
+    transport.stall_limit = 0.05
+    queries = []
+
+    class Event:  # of a stream that a receive holds up
+        def record(self, stream):
+            assert stream == "stream of 0"
+
+        def query(self):
+            queries.append(0)
+            return False
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    with pytest.raises(_core.TransferError, match="rank 0: GPU 0 has waited 0 s for another rank"):
+        nccl.synchronize(transport)
+    assert len(queries) > 1
+    with pytest.raises(RuntimeError, match="has been closed"):
+        transport.check()
+
+
+def test_unique_ids_differ_and_have_the_right_size(library):
+    lib = _core.NcclLibrary([str(library)])
+    a, b = lib.unique_id(), lib.unique_id()
+    assert len(a) == len(b) == 128 and a != b
+    with pytest.raises(ValueError, match="has 128 bytes, got 3"):
+        _core.NcclTransport(lib, _core.SelfTransport(), b"abc", 0, lambda: 0)
