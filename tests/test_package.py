@@ -64,6 +64,7 @@ def test_extension_loads_without_torch(tmp_path):
 import importlib.machinery, importlib.util, sys
 loader = importlib.machinery.ExtensionFileLoader("mlpint._core", {str(module_file("mlpint._core"))!r})
 core = importlib.util.module_from_spec(importlib.util.spec_from_loader("mlpint._core", loader))
+loader.exec_module(core)
 assert core.SelfTransport().size == 1
 assert "torch" not in sys.modules
 """
