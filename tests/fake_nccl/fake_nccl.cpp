@@ -198,16 +198,20 @@ int ncclCommInitRank(Comm** comm, int size, UniqueId id, int rank) {
     for (int i = 1; i < size && !result; ++i) {
       int peer = -1;
       const int s = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-      if (s < 0 || read_all(s, &peer, sizeof peer) <= 0) result = remote_error;
-      else c->from[peer] = s;
+      if (s < 0 || read_all(s, &peer, sizeof peer) <= 0)
+        result = remote_error;
+      else
+        c->from[peer] = s;
     }
     for (std::vector<int>* sockets : {&c->to, &c->from})
       for (int s : *sockets)
         if (s >= 0) limit_waits(s);
   }
   close(listener);
-  if (result) leave(c);
-  else *comm = c;
+  if (result)
+    leave(c);
+  else
+    *comm = c;
   return result;
 }
 
@@ -254,8 +258,12 @@ int ncclCommDestroy(Comm* c) {
 }
 
 const char* ncclGetErrorString(int result) {
-  static const char* const names[] = {"no error",         "unhandled cuda error", "unhandled system error",
-                                      "internal error",   "invalid argument",     "invalid usage",
+  static const char* const names[] = {"no error",
+                                      "unhandled cuda error",
+                                      "unhandled system error",
+                                      "internal error",
+                                      "invalid argument",
+                                      "invalid usage",
                                       "remote process exited or there was a network error"};
   return result >= 0 && result <= remote_error ? names[result] : "unknown result code";
 }
