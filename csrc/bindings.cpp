@@ -90,6 +90,7 @@ PYBIND11_MODULE(_core, m) {
            })
       .def("receive",
            [](Transport& t, int from, int tag, py::object into) { return t.receive(from, tag, wrap(std::move(into))); })
+      .def("set_watch", [](Transport& t, Transport::Watch watch) { *t.watch = std::move(watch); })
       .def("progress", &Transport::progress)
       .def("flush", &Transport::flush, py::call_guard<py::gil_scoped_release>())
       .def("broadcast",

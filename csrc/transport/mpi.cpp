@@ -49,8 +49,9 @@ namespace {
 
 class MpiTransfer final : public Transfer {
  public:
-  MpiTransfer(std::shared_ptr<MpiLibrary> mpi, State state, std::string what)
-      : mpi_(std::move(mpi)), state_(std::move(state)), what_(std::move(what)) {}
+  MpiTransfer(std::shared_ptr<MpiLibrary> mpi, std::shared_ptr<Transport::Watch> watch, State state, int peer,
+              std::string what)
+      : mpi_(std::move(mpi)), watch_(std::move(watch)), state_(std::move(state)), peer_(peer), what_(std::move(what)) {}
 
   ~MpiTransfer() override {
     // Abandoned half-way (an error elsewhere): MPI still writes to or reads from this memory, so it is never freed.
@@ -77,14 +78,19 @@ class MpiTransfer final : public Transfer {
     return true;
   }
   void wait(double seconds) override {
-    if (!poll_until([this] { return test(); }, seconds))
+    const auto watch = [this] {
+      if (*watch_) (*watch_)(peer_);
+    };
+    if (!poll_until([this] { return test(); }, seconds, watch))
       throw TransferError(what_ + ": nothing moved for " + std::to_string(static_cast<int>(seconds)) +
                           " s; that rank is stopped, hung or out of step");
   }
 
  private:
   std::shared_ptr<MpiLibrary> mpi_;
+  std::shared_ptr<Transport::Watch> watch_;
   State state_;
+  int peer_;
   std::string what_;
   std::deque<MpiLibrary::Handle> requests_;  // deque: a request must not move while it is active
   std::size_t done_ = 0;
@@ -105,7 +111,7 @@ MpiTransport::~MpiTransport() = default;
 TransferPtr MpiTransport::start(bool sending, int peer, int tag, State state) {
   const auto buffers = state->buffers();
   auto transfer =
-      std::make_unique<MpiTransfer>(mpi_, std::move(state),
+      std::make_unique<MpiTransfer>(mpi_, watch, std::move(state), peer,
                                     "rank " + std::to_string(rank_) + (sending ? " sending to" : " receiving from") +
                                         " rank " + std::to_string(peer));
   for (const Buffer& b : buffers)

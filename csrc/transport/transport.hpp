@@ -59,6 +59,10 @@ class Transport {
 
   double stall_limit = 600.0;  // seconds a rank waits for another before it gives up
 
+  // Called now and then while this rank waits for `peer`; may throw, as when that rank has left. Transfers share it.
+  using Watch = std::function<void(int peer)>;
+  const std::shared_ptr<Watch> watch = std::make_shared<Watch>();
+
  private:
   std::deque<TransferPtr> outbox_;
 };

@@ -10,7 +10,7 @@ std::function<void()>& wait_hook() {
   return hook;
 }
 
-bool poll_until(const std::function<bool()>& done, double seconds) {
+bool poll_until(const std::function<bool()>& done, double seconds, const std::function<void()>& watch) {
   using Clock = std::chrono::steady_clock;
   constexpr int spins = 20000;
   constexpr auto nap = std::chrono::microseconds(20);
@@ -25,6 +25,7 @@ bool poll_until(const std::function<bool()>& done, double seconds) {
     if (now >= limit) return false;
     if (now >= next_hook) {
       if (wait_hook()) wait_hook()();
+      watch();
       next_hook = now + hook_interval;
     }
     std::this_thread::sleep_for(nap);

@@ -5,12 +5,12 @@
 
 namespace mlpint {
 
-// Runs now and then while a rank waits, outside the fast path; may throw (keyboard interrupt, a peer that has left).
-// Installed once by the bindings.
+// Runs now and then while a rank waits, outside the fast path; may throw (keyboard interrupt). Installed once by the
+// bindings.
 std::function<void()>& wait_hook();
 
 // Polls until done; false if `seconds` passed first. Spins for a while and then sleeps between polls: ranks may
-// outnumber cores, and an MPI that only ever spins makes them crawl.
-bool poll_until(const std::function<bool()>& done, double seconds);
+// outnumber cores, and an MPI that only ever spins makes them crawl. `watch` runs together with the wait hook.
+bool poll_until(const std::function<bool()>& done, double seconds, const std::function<void()>& watch);
 
 }  // namespace mlpint

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import _core, launchers
+from . import _core, guard, launchers
 from .states import State
 
 _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
@@ -84,13 +84,16 @@ def _mpi_comm(communicator, stall_limit: float) -> Comm:
 
     local_rank = mpi.local_rank(communicator)
     own = communicator.Dup()  # the user's messages and ours never mix
-    return Comm(mpi.transport(own), "mpi", local_rank, stall_limit, keep=own)
+    transport = mpi.transport(own)
+    guard.install(guard.MpiGroup(communicator.Dup(), transport))
+    return Comm(transport, "mpi", local_rank, stall_limit, keep=own)
 
 
 def _group_comm(group, stall_limit: float, local_rank: int, store=None) -> Comm:
     from .process_group import ProcessGroupTransport
 
     transport = _core.PythonTransport(ProcessGroupTransport(group))
+    guard.install(guard.TorchGroup(transport.rank, transport.size, store))
     return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
 
 

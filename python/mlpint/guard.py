@@ -1,0 +1,198 @@
+"""One rank's failure ends all ranks, and a rank that leaves early is noticed by those that wait for it.
+
+An mpirun takes no notice of a rank that ends with an exception while the others wait for it, and torchrun none of one
+that leaves with exit code 0. So with several ranks `install` has
+
+- an uncaught exception print its traceback with the rank in front of every line, and end the job at once;
+- a rank that comes to the end of its script (or to sys.exit) tell the others and wait for them. A rank that waits for
+  one that has left raises an error that names it. When all have left, all end as they would have, without delay.
+
+A killed process is noticed by the launcher, a stopped one by the stall limit on every wait.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from . import _core
+
+_GRACE = 1.0  # seconds a message sent before its sender left may still take
+
+
+class Group(Protocol):
+    """Ranks that leave together."""
+
+    rank: int
+
+    def announce(self) -> None:
+        """Tells the other ranks that this one is leaving."""
+
+    def absent(self) -> list[int] | None:
+        """Ranks that have not left yet; None where there is no more use in waiting for them."""
+
+    def stall_limit(self) -> float:
+        """Seconds to wait for them."""
+
+    def abort(self) -> NoReturn:
+        """Ends every rank with a non-zero exit code."""
+
+
+_groups: list[Group] = []
+_process = 0  # the one that the hooks are for: a forked child leaves on its own
+
+
+def install(group: Group) -> None:
+    """Puts the hooks in place, once, and makes them serve this group as well."""
+    global _process
+    if not _groups:
+        _process = os.getpid()
+        previous = sys.excepthook
+        sys.excepthook = lambda *error: _fail(*error) if os.getpid() == _process else previous(*error)
+        # The last one registered runs first: before mpi4py finalises MPI.
+        atexit.register(_leave)
+    _groups.append(group)
+
+
+def _fail(kind, error, trace) -> NoReturn:
+    _end(traceback.format_exception(kind, error, trace))
+
+
+def _end(lines: list[str]) -> NoReturn:
+    with suppress(Exception):
+        sys.stdout.flush()
+    rank = f"[rank {_groups[0].rank}] "
+    with suppress(Exception):
+        sys.stderr.write("".join(f"{rank}{line}\n" for line in "".join(lines).rstrip("\n").split("\n")))
+        sys.stderr.flush()
+    _groups[0].abort()
+
+
+def _leave() -> None:
+    if os.getpid() != _process:
+        return
+    try:
+        for group in _groups:
+            group.announce()
+        for group in _groups:
+            _see_off(group)
+    except BaseException as error:
+        _end(traceback.format_exception(error))
+
+
+def _see_off(group: Group) -> None:
+    start, pause = time.monotonic(), 1e-4
+    while absent := group.absent():
+        if time.monotonic() - start > group.stall_limit():
+            names = ", ".join(map(str, absent))
+            _end([f"has come to its end and waited {group.stall_limit():.0f} s for rank {names} to do the same"])
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+class MpiGroup:
+    """The ranks of an mpi4py communicator.
+
+    Args:
+        communicator: one that carries nothing else.
+        transport: the transport between these ranks, whose waits are watched.
+    """
+
+    def __init__(self, communicator, transport: _core.Transport) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._communicator, self._transport = MPI, communicator, transport
+        self.rank, self._size = communicator.rank, communicator.size
+        self._left: dict[int, float] = {}  # when it was seen to have left
+        self._goodbyes: list = []
+        transport.set_watch(self._watch)
+
+    def announce(self) -> None:
+        if self._mpi.Is_finalized():
+            return
+        for r in range(self._size):
+            if r != self.rank:
+                self._goodbyes.append(self._communicator.Isend([b"", 0, self._mpi.BYTE], r))
+
+    def absent(self) -> list[int] | None:
+        if self._mpi.Is_finalized():
+            return None
+        self._transport.progress()
+        self._listen()
+        absent = [r for r in range(self._size) if r != self.rank and r not in self._left]
+        return absent or [r for r, g in enumerate(self._goodbyes) if not g.Test()]
+
+    def stall_limit(self) -> float:
+        return self._transport.stall_limit
+
+    def abort(self) -> NoReturn:
+        if not self._mpi.Is_finalized():
+            self._mpi.COMM_WORLD.Abort(1)
+        os._exit(1)
+
+    def _listen(self) -> None:
+        status = self._mpi.Status()
+        while self._communicator.Iprobe(status=status):
+            self._communicator.Recv([bytearray(), 0, self._mpi.BYTE], status.source)
+            self._left[status.source] = time.monotonic()
+
+    def _watch(self, peer: int) -> None:
+        self._listen()
+        if time.monotonic() - self._left.get(peer, time.monotonic()) > _GRACE:
+            raise _core.TransferError(
+                f"rank {self.rank} waits for rank {peer}, which has left: it came to the end of its script or called "
+                "sys.exit. Every rank must make the same calls"
+            )
+
+
+class TorchGroup:
+    """The ranks of a torch.distributed group, where a lost connection shows who has left.
+
+    Args:
+        store: the one the ranks met at.
+    """
+
+    _PATIENCE = 1.0  # a rank that leaves closes its connections, and so stays a while for what is on its way
+
+    def __init__(self, rank: int, size: int, store) -> None:
+        self.rank, self._size, self._store = rank, size, store
+        self._announced = 0.0
+
+    def announce(self) -> None:
+        self._announced = time.monotonic()
+        self._count(1)
+
+    def absent(self) -> list[int] | None:
+        if time.monotonic() - self._announced > self._PATIENCE:
+            return None
+        return None if self._count(0) >= self._size else [-1]
+
+    def _count(self, more: int) -> int:
+        try:
+            return self._store.add("mlpint/left", more)
+        except RuntimeError:  # the store went with the rank that served it
+            return self._size
+
+    def stall_limit(self) -> float:
+        return 2 * self._PATIENCE
+
+    def abort(self) -> NoReturn:
+        continue_stopped_siblings()
+        os._exit(1)
+
+
+def continue_stopped_siblings() -> None:
+    """Wakes the stopped processes of this launcher: torchrun ends its workers with SIGTERM, which does not reach them
+    while they are stopped, and gives them 30 seconds."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+            if state == "T" and int(parent) == os.getppid():
+                os.kill(int(status.parent.name), signal.SIGCONT)
