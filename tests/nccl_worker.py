@@ -70,7 +70,9 @@ def traffic(comm):
         assert torch.equal(state.tensors[0], numbers(root, 70_000)) and int(state.tensors[1]) == root
     assert t.sum(r + 1.0) == comm.size * (comm.size + 1) / 2
     t.close()
-    raises(RuntimeError, "has been closed", lambda: t.receive((r + 1) % comm.size, TAG, State([torch.zeros(1)])).wait(1))
+    raises(
+        RuntimeError, "has been closed", lambda: t.receive((r + 1) % comm.size, TAG, State([torch.zeros(1)])).wait(1)
+    )
 
 
 def order(comm):
@@ -124,7 +126,9 @@ def failures(comm):
     r, other = comm.rank, 1 - comm.rank
     t = nccl_transport(comm.transport, comm.device, host_memory=True)
     if r == 0:
-        raises(_core.TransferError, "rank 0 sending to rank 1 over NCCL", lambda: t.post(1, TAG, State([torch.ones(8)])))
+        raises(
+            _core.TransferError, "rank 0 sending to rank 1 over NCCL", lambda: t.post(1, TAG, State([torch.ones(8)]))
+        )
     else:
         transfer = t.receive(0, TAG, State([torch.ones(4)]))
         raises(_core.TransferError, "rank 1 receiving from rank 0 over NCCL", lambda: transfer.wait(10))

@@ -6,11 +6,15 @@ import importlib.util
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import _core
 from .states import State
+
+if TYPE_CHECKING:
+    from .comm import Comm
 
 _NAME = "libnccl.so.2"
 _ID_BYTES = 128
@@ -51,8 +55,8 @@ def nccl_transport(
     version = int.from_bytes(header[_ID_BYTES:], "little")
     if nccl.version != version:
         error = RuntimeError(
-            f"rank {control.rank} has NCCL {nccl.version} ({nccl.path}) and rank 0 has {version}: install the same torch "
-            "for all ranks, or set MLPINT_NCCL to the same library"
+            f"rank {control.rank} has NCCL {nccl.version} ({nccl.path}) and rank 0 has {version}: install the same "
+            "torch for all ranks, or set MLPINT_NCCL to the same library"
         )
     _vote(control, error, "NCCL has another version")
 
@@ -62,6 +66,13 @@ def nccl_transport(
     return _core.NcclTransport(
         nccl, control, bytes(header[:_ID_BYTES]), index, lambda: torch.cuda.current_stream(index).cuda_stream
     )
+
+
+def own_gpu_each(comm: Comm) -> bool:
+    """Whether every rank has a GPU that no other rank has, as NCCL demands. Collective."""
+    mine = str(torch.cuda.get_device_properties(comm.device).uuid) if comm.device.type == "cuda" else ""
+    gpus = comm.gather(mine.encode())
+    return b"" not in gpus and len(set(gpus)) == comm.size
 
 
 def synchronize(transport: _core.Transport) -> None:
