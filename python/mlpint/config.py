@@ -76,7 +76,7 @@ class OptimizerConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
     steps: int = key(200, "optimiser steps", least=1)
-    seed: int = key(0, "seed of the weights, the data order and dropout", least=0)
+    seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
     dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     threads: int = key(0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0)
@@ -108,10 +108,10 @@ class TrainConfig:
         model, solver = self.model, self.solver
         if model.dim % model.heads:
             raise ConfigError(f"dim = {model.dim}: must be a multiple of heads = {model.heads}")
-        if solver.open_layers + solver.close_layers > model.layers:
+        if solver.open_layers + solver.close_layers >= model.layers:
             raise ConfigError(
                 f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "
-                f"must be at most layers = {model.layers}"
+                f"must be less than layers = {model.layers}"
             )
 
     @classmethod

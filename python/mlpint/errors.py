@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Wrong input of any kind; the message says what was wrong and what is allowed."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError, ValueError):
     """An unknown key or a value out of range."""
@@ -15,3 +17,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or damaged; names the file."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on, such as a loss that is no number; says what to change."""
+
+    exit_code = 1

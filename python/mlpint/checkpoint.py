@@ -1,0 +1,303 @@
+"""Checkpoints that any number of ranks can load, that are whole or absent, and that show damage by name.
+
+A checkpoint is a directory ``step-00000100`` with one safetensors file for each rank that wrote it and a
+``manifest.json``, which says which file holds which tensor and has the SHA-256 of every file and of itself. Tensors go by
+the names they have in the unwrapped model, so nothing depends on the number of ranks. Beside it, ``latest`` names the
+newest checkpoint. Nothing in a checkpoint is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .comm import Comm
+from .errors import CheckpointError, UserError
+from .joint import jointly
+
+FORMAT = 1
+_NAME = re.compile(r"step-\d{8}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a manifest says; its own checksum has been verified.
+
+    Attributes:
+        path: of the checkpoint's directory.
+        step: optimiser steps done.
+        info: what :func:`save` was given besides tensors.
+        tensors: tensor name -> name of the file that holds it.
+        files: file name -> ``{"bytes": ..., "sha256": ...}``.
+    """
+
+    path: Path
+    step: int
+    info: Mapping[str, Any]
+    tensors: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by name, in host memory. Only the files that hold them are read; each is verified first.
+
+        Raises:
+            CheckpointError: a name that is not in the checkpoint; a file that is missing, cut off or changed.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path}: holds no tensor {name}")
+            by_file.setdefault(self.tensors[name], []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            self._verify(file)
+            with safe_open(self.path / file, framework="pt") as tensors:
+                found.update({name: tensors.get_tensor(name) for name in wanted})
+        return found
+
+    def _verify(self, file: str) -> None:
+        path, expected = self.path / file, self.files[file]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(f"{path}: is damaged ({size} bytes instead of {expected['bytes']})")
+            if _sha256(path) != expected["sha256"]:
+                raise CheckpointError(f"{path}: is damaged (its checksum differs from the manifest's)")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at a path: a checkpoint directory, or one with ``latest`` in it or in its ``checkpoints``.
+
+    Raises:
+        CheckpointError: there is none, or its manifest is damaged; names the file.
+    """
+    path = Path(path)
+    for place in (path, path / "checkpoints"):
+        if not (place / "manifest.json").exists() and (place / "latest").exists():
+            name = _read(place / "latest").decode("utf-8", errors="replace").strip()
+            if not _NAME.fullmatch(name):
+                raise CheckpointError(f"{place / 'latest'}: is damaged (it names no checkpoint)")
+            path = place / name
+            break
+    manifest = path / "manifest.json"
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such run or checkpoint directory")
+    try:
+        envelope = json.loads(_read(manifest))
+        content = envelope["content"]
+        intact = hashlib.sha256(_canonical(content)).hexdigest() == envelope["sha256"]
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{manifest}: is damaged (it does not match its own checksum)")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{manifest}: has format {content['format']}, this version of mlpint reads {FORMAT}")
+    return Checkpoint(path, content["step"], content["info"], content["tensors"], content["files"])
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    info: Mapping[str, Any] | None = None,
+    comm: Comm | None = None,
+) -> Path:
+    """Writes ``directory/step-...`` and then points ``latest`` to it. Collective; the directory is shared by all ranks.
+
+    Each tensor is written once, by the lowest rank that holds it. Until the last file is on disk the checkpoint does
+    not exist, and ``latest`` stays at the one before.
+
+    Args:
+        directory: made if it does not exist.
+        step: optimiser steps done.
+        model: its parameters and buffers are saved; ``LayerParallel`` stacks by the names of the unwrapped layers.
+        optimizer: the state that it keeps for each parameter is saved; hyperparameters are not.
+        info: anything JSON can hold.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        UserError: on all ranks, if a file cannot be written on any.
+    """
+    comm = Comm.of(comm)
+    directory = Path(directory)
+    final, partial = directory / f"step-{step:08d}", directory / f".step-{step:08d}.partial"
+    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+
+    def make() -> None:
+        if comm.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        own = {name: tensor for name, tensor in tensors.items() if owners[name] == comm.rank}
+        return _write(partial / f"rank-{comm.rank:05d}.safetensors", own) if own else {}
+
+    def commit() -> None:
+        if comm.rank == 0:
+            found = {name: f"rank-{owner:05d}.safetensors" for name, owner in owners.items()}
+            listed = {f"rank-{r:05d}.safetensors": entry for r, entry in enumerate(entries) if entry}
+            _commit(partial, final, Checkpoint(final, step, dict(info or {}), found, listed))
+
+    try:
+        jointly(comm, make)
+        owners: dict[str, int] = {}
+        for rank, names in enumerate(jointly(comm, lambda: list(tensors))):
+            for name in names:
+                owners.setdefault(name, rank)
+        entries = jointly(comm, write)
+        jointly(comm, commit)
+    except UserError:
+        if comm.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def load(
+    checkpoint: Checkpoint | str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    comm: Comm | None = None,
+) -> Checkpoint:
+    """Fills a model, wrapped or not, and an optimiser's state; each rank reads what it holds. Collective.
+
+    Nothing is changed on any rank unless everything could be read on all of them.
+
+    Raises:
+        CheckpointError: on all ranks; a missing or damaged file by name, a tensor that is missing or of another shape.
+    """
+    comm = Comm.of(comm)
+    found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    targets = _model_tensors(model)
+    values: dict[str, torch.Tensor] = {}
+
+    def read() -> None:
+        wanted = list(targets)
+        if optimizer is not None:
+            own = {f"optimizer.{name}" for name, _ in model.named_parameters()}
+            wanted += [name for name in found.tensors if name.rpartition(".")[0] in own]
+        values.update(found.read(wanted))
+        for name, target in targets.items():
+            if values[name].shape != target.shape:
+                shapes = f"{list(values[name].shape)} in the checkpoint, {list(target.shape)} in the model"
+                raise CheckpointError(f"{found.path}: {name} is {shapes}")
+
+    jointly(comm, read)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values.pop(name))
+    if optimizer is not None:
+        _restore_optimizer(model, optimizer, values)
+    return found
+
+
+def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {f"model.{name}": tensor.detach() for name, tensor in named}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, torch.Tensor]) -> None:
+    optimizer.state.clear()
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
+        parameter = parameters[parameter_name]
+        # AdamW counts its steps in host memory; what has the parameter's shape lives beside the parameter.
+        place = parameter.device if value.shape == parameter.shape and value.dim() else value.device
+        optimizer.state[parameter][key] = value.to(place)
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    # A tensor that is a view of something larger would bring all of it along.
+    whole = {
+        name: t.cpu().contiguous() if t.untyped_storage().nbytes() == t.nbytes else t.cpu().contiguous().clone()
+        for name, t in tensors.items()
+    }
+    save_file(whole, path)
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _commit(partial: Path, final: Path, checkpoint: Checkpoint) -> None:
+    for file, entry in checkpoint.files.items():
+        if not (partial / file).exists() or (partial / file).stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{partial / file}: is not visible on rank 0; all ranks must write to one file system"
+            )
+    content = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "info": checkpoint.info,
+        "tensors": checkpoint.tensors,
+        "files": checkpoint.files,
+    }
+    envelope = {"sha256": hashlib.sha256(_canonical(content)).hexdigest(), "content": content}
+    _write_text(partial / "manifest.json", json.dumps(envelope, indent=1))
+    _sync(partial)
+    directory, replaced = final.parent, final.parent / f".{final.name}.replaced"
+    if final.exists():  # a run that was resumed before this step comes by again
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _write_text(directory / ".latest.partial", final.name + "\n")
+    (directory / ".latest.partial").rename(directory / "latest")
+    _sync(directory)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the entries of a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,223 @@
+"""The ``mlpint`` command: train, plan, report, info."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import launchers
+from .checkpoint import Checkpoint, open_checkpoint
+from .comm import init
+from .config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
+from .data import Corpus, load
+from .errors import ConfigError, UserError
+from .fields import parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, or 2 for input that the user can mend, told in one line."""
+    leads = True
+    try:
+        leads = _leads()
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except UserError as error:
+        if leads:
+            print(f"mlpint: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _leads() -> bool:
+    """Whether this is rank 0, by the launcher's word: the ranks need not be connected yet."""
+    try:
+        return launchers.detect().rank == 0
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, and only rank 0 shows its help."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        if _leads():
+            super().print_help(file)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="mlpint", description="Layer-parallel training of transformers.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a GPT, alone or under mpirun or torchrun",
+        description="Trains a byte-level GPT, layer-parallel over the ranks of mpirun or torchrun. Every flag is also a "
+        "key of the TOML file; flags go before the file, the file before the checkpoint of --resume.",
+    )
+    train.add_argument(
+        "--config", metavar="FILE", help="TOML file with tables " + ", ".join(f"[{s}]" for s in SECTIONS)
+    )
+    for name, section in SECTIONS.items():
+        group = train.add_argument_group(name)
+        for field in dataclasses.fields(section):
+            _add_flag(group, field)
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="compare serial, pipeline and layer-parallel by a cost model")
+    plan.add_argument("--ranks", default=2, type=int, metavar="N", help="ranks (default 2)")
+    plan.add_argument(
+        "--microbatches",
+        default=4,
+        type=int,
+        metavar="N",
+        help="slices of the batch that a pipeline streams (default 4)",
+    )
+    for name in ("layers", *_PLAN_KEYS):
+        _add_flag(plan, KEYS[name])
+    plan.set_defaults(run=_plan)
+
+    report = commands.add_parser("report", help="draw the loss curves of several runs into one picture")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its metrics.jsonl")
+    report.add_argument("--out", default="loss.png", metavar="PNG", help="the picture (default loss.png)")
+    report.set_defaults(run=_report)
+
+    info = commands.add_parser("info", help="versions, MPI, GPUs and launchers found on this machine")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_flag(parser: Any, field: dataclasses.Field[Any]) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    text = f"{field.metadata['help']} (default {field.default!r})".replace("%", "%%")
+    if field.type == "bool":
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        # Left as text here: the section says what is wrong with a value in the same words as for a TOML file.
+        parser.add_argument(flag, metavar=str(field.type).upper(), help=text)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Key -> value of the flags that were given, each checked on its own."""
+    values = {name: value for name, value in vars(options).items() if name in KEYS and value is not None}
+    values = {name: parsed(KEYS[name], v) if isinstance(v, str) else v for name, v in values.items()}
+    for section in SECTIONS.values():
+        section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+    return values
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .joint import jointly
+    from .train import train
+
+    flags = _given(options)  # known to be right before the ranks are connected
+    try:
+        comm = init()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    # Files may be missing or different on one machine only: from here on an error on one rank is an error on all.
+    prepared: list[Any] = []
+    jointly(comm, lambda: prepared.extend(_prepare(flags, options.config)))
+    config, corpus, checkpoint = prepared
+    if config.run.threads or comm.size > 1:
+        torch.set_num_threads(config.run.threads or 1)
+    train(config, corpus, comm, checkpoint)
+
+
+def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainConfig, Corpus, Checkpoint | None]:
+    """The whole configuration, the text and the checkpoint to go on from; all that reads files before training."""
+    values = {**(read_toml(config_file) if config_file else {}), **flags}
+    checkpoint = open_checkpoint(values["resume"]) if values.get("resume") else None
+    if checkpoint is not None:
+        saved = from_saved(checkpoint.info["config"])
+        values = {**{k: v for k, v in saved.items() if k not in ("out", "resume")}, **values}
+    config = TrainConfig.of(values)
+    if checkpoint is not None:
+        _check_resumable(config, saved, checkpoint)
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch sees no GPU; must be auto or cpu here")
+    return config, load(config.data.data, config.data.sequence, config.model.vocabulary), checkpoint
+
+
+def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    now = config.flat()
+    for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer"):
+        if now[name] != saved[name]:
+            raise ConfigError(f"{name} = {now[name]!r}: must be {saved[name]!r}, as in {checkpoint.path}")
+    if config.run.steps <= checkpoint.step:
+        raise ConfigError(
+            f"steps = {config.run.steps}: must be above {checkpoint.step}, where {checkpoint.path} stands"
+        )
+
+
+_PLAN_KEYS = tuple(
+    f.name for f in dataclasses.fields(SolverConfig) if f.name not in ("tolerance", "coarse", "recompute")
+)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .plan import plan
+
+    config = TrainConfig.of(_given(options))
+    for name in ("ranks", "microbatches"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} = {getattr(options, name)}: must be an integer of at least 1")
+    solver, layers = config.solver, config.model.layers
+    mgrit = solver.mgrit()
+    found = plan(
+        layers,
+        options.ranks,
+        mgrit,
+        buffers=solver.open_layers + solver.close_layers,
+        microbatches=options.microbatches,
+    )
+    mode = f"MGRIT ({mgrit.forward_iters},{mgrit.backward_iters}), cfactor {mgrit.cfactor}, {mgrit.levels} levels"
+    rows = {
+        "serial": (found.serial, "exact gradients"),
+        "pipeline": (found.pipeline, f"exact gradients, {options.microbatches} microbatches"),
+        "layer_parallel": (found.layer_parallel, mode),
+    }
+    print(f"{layers} layers on {options.ranks} ranks; a step in units of one layer's forward (model, not measured)")
+    for name, (cost, note) in rows.items():
+        print(f"  {name.replace('_', '-'):<15}{cost:>8.1f}  speed-up {found.serial / cost:>5.2f}  {note}")
+    print(f"fastest: {found.fastest.replace('_', '-')}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .metrics import read_lines
+    from .plots import loss_curves
+
+    runs = {}
+    for name in options.runs:
+        path = Path(name) / "metrics.jsonl" if Path(name).is_dir() else Path(name)
+        runs[name] = read_lines(path)
+        if not any("loss" in line for line in runs[name]):
+            raise UserError(f"{path}: holds no step with a loss")
+    try:
+        loss_curves(runs, Path(options.out))
+    except OSError as error:
+        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from None
+    print(f"written: {options.out}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .info import info
+
+    for name, value in info():
+        print(f"{name:<18}{value}")

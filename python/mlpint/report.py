@@ -1,0 +1,143 @@
+"""What a training run shows and writes down: log lines, metrics.jsonl, the loss curve, the closing summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .comm import Comm
+from .compare import Comparison
+from .joint import jointly
+from .metrics import Metrics, machine, read_lines
+from .plots import loss_curves
+from .trainer import Trainer
+
+
+class Report:
+    """Of one run; rank 0 writes and prints.
+
+    Args:
+        trainer: at the step that the run starts from.
+        directory: where everything is written.
+    """
+
+    def __init__(self, trainer: Trainer, directory: Path) -> None:
+        self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm
+        self.leads = self.comm.rank == 0
+        options = trainer.blocks.options
+        self.mode = "exact" if options.exact else f"({options.forward_iters},{options.backward_iters})"
+        if not options.exact:
+            self.mode += f" cf {options.cfactor}"
+        self.started, self.first = time.perf_counter(), trainer.step
+        self.interval: list[float] = []
+        self.bar: Any = None
+        self.metrics: Metrics | None = None
+        jointly(self.comm, self._open)
+        if self.leads and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.config.run.steps, initial=trainer.step, unit="step", leave=False)
+
+    def _open(self) -> None:
+        if not self.leads:
+            return
+        trainer = self.trainer
+        header = {
+            "config": dataclasses.asdict(self.config),
+            "ranks": self.comm.size,
+            "transport": self.comm.name,
+            "threads": torch.get_num_threads(),
+            "data": trainer.corpus.name,
+            "machine": machine(),
+        }
+        self.metrics = Metrics(
+            self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
+        )
+        model, data = self.config.model, self.config.data
+        idle = f", idle ranks {trainer.blocks.idle_ranks}" if trainer.blocks.idle_ranks else ""
+        self._say(
+            f"{model.layers} layers, dim {model.dim}, {model.heads} heads; {data.accumulate} x {data.batch} x "
+            f"{data.sequence} tokens a step; {self.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
+        )
+        self._say(
+            f"{trainer.corpus.name}: {len(trainer.corpus.train):,} tokens, {len(trainer.corpus.validation):,} held out"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def step(self, done: int, loss: float, val_loss: float | None, norm: float, seconds: float) -> None:
+        if not self.leads:
+            return
+        data, run = self.config.data, self.config.run
+        tokens = data.accumulate * data.batch * data.sequence
+        lr = self.trainer.optimizer.param_groups[0]["lr"]
+        line = {
+            "step": done,
+            "loss": loss,
+            "val_loss": val_loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "seconds": seconds,
+            "tokens": done * tokens,
+            "mode": self.mode,
+            "iterations": self.trainer.iterations,
+        }
+        self.metrics.write(line)
+        self.interval.append(seconds)
+        if self.bar is not None:
+            self.bar.update()
+        if done % run.log_every == 0 or done == run.steps or val_loss is not None:
+            left = (time.perf_counter() - self.started) / (done - self.first) * (run.steps - done)
+            held_out = f"  val {val_loss:.4f}" if val_loss is not None else ""
+            self._say(
+                f"step {done:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}{held_out}  {self.mode}  lr {lr:.1e}  "
+                f"grad {norm:.2f}  {len(self.interval) * tokens / sum(self.interval):,.0f} tokens/s  "
+                f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
+            )
+            self.interval.clear()
+
+    def close(self, sample: tuple[str, str] | None, comparison: Comparison | None) -> None:
+        jointly(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
+
+    def _close(self, sample: tuple[str, str] | None, comparison: Comparison | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if comparison is not None:
+            self.metrics.write({"step": self.config.run.steps, "comparison": dataclasses.asdict(comparison)})
+        self.metrics.close()
+        lines = read_lines(self.directory / "metrics.jsonl")
+        loss_curves({self.mode: lines}, self.directory / "loss.png")
+        if sample is not None:
+            (self.directory / "sample.txt").write_text("".join(sample), encoding="utf-8")
+            self._say(f"\n--- sample: {sample[0]!r} goes on ---\n{sample[1]}\n---\n")
+        if comparison is not None:
+            self._say(
+                f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: layer-parallel "
+                f"{self.mode} {comparison.seconds:.3f} s, exact serial sweep {comparison.exact_seconds:.3f} s, "
+                f"ratio {comparison.speedup:.2f}x\n"
+                f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
+                f"cosine {comparison.gradient_cosine:.4f}"
+            )
+        self._say(f"written: {self.directory}/ with " + ", ".join(sorted(p.name for p in self.directory.iterdir())))
+
+
+def _ranks(comm: Comm) -> str:
+    return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+
+
+def _memory(device: torch.device) -> float:
+    """Largest memory of this rank so far, MiB: on the GPU if it trains there, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

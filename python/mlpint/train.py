@@ -1,0 +1,94 @@
+"""The training loop behind ``mlpint train``: the same script on every rank, on the same batches."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint
+from .comm import Comm
+from .config import TrainConfig
+from .data import Corpus
+from .errors import ConfigError
+from .joint import jointly
+from .report import Report
+from .trainer import Trainer
+
+
+def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
+    """Trains a GPT and writes the run's directory: metrics.jsonl, loss.png, sample.txt, checkpoints. Collective.
+
+    Args:
+        config: what to do.
+        corpus: the text, the same on every rank.
+        comm: the ranks.
+        checkpoint: to go on from.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        UserError: on all ranks; ranks that disagree, files that cannot be written, a damaged checkpoint, a loss that is
+            no number.
+    """
+    if config.run.device == "cpu":
+        comm.device = torch.device("cpu")
+    _agree(config, corpus, comm)
+    trainer = Trainer(config, corpus, comm)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    directory = _run_directory(config, comm, checkpoint)
+    report = Report(trainer, directory)
+    for step in range(trainer.step, config.run.steps):
+        started = time.perf_counter()
+        loss, norm = trainer.train_step()
+        seconds = time.perf_counter() - started
+        done = step + 1
+        due = config.run.eval_every and done % config.run.eval_every == 0
+        val_loss = trainer.validate() if due or done == config.run.steps else None
+        report.step(done, loss, val_loss, norm, seconds)
+        every = config.run.checkpoint_every
+        if every and (done % every == 0 or done == config.run.steps):
+            trainer.save(directory / "checkpoints")
+    report.close(trainer.sample(), trainer.compare())
+    return directory
+
+
+def _agree(config: TrainConfig, corpus: Corpus, comm: Comm) -> None:
+    ends = [
+        part.tobytes() for tokens in (corpus.train, corpus.validation) for part in (tokens[:65536], tokens[-65536:])
+    ]
+    text = f"{len(corpus.train)} + {len(corpus.validation)} tokens, digest {zlib.crc32(b''.join(ends)):08x}"
+    values = {name: repr(value) for name, value in config.flat().items()}
+    try:
+        comm.vote({**values, "text": text, "torch": torch.__version__}, "the training run")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _run_directory(config: TrainConfig, comm: Comm, checkpoint: Checkpoint | None) -> Path:
+    """The directory that rank 0 has found or made. A run is never written over."""
+
+    def make() -> str:
+        if comm.rank:
+            return ""
+        out = config.run.out
+        if checkpoint is not None and not out:
+            if checkpoint.path.parent.name != "checkpoints":
+                raise ConfigError(f"resume = {config.run.resume!r}: is not inside a run directory; name one with --out")
+            return str(checkpoint.path.parent.parent)
+        if out:
+            if (Path(out) / "metrics.jsonl").exists():
+                raise ConfigError(f"out = {out!r}: holds a run already; go on with --resume {out}, or name another")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return out
+        numbered = (Path("runs") / f"{number:03d}" for number in itertools.count(1))
+        path = next(path for path in numbered if not path.exists())
+        path.mkdir(parents=True)
+        return str(path)
+
+    return Path(jointly(comm, make)[0])

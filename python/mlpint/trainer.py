@@ -1,0 +1,133 @@
+"""A GPT with its optimiser and its place in the data, and what is done with them in a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from . import checkpoint as checkpoints
+from . import random
+from .clip import clip_grad_norm_
+from .comm import Comm
+from .compare import Comparison, compare, exact
+from .config import TrainConfig
+from .data import Batches, Corpus
+from .errors import TrainingError
+from .layer_parallel import LayerParallel
+from .models import GPT
+from .optim import learning_rate, make_optimizer
+from .sample import generate
+
+
+class Trainer:
+    """A model, its optimiser and its place in the data.
+
+    Attributes:
+        step: optimiser steps done.
+        position: batches taken from the training data.
+        iterations: of the last step's solves, by direction; 0 where exact.
+        model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, comm: Comm) -> None:
+        self.config, self.corpus, self.comm, self.device = config, corpus, comm, comm.device
+        model, solver, data = config.model, config.solver, config.data
+        torch.manual_seed(config.run.seed)  # every rank builds the same model
+        self.model = GPT(
+            corpus.vocabulary, data.sequence, model.layers, model.dim, model.heads, model.dropout, model.tied
+        )
+        self.model.blocks = self.blocks = LayerParallel(
+            self.model.blocks,
+            solver.mgrit(),
+            comm=comm,
+            open_layers=solver.open_layers,
+            close_layers=solver.close_layers,
+            recompute=solver.recompute,
+        )
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.batches = Batches(corpus, data.sequence, data.batch, config.run.seed, self.device)
+        self.step = self.position = 0
+        self.iterations: dict[str, int] = {}
+
+    def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats per token."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def forward_backward(self, step: int, microbatch: int, position: int) -> float:
+        """Adds a microbatch's gradients; returns its loss. Random numbers depend on the arguments alone."""
+        self.blocks.dropout_key(step, microbatch)
+        torch.manual_seed(random.key(self.config.run.seed, step, microbatch, self.config.model.layers))
+        loss = self.loss(*self.batches.train(position))
+        (loss / self.config.data.accumulate).backward()
+        return float(loss.detach())
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimiser step. Returns loss and gradient norm, the same on every rank.
+
+        Raises:
+            TrainingError: if either is not a number; the weights are as before the step.
+        """
+        accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
+        losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
+        self.iterations = dict(self.blocks.stats.iterations)
+        loss, norm = sum(losses) / accumulate, clip_grad_norm_(self.model, limit)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; lower lr, or raise forward_iters and "
+                "backward_iters (0 is exact)"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config.run.steps, self.config.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.position = self.step + 1, self.position + accumulate
+        return loss, norm
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Loss of the exact network on held-out text."""
+        count = self.config.run.eval_batches
+        self.model.eval()
+        with exact(self.blocks):
+            losses = [float(self.loss(*self.batches.validation(i, count))) for i in range(count)]
+        self.model.train()
+        return sum(losses) / count
+
+    def sample(self) -> tuple[str, str] | None:
+        """A prompt from the held-out text and how the exact network goes on; None if no sample is wanted."""
+        run, sequence = self.config.run, self.config.data.sequence
+        if not run.sample:
+            return None
+        prompt = self.corpus.validation[: min(32, sequence)].tolist()
+        self.model.eval()
+        with exact(self.blocks):
+            tokens = generate(
+                self.model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=self.comm, device=self.device
+            )
+        self.model.train()
+        return self.corpus.decode(prompt), self.corpus.decode(tokens)
+
+    def compare(self) -> Comparison | None:
+        """Layer-parallel against exact on the next batches; None if it is not wanted or there is only one way."""
+        count = self.config.run.compare
+        if not count or self.blocks.options.exact:
+            return None
+        first = self.position
+        return compare(
+            self.model, self.blocks, lambda n: self.forward_backward(self.step, n, first + n), count, self.comm
+        )
+
+    def save(self, directory: Path) -> None:
+        info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
+        checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, comm=self.comm)
+
+    def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
+        self.step, self.position = checkpoint.step, checkpoint.info["position"]
