@@ -68,8 +68,8 @@ def _parser() -> _Parser:
     train = commands.add_parser(
         "train",
         help="train a GPT, alone or under mpirun or torchrun",
-        description="Trains a byte-level GPT, layer-parallel over the ranks of mpirun or torchrun. Every flag is also a "
-        "key of the TOML file; flags go before the file, the file before the checkpoint of --resume.",
+        description="Trains a byte-level GPT, layer-parallel over the ranks of mpirun or torchrun. Every flag is also "
+        "a key of the TOML file; flags go before the file, the file before the checkpoint of --resume.",
     )
     train.add_argument(
         "--config", metavar="FILE", help="TOML file with tables " + ", ".join(f"[{s}]" for s in SECTIONS)

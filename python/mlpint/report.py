@@ -123,8 +123,8 @@ class Report:
             self._say(f"\n--- sample: {sample[0]!r} goes on ---\n{sample[1]}\n---\n")
         if comparison is not None:
             self._say(
-                f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: layer-parallel "
-                f"{self.mode} {comparison.seconds:.3f} s, exact serial sweep {comparison.exact_seconds:.3f} s, "
+                f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
+                f"layer-parallel {self.mode} {comparison.seconds:.3f} s, exact serial sweep {comparison.exact_seconds:.3f} s, "
                 f"ratio {comparison.speedup:.2f}x\n"
                 f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
                 f"cosine {comparison.gradient_cosine:.4f}"
