@@ -2,8 +2,8 @@
 
 A checkpoint is a directory ``step-00000100`` with one safetensors file for each rank that wrote it and a
 ``manifest.json``, which says which file holds which tensor and has the SHA-256 of every file and of itself. Tensors go
-by the names they have in the unwrapped model, so nothing depends on the number of ranks. Beside it, ``latest`` names the
-newest checkpoint. Nothing in a checkpoint is ever unpickled.
+by the names they have in the unwrapped model, so nothing depends on the number of ranks. Beside it, ``latest`` names
+the newest checkpoint. Nothing in a checkpoint is ever unpickled.
 """
 
 from __future__ import annotations

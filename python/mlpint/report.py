@@ -124,8 +124,8 @@ class Report:
         if comparison is not None:
             self._say(
                 f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
-                f"layer-parallel {self.mode} {comparison.seconds:.3f} s, exact serial sweep {comparison.exact_seconds:.3f} s, "
-                f"ratio {comparison.speedup:.2f}x\n"
+                f"layer-parallel {self.mode} {comparison.seconds:.3f} s, exact serial sweep "
+                f"{comparison.exact_seconds:.3f} s, ratio {comparison.speedup:.2f}x\n"
                 f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
                 f"cosine {comparison.gradient_cosine:.4f}"
             )
