@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+import mlpint.comm
+import mlpint.nccl
 from mlpint import _core
 from mlpint.comm import Comm, init
 from mlpint.layer_parallel import LayerParallel
@@ -155,6 +157,24 @@ def failures(comm):
     message = "rank 1 has NCCL 22704" if r == 1 else "NCCL has another version on 1 of 2 ranks"
     raises(RuntimeError, message, lambda: nccl_transport(comm.transport, comm.device, host_memory=True))
     del os.environ["FAKE_NCCL_VERSION"]
+
+
+def found(comm):
+    """init() puts NCCL over its connection exactly where every rank has a GPU of its own."""
+    assert mlpint.comm._over_gpus(comm) is comm  # no GPUs here
+    found, join = mlpint.nccl.own_gpu_each, mlpint.nccl.nccl_transport
+    mlpint.nccl.own_gpu_each = lambda comm: True
+    mlpint.nccl.nccl_transport = lambda control, device: join(control, device, host_memory=True)
+    over = mlpint.comm._over_gpus(comm)
+    mlpint.nccl.own_gpu_each, mlpint.nccl.nccl_transport = found, join
+    assert (over.name, over.rank, over.size, over.stall_limit) == ("nccl", comm.rank, comm.size, comm.stall_limit)
+    assert over.transport.control.rank == comm.rank and isinstance(over.transport, _core.NcclTransport)
+    over.stall_limit = 11.0
+    assert comm.transport.stall_limit == over.transport.stall_limit == 11.0
+    total = torch.tensor([comm.rank + 1.0])
+    over.sum_ordered([total])
+    assert float(total) == comm.size * (comm.size + 1) / 2
+    over.barrier()
 
 
 class Layer(torch.nn.Module):

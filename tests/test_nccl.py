@@ -53,7 +53,7 @@ def _start(ranks, checks, library):
 @pytest.mark.parametrize(
     ("ranks", "checks"),
     [
-        (2, ["traffic", "order", "devices", "failures", "stack"]),
+        (2, ["traffic", "order", "devices", "failures", "found", "stack"]),
         (3, ["traffic", "order", "devices", "stack"]),
         (4, ["traffic"]),
     ],
@@ -111,6 +111,25 @@ def test_device_must_be_a_gpu_of_this_machine(library, monkeypatch):
         nccl.nccl_transport(_core.SelfTransport(), 2, library)
 
 
+def test_own_gpu_each(monkeypatch):
+    class Properties:
+        uuid = "GPU-1"
+
+    class Ranks:
+        size, device = 2, torch.device("cuda", 0)
+
+        def __init__(self, other):
+            self.other = other
+
+        def gather(self, message):
+            return [message, self.other]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert nccl.own_gpu_each(Ranks(b"GPU-2"))
+    assert not nccl.own_gpu_each(Ranks(b"GPU-1"))  # shared by both
+    assert not nccl.own_gpu_each(Ranks(b""))  # the other rank has none
+
+
 def test_synchronize_gives_up_after_the_stall_limit(library, monkeypatch):
     lib = _core.NcclLibrary([str(library)])
     transport = _core.NcclTransport(lib, _core.SelfTransport(), lib.unique_id(), 0, lambda: 0)
@@ -140,3 +159,22 @@ def test_unique_ids_differ_and_have_the_right_size(library):
     assert len(a) == len(b) == 128 and a != b
     with pytest.raises(ValueError, match="has 128 bytes, got 3"):
         _core.NcclTransport(lib, _core.SelfTransport(), b"abc", 0, lambda: 0)
+
+
+def test_gpu_benchmark_without_gpus():
+    script = HERE.parent / "benchmarks" / "gpu_nccl.py"
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert run.returncode == 0 and "needs at least 2 GPUs" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.gpu
+def test_torchs_own_library_with_one_rank():
+    """What one GPU can show of the real thing."""
+    transport = nccl.nccl_transport(_core.SelfTransport(), "cuda:0")
+    assert (transport.rank, transport.size, transport.device) == (0, 1, 0)
+    assert _core.NcclLibrary(nccl._candidates(None)).version >= 20700
+    transport.check()
+    nccl.synchronize(transport)
+    transport.close()

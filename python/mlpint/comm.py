@@ -22,12 +22,13 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
     """Finds out how this process was started and connects the ranks. Collective; a second call gives the same Comm.
 
     An mpirun (Open MPI, MPICH, Intel MPI, srun with a PMI) is served by MPI through mpi4py; torchrun and srun without a
-    PMI by torch.distributed; a process started alone is one rank. With several ranks the failure of one ends all.
+    PMI by torch.distributed; a process started alone is one rank. Where every rank has a GPU of its own, NCCL moves
+    what is on the GPUs. With several ranks the failure of one ends all.
 
     Args:
         stall_limit: seconds a rank waits for another before it gives up and ends the job. Default: the environment
             variable MLPINT_STALL_LIMIT, else 600.
-        backend: "mpi", "gloo" or "self" to insist on one; by default what the launcher suggests.
+        backend: "mpi", "gloo" or "self" to insist on one, without NCCL; by default what the launcher suggests.
 
     Raises:
         RuntimeError: the launcher's MPI is missing or is not the one that mpi4py loads; says what to do.
@@ -55,14 +56,16 @@ def _start(stall_limit: float, backend: str | None) -> Comm:
     if kind == "mpi":
         from . import mpi
 
-        return _mpi_comm(mpi.world(launch), stall_limit)
+        comm = _mpi_comm(mpi.world(launch), stall_limit)
+        return comm if backend else _over_gpus(comm)
     if kind == "torch":
         import torch.distributed as dist
 
         from . import process_group
 
         store = process_group.start(launch, stall_limit)
-        return _group_comm(dist.group.WORLD, stall_limit, launch.local_rank, store)
+        comm = _group_comm(dist.group.WORLD, stall_limit, launch.local_rank, store)
+        return comm if backend else _over_gpus(comm)
     return Comm(_core.SelfTransport(), "self", 0, stall_limit)
 
 
@@ -97,6 +100,16 @@ def _group_comm(group, stall_limit: float, local_rank: int, store=None) -> Comm:
     return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
 
 
+def _over_gpus(comm: Comm) -> Comm:
+    """The same ranks with NCCL for what is on GPUs, where every rank has one of its own."""
+    from . import nccl
+
+    if comm.size == 1 or not nccl.own_gpu_each(comm):
+        return comm
+    transport = nccl.nccl_transport(comm.transport, comm.device)
+    return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
+
+
 class Comm:
     """The ranks of a job and what they do together. Every method is collective.
 
@@ -129,11 +142,11 @@ class Comm:
         from . import mpi
 
         if mpi.is_communicator(x):
-            return _mpi_comm(x, _stall_limit(None))
+            return _over_gpus(_mpi_comm(x, _stall_limit(None)))
         import torch.distributed as dist
 
         if isinstance(x, dist.ProcessGroup):
-            return _group_comm(x, _stall_limit(None), launchers.detect().local_rank)
+            return _over_gpus(_group_comm(x, _stall_limit(None), launchers.detect().local_rank))
         raise TypeError(f"comm must be None, a Comm, an mpi4py communicator or a torch ProcessGroup, got {type(x)!r}")
 
     @property

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from . import states
 from ._core import Visit
 from .agreement import agree
+from .nccl import synchronize
 from .propagators import AdjointPropagator, ForwardPropagator, Stream, annotate, merge_gradients
 from .states import State
 
@@ -229,6 +230,7 @@ class Run:
                 # The cache of cast weights would hand a cast made without gradients to an evaluation that records.
                 around.enter_context(torch.autocast(self.device_type, dtype=dtype, cache_enabled=False))
             yield
+        synchronize(self.comm.transport)  # the script may wait for the GPU next, and nothing limits that wait
         self.stats.seconds[direction] += time.perf_counter() - started
 
 

@@ -70,13 +70,15 @@ def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -
     agree(comm, {"operation": "state_dict", "prefix": prefix})
     found: dict[str, torch.Tensor] = {}
     for owner in range(comm.size):
-        entries = [[k, list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in local.items()]
+        entries = [[k, list(t.shape), str(t.dtype).removeprefix("torch."), t.device.type] for k, t in local.items()]
         entries = json.loads(_broadcast_text(json.dumps(entries), owner, comm))
-        for name, shape, dtype in entries:
+        for name, shape, dtype, device in entries:
             if owner == comm.rank:
                 tensor = local[name]
             else:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=comm.device)
+                # Where the owner has it, not where this rank's GPU is: host and GPU memory take different transports.
+                place = comm.device if device == comm.device.type else device
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
             if comm.size > 1 and tensor.numel():
                 comm.transport.broadcast(State([tensor.detach()]), owner)
             found[name] = tensor
