@@ -33,20 +33,21 @@ def check_block(block: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], *a
     before = {k: v.clone() for k, v in block.state_dict().items()}
 
     def evaluate(inputs: tuple[torch.Tensor, ...], step: int = 0) -> tuple[torch.Tensor, ...]:
-        with random.preserved(state[0].device), random.keyed(step, 0, 0, block.training, state[0].device):
+        with random.keyed(step, 0, 0, block.training, state[0].device):
             return output_tensors(0, block(inputs[0] if single else inputs, *args, **kwargs), inputs, single)
 
-    try:
-        _check_replay(name, evaluate, state)
-        changed = [k for k, v in block.state_dict().items() if not torch.equal(v, before[k])]
-        if changed:
-            raise ValueError(
-                f"{name} changes its own {changed[0]!r} when it is evaluated; a layer is evaluated several times a step "
-                "(batch norm in training mode and the like cannot be used)"
-            )
-        _check_gradients(name, evaluate, state)
-    finally:
-        block.load_state_dict(before)
+    with random.preserved(state[0].device):
+        try:
+            _check_replay(name, evaluate, state)
+            changed = [k for k, v in block.state_dict().items() if not torch.equal(v, before[k])]
+            if changed:
+                raise ValueError(
+                    f"{name} changes its own {changed[0]!r} when it is evaluated; a layer is evaluated several times a "
+                    "step (batch norm in training mode and the like cannot be used)"
+                )
+            _check_gradients(name, evaluate, state)
+        finally:
+            block.load_state_dict(before)
 
 
 def _check_replay(name, evaluate, state) -> None:

@@ -1,0 +1,37 @@
+"""Runs named scenarios on all ranks of a job and reports each as a line of JSON from rank 0."""
+
+import json
+import sys
+import traceback
+
+import torch
+
+import mlpint
+
+
+def run(scenarios):
+    """Every scenario gets the Comm; one that raises on some rank is reported with the text of the lowest such rank.
+
+    A scenario must fail on all ranks or end the job: after a failure on one rank alone the ranks are out of step, and the
+    stall limit ends the job.
+    """
+    torch.set_num_threads(1)
+    comm = mlpint.init()
+    wanted = sys.argv[1:]
+    for scenario in scenarios:
+        name = scenario.__name__
+        if wanted and name not in wanted:
+            continue
+        torch.manual_seed(0)
+        error = ""
+        try:
+            scenario(comm)
+        except Exception:
+            error = traceback.format_exc()
+            print(f"[rank {comm.rank}] {name}: {error}", file=sys.stderr, flush=True)
+        if comm.rank == 0:
+            print(json.dumps({"scenario": name, "error": error}), flush=True)
+        failed = torch.tensor([float(bool(error))])
+        comm.sum_ordered([failed])
+        if failed.item():
+            raise SystemExit(1)

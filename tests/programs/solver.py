@@ -1,0 +1,238 @@
+"""The solver on real ranks: exactness, inexact iterations against the textbook, work counted, results for any ranks."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from layers import Residual, assert_close, assert_gradients_equal, copies, plain
+from runner import run
+from torch import nn
+
+from mlpint import MGRIT, LayerParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import reference_mgrit  # noqa: E402
+
+
+def summed(comm, stats, kind, levels=None):
+    """Evaluations of a kind over all ranks."""
+    counts = stats.evaluations[kind]
+    total = torch.tensor([float(sum(v for k, v in counts.items() if levels is None or k in levels))])
+    comm.sum_ordered([total])
+    return int(total)
+
+
+def backward(stack, x):
+    leaf = x.clone().requires_grad_()
+    y = stack(leaf)
+    y.square().sum().backward()
+    return y.detach(), leaf.grad
+
+
+def exact_after_enough_iterations(comm):
+    torch.set_default_dtype(torch.float64)
+    for steps in (1, 5, 13, 32):
+        layers = [Residual() for _ in range(steps)]
+        reference, x = copies(layers), torch.randn(3, 4)
+        leaf = x.clone().requires_grad_()
+        expected = plain(reference, leaf)
+        expected.square().sum().backward()
+        for cfactor, levels, relaxation in itertools.product((2, 3, 4, 8), (2, 3), ("F", "FCF")):
+            k = -(-steps // cfactor) if relaxation == "F" else -(-steps // (2 * cfactor)) + 1
+            options = MGRIT(levels, cfactor, k, k, relaxation)
+            stack = LayerParallel(copies(layers), options, comm=comm)
+            y, grad = backward(stack, x)
+            assert_close(y, expected, 1e-12, f"N {steps}, {options}")
+            assert_close(grad, leaf.grad, 1e-12, f"N {steps}, {options}")
+            assert_gradients_equal(stack, reference, 1e-12)
+
+
+def one_iteration_fewer_is_not_exact(comm):
+    """The bound is sharp with F-relaxation: what the test above finds is not there from the start."""
+    torch.set_default_dtype(torch.float64)
+    layers = [Residual() for _ in range(12)]
+    x = torch.randn(3, 4)
+    y, _ = backward(LayerParallel(copies(layers), MGRIT(2, 3, 3, 3), comm=comm), x)
+    assert (y - plain(layers, x)).abs().max() > 1e-9
+
+
+def inexact_iterations_are_the_textbook_s(comm):
+    torch.set_default_dtype(torch.float64)
+    for steps, cfactor, levels in itertools.product((1, 5, 13), (2, 3, 4), (2, 3, 4)):
+        layers = [Residual(3) for _ in range(steps)]
+        x = torch.randn(2, 3)
+        for relaxation, coarse, (kf, kb) in itertools.product(
+            ("F", "FCF"), ("injection", "identity"), ((1, 1), (2, 1), (3, 3))
+        ):
+            options = MGRIT(levels, cfactor, kf, kb, relaxation, coarse)
+            stack = LayerParallel(copies(layers), options, comm=comm)
+            stack.watch_residuals = True
+            leaf, weight = x.clone().requires_grad_(), torch.cos(x)
+            y = stack(leaf)
+            (y * weight).sum().backward()
+            expected, x_grad, grads, norms = reference_mgrit.gradients(layers, x, weight, options)
+            what = f"N {steps}, {options}"
+            assert_close(y, expected, 1e-12, what)
+            assert_close(leaf.grad, x_grad, 1e-12, what)
+            for n, layer in stack.local_layers.items():
+                for p, g in zip(layer.parameters(), grads[n], strict=True):
+                    assert_close(p.grad, g, 1e-12, f"{what}, layer {n}")
+            for direction, expected_norms in norms.items():
+                got = stack.stats.residual_norms[direction]
+                assert len(got) == len(expected_norms), f"{what}: {got} {expected_norms}"
+                assert all(abs(a - b) < 1e-12 for a, b in zip(got, expected_norms, strict=True)), what
+                assert stack.stats.iterations[direction] == options.iterations(direction)
+
+
+def work_is_optimal(comm):
+    """(1,1): every layer once forwards, one combined vjp each, and on the adjoint chain an input-only vjp for each
+    interval but the last, whose coarse step nothing is computed from."""
+    for steps, cfactor, levels in ((32, 4, 2), (32, 8, 2), (13, 4, 2), (5, 2, 2), (32, 2, 3), (13, 3, 3), (1, 4, 2)):
+        layers, x = [Residual() for _ in range(steps)], torch.randn(3, 4)
+        intervals = -(-steps // cfactor)
+        stack = LayerParallel(layers, MGRIT(levels, cfactor, 1, 1), comm=comm)
+        backward(stack, x)
+        counts = [summed(comm, stack.stats, k) for k in ("forward", "combined_vjp", "input_vjp", "parameter_vjp")]
+        assert counts == [steps, steps, intervals - 1, 0], f"N {steps}, cf {cfactor}, levels {levels}: {counts}"
+        stack.options = MGRIT(1)
+        backward(stack, x)
+        counts = [summed(comm, stack.stats, k) for k in ("forward", "combined_vjp", "input_vjp", "parameter_vjp")]
+        assert counts == [steps, steps, 0, 0], counts
+        # Each further iteration: one F-relaxation of every interval but the last, from the C-points' new values. The
+        # first C-point never gets a new one, so the cycle between the first and the last finds its step done.
+        stack.options = MGRIT(2, cfactor, 3, 1)
+        backward(stack, x)
+        last = steps - (intervals - 1) * cfactor
+        expected = steps + 2 * (steps - last) - (intervals > 1)
+        assert summed(comm, stack.stats, "forward") == expected, (steps, cfactor, expected)
+        with torch.no_grad():
+            stack(x)
+        assert summed(comm, stack.stats, "forward") == expected
+        assert summed(comm, stack.stats, "combined_vjp") == 0
+    recomputing = LayerParallel([Residual() for _ in range(12)], MGRIT(2, 3, 1, 1), comm=comm, recompute=True)
+    backward(recomputing, torch.randn(3, 4))
+    assert summed(comm, recomputing.stats, "forward") == 12 + 12 + 3
+
+
+class Split(nn.Module):
+    """x + W tanh(V x) with a backward of its own in two halves."""
+
+    def __init__(self, dim=4):
+        super().__init__()
+        self.inner, self.outer = (nn.Parameter(torch.randn(dim, dim) * 0.3) for _ in range(2))
+
+    def forward(self, x):
+        return x + torch.tanh(x @ self.inner.t()) @ self.outer.t()
+
+    def split_forward(self, x):
+        hidden = torch.tanh(x @ self.inner.t())
+        return x + hidden @ self.outer.t(), SplitTape(self, x, hidden)
+
+
+class SplitTape:
+    def __init__(self, layer, x, hidden):
+        self.layer, self.x, self.hidden = layer, x, hidden
+
+    def input_vjp(self, grad):
+        self.grad, self.inner_grad = grad, (grad @ self.layer.outer) * (1 - self.hidden**2)
+        return grad + self.inner_grad @ self.layer.inner
+
+    def weight_vjp(self):
+        return [self.inner_grad.t() @ self.x, self.grad.t() @ self.hidden]
+
+
+def split_backward_needs_no_second_visit(comm):
+    torch.set_default_dtype(torch.float64)
+    layers, x = [Split() for _ in range(13)], torch.randn(3, 4)
+    reference = copies(layers)
+    plain(reference, x).square().sum().backward()
+    for options in (MGRIT(2, 4, 4, 4), MGRIT(1)):
+        stack = LayerParallel(copies(layers), options, comm=comm)
+        backward(stack, x)
+        assert_gradients_equal(stack, reference)
+    stack = LayerParallel(copies(layers), MGRIT(2, 4, 1, 1), comm=comm)
+    backward(stack, x)
+    counts = [summed(comm, stack.stats, k) for k in ("forward", "combined_vjp", "input_vjp", "parameter_vjp")]
+    assert counts == [13, 0, 13, 13], counts
+
+
+def graphs_are_freed_as_they_are_used(comm):
+    """In the last adjoint sweep the tapes held fall one by one; outside a pass none are held."""
+    from mlpint import propagators
+
+    held, finish = [], propagators.Stream.finish
+
+    def watched(self, *args):
+        result = finish(self, *args)
+        held.append(len(self.tapes))
+        return result
+
+    propagators.Stream.finish = watched
+    try:
+        stack = LayerParallel([Residual() for _ in range(12)], MGRIT(2, 3, 2, 2), comm=comm)
+        backward(stack, torch.randn(3, 4))
+    finally:
+        propagators.Stream.finish = finish
+    assert held == list(reversed(range(len(stack.local_layers)))), held
+
+
+def tolerance_stops_early(comm):
+    torch.set_default_dtype(torch.float64)
+    layers, x = [Residual(scale=0.05) for _ in range(24)], torch.randn(3, 4)
+    reference = copies(layers)
+    plain(reference, x).square().sum().backward()
+    stack = LayerParallel(copies(layers), MGRIT(2, 3, 8, 8, tolerance=1e-6), comm=comm)
+    y, _ = backward(stack, x)
+    for direction in ("forward", "backward"):
+        iterations, norms = stack.stats.iterations[direction], stack.stats.residual_norms[direction]
+        assert 1 < iterations < 8 and len(norms) == iterations, (iterations, norms)
+        assert norms[-2] > norms[-1]
+        assert stack.stats.convergence_factor[direction] < 0.5
+    assert_close(y, plain(reference, x), 1e-5)
+    assert_gradients_equal(stack, reference, 1e-4)
+    stack.options = MGRIT(2, 3, 2, 2, tolerance=1e-14)  # never reached: all iterations are done
+    backward(stack, x)
+    assert stack.stats.iterations == {"forward": 2, "backward": 2}
+    assert len(stack.stats.residual_norms["forward"]) == 2
+
+
+def results_do_not_depend_on_the_ranks(comm):
+    """Inexact, float32: bit for bit what one process alone computes."""
+    from drop_in import one
+
+    torch.set_default_dtype(torch.float32)
+    for levels, relaxation in itertools.product((2, 3), ("F", "FCF")):
+        layers, x = [Residual() for _ in range(13)], torch.randn(3, 4)
+        options = MGRIT(levels, 3, 2, 2, relaxation)
+        stack, alone = (LayerParallel(copies(layers), options, comm=c) for c in (comm, one()))
+        for got, expected in zip(backward(stack, x), backward(alone, x), strict=True):
+            assert torch.equal(got, expected)
+        for n, layer in stack.local_layers.items():
+            for p, q in zip(layer.parameters(), alone.local_layers[n].parameters(), strict=True):
+                assert torch.equal(p.grad, q.grad)
+
+
+def large_states(comm):
+    """Messages far over any MPI's eager limit, in both directions at once."""
+    layers, x = [Residual(64) for _ in range(8)], torch.randn(4096, 64)
+    reference = copies(layers)
+    expected = plain(reference, x)
+    stack = LayerParallel(copies(layers), MGRIT(2, 2, 4, 4), comm=comm)
+    assert_close(stack(x), expected, 1e-5)
+
+
+if __name__ == "__main__":
+    run(
+        [
+            exact_after_enough_iterations,
+            one_iteration_fewer_is_not_exact,
+            inexact_iterations_are_the_textbook_s,
+            work_is_optimal,
+            split_backward_needs_no_second_visit,
+            graphs_are_freed_as_they_are_used,
+            tolerance_stops_early,
+            results_do_not_depend_on_the_ranks,
+            large_states,
+        ]
+    )
