@@ -1,6 +1,6 @@
-# make run    train on two ranks          make test       the tests        make wheel  a manylinux wheel in dist/
-# make bench  time against the baselines  make test-slow  the long ones    make lint   style of Python and C++
-# make clean  remove what make made       make test-gpu   those on a GPU   make format mend the style
+# make run    train on two ranks           make test       the tests        make wheel   a manylinux wheel in dist/
+# make bench  time against plain PyTorch   make test-slow  the long ones    make lint    style of Python and C++
+# make clean  all but results (runs/)      make test-gpu   those on a GPU   make format  mend the style
 # All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
