@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -35,11 +36,8 @@ class Group(Protocol):
     def announce(self) -> None:
         """Tells the other ranks that this one is leaving."""
 
-    def absent(self) -> list[int] | None:
-        """Ranks that have not left yet; None where there is no more use in waiting for them."""
-
-    def stall_limit(self) -> float:
-        """Seconds to wait for them."""
+    def see_off(self) -> None:
+        """Waits for the other ranks to leave too; raises if they do not."""
 
     def abort(self) -> NoReturn:
         """Ends every rank with a non-zero exit code."""
@@ -82,19 +80,19 @@ def _leave() -> None:
         for group in _groups:
             group.announce()
         for group in _groups:
-            _see_off(group)
+            group.see_off()
     except BaseException as error:
         _end(traceback.format_exception(error))
 
 
-def _see_off(group: Group) -> None:
-    start, pause = time.monotonic(), 1e-4
-    while absent := group.absent():
-        if time.monotonic() - start > group.stall_limit():
-            names = ", ".join(map(str, absent))
-            _end([f"has come to its end and waited {group.stall_limit():.0f} s for rank {names} to do the same"])
+def _poll(done: Callable[[], bool], seconds: float) -> bool:
+    limit, pause = time.monotonic() + seconds, 1e-4
+    while not done():
+        if time.monotonic() > limit:
+            return False
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
+    return True
 
 
 class MpiGroup:
@@ -121,16 +119,19 @@ class MpiGroup:
             if r != self.rank:
                 self._goodbyes.append(self._communicator.Isend([b"", 0, self._mpi.BYTE], r))
 
-    def absent(self) -> list[int] | None:
-        if self._mpi.Is_finalized():
-            return None
+    def see_off(self) -> None:
+        limit = self._transport.stall_limit
+        if not self._mpi.Is_finalized() and not _poll(self._all_left, limit):
+            absent = [str(r) for r in range(self._size) if r != self.rank and r not in self._left]
+            raise _core.TransferError(
+                f"rank {self.rank} came to the end of its script and waited {limit:.0f} s for rank "
+                f"{', '.join(absent)} to do the same; that rank is stopped, hung or out of step"
+            )
+
+    def _all_left(self) -> bool:
         self._transport.progress()
         self._listen()
-        absent = [r for r in range(self._size) if r != self.rank and r not in self._left]
-        return absent or [r for r, g in enumerate(self._goodbyes) if not g.Test()]
-
-    def stall_limit(self) -> float:
-        return self._transport.stall_limit
+        return len(self._left) == self._size - 1 and all(g.Test() for g in self._goodbyes)
 
     def abort(self) -> NoReturn:
         if not self._mpi.Is_finalized():
@@ -156,32 +157,24 @@ class TorchGroup:
     """The ranks of a torch.distributed group, where a lost connection shows who has left.
 
     Args:
-        store: the one the ranks met at.
+        store: the one the ranks met at, if it is known.
     """
-
-    _PATIENCE = 1.0  # a rank that leaves closes its connections, and so stays a while for what is on its way
 
     def __init__(self, rank: int, size: int, store) -> None:
         self.rank, self._size, self._store = rank, size, store
-        self._announced = 0.0
 
     def announce(self) -> None:
-        self._announced = time.monotonic()
-        self._count(1)
+        self._left(1)
 
-    def absent(self) -> list[int] | None:
-        if time.monotonic() - self._announced > self._PATIENCE:
-            return None
-        return None if self._count(0) >= self._size else [-1]
+    def see_off(self) -> None:
+        # Whoever leaves closes its connections, and so stays a while for what is on its way to it.
+        _poll(lambda: self._left(0) >= self._size, _GRACE)
 
-    def _count(self, more: int) -> int:
+    def _left(self, more: int) -> int:
         try:
-            return self._store.add("mlpint/left", more)
-        except RuntimeError:  # the store went with the rank that served it
+            return self._store.add("mlpint/left", more) if self._store else self._size
+        except RuntimeError:  # the store has gone with the rank that served it
             return self._size
-
-    def stall_limit(self) -> float:
-        return 2 * self._PATIENCE
 
     def abort(self) -> NoReturn:
         continue_stopped_siblings()

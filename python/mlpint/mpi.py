@@ -41,9 +41,7 @@ def _load(launch: Launch):
         options = mpi4py.rc.initialize, mpi4py.rc.finalize
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "suspicious MPI execution environment")  # we raise instead
-                from mpi4py import MPI
+            from mpi4py import MPI
         finally:
             mpi4py.rc.initialize, mpi4py.rc.finalize = options
     except (ImportError, RuntimeError) as error:
@@ -51,10 +49,12 @@ def _load(launch: Launch):
         raise RuntimeError(
             f"rank {launch.rank} of {launch.size} was started by {launch.launcher}, but there is no MPI library for "
             f"mpi4py ({reason}): {_USE_ANOTHER}"
-        ) from error
+        ) from None
     if launch.launcher.startswith("Open MPI") and MPI.get_vendor()[0] in ("MPICH", "Intel MPI", "MVAPICH"):
         raise RuntimeError(_mismatch(MPI, launch, "which is another MPI"))
-    MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment")  # `world` raises instead
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -38,12 +41,16 @@ class ProcessGroupTransport:
         self.size = dist.get_world_size(group)
 
     def send(self, to: int, tag: int, state) -> _Transfer:
-        works = [dist.isend(t, group=self.group, group_dst=to, tag=_TAGS + tag) for t in _tensors(state)]
-        return _Transfer(works, f"rank {self.rank} sending to rank {to}")
+        what = f"rank {self.rank} sending to rank {to}"
+        with _named(what):
+            works = [dist.isend(t, group=self.group, group_dst=to, tag=_TAGS + tag) for t in _tensors(state)]
+        return _Transfer(works, what)
 
     def receive(self, source: int, tag: int, state) -> _Transfer:
-        works = [dist.irecv(t, group=self.group, group_src=source, tag=_TAGS + tag) for t in _tensors(state)]
-        return _Transfer(works, f"rank {self.rank} receiving from rank {source}")
+        what = f"rank {self.rank} receiving from rank {source}"
+        with _named(what):
+            works = [dist.irecv(t, group=self.group, group_src=source, tag=_TAGS + tag) for t in _tensors(state)]
+        return _Transfer(works, what)
 
 
 def _tensors(state) -> list[torch.Tensor]:
@@ -65,15 +72,23 @@ class _Transfer:
         return not self.works
 
     def wait(self, seconds: float) -> None:
-        for work in self.works:
-            try:
+        with _named(self.what):
+            for work in self.works:
                 work.wait(timedelta(seconds=seconds))
-            except RuntimeError as error:
-                raise _core.TransferError(f"{self.what}: {_reason(str(error), seconds)}") from error
         self.works = []
 
 
-def _reason(text: str, seconds: float) -> str:
-    if "imed out" in text:
-        return f"nothing moved for {seconds:.0f} s; that rank is stopped, hung or out of step"
-    return f"connection lost, that process has ended ({text.splitlines()[0]})"
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of gloo, which name addresses, as errors that name ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if match := re.search(r"imed out waiting (\d+)ms", text):
+            reason = f"nothing moved for {int(match[1]) / 1000:.0f} s; that rank is stopped, hung or out of step"
+        elif re.search("onnection (closed|reset)|roken pipe", text):
+            reason = "connection lost; that process has ended or was killed"
+        else:
+            reason = text
+        raise _core.TransferError(f"{what}: {reason}") from None
