@@ -59,12 +59,11 @@ def load(path: str, sequence: int, vocabulary: int = 0) -> Corpus:
         name, (train, validation) = path, _split(_tokens(where), sequence)
     else:
         name, (train, validation) = path, _split(np.frombuffer(_text(where), np.uint8), sequence)
-    for part, tokens in (("training", train), ("validation", validation)):
-        if len(tokens) < sequence + 1:
-            raise DataError(
-                f"{name}: {len(tokens)} {part} tokens are too few for sequence = {sequence}; "
-                f"at least {sequence + 1} are needed"
-            )
+    if min(len(train), len(validation)) < sequence + 1:
+        raise DataError(
+            f"{name}: {len(train)} tokens to train on and {len(validation)} held out are too few for sequence = "
+            f"{sequence}; at least {sequence + 1} of each are needed"
+        )
     is_text = train.dtype == np.uint8
     if is_text and 0 < vocabulary < 256:
         raise DataError(f"vocabulary = {vocabulary}: must be at least 256 for {name}, which is read as bytes")
@@ -72,9 +71,8 @@ def load(path: str, sequence: int, vocabulary: int = 0) -> Corpus:
 
 
 def _split(tokens: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    held_out = max(len(tokens) // 10, sequence + 1)
-    cut = max(len(tokens) - held_out, 0)
-    return tokens[:cut], tokens[cut:]
+    held_out = min(max(len(tokens) // 10, sequence + 1), len(tokens))
+    return tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
 
 
 def _tokens(path: Path) -> np.ndarray:
