@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch
 from mlpint import _core, nccl
 
 HERE = Path(__file__).parent
@@ -29,37 +29,19 @@ def library(tmp_path_factory):
     return _compile(tmp_path_factory.mktemp("nccl"))
 
 
-def _start(ranks, checks, library):
-    """Runs the checks on so many ranks, connected by gloo; no launcher needed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "MLPINT_NCCL": str(library), "OMP_NUM_THREADS": "1", "MLPINT_STALL_LIMIT": "30"}
-    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(HERE / "nccl_worker.py"), *checks]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(command, env=env | {"RANK": str(r)}, **pipes) for r in range(ranks)]
-    try:
-        outputs = [p.communicate(timeout=60)[0] for p in started]
-    finally:
-        for p in started:
-            p.kill()
-    for r, (p, output) in enumerate(zip(started, outputs, strict=True)):
-        assert p.returncode == 0, f"rank {r}:\n{output}"
-        for check in checks:
-            assert f"rank {r}: {check} passed" in output
-
-
 @pytest.mark.parametrize(
-    ("ranks", "checks"),
+    ("ranks", "launcher", "checks"),
     [
-        (2, ["traffic", "order", "devices", "failures", "found", "stack"]),
-        (3, ["traffic", "order", "devices", "stack"]),
-        (4, ["traffic"]),
+        (2, "torchrun", ("traffic", "order", "devices", "failures", "found", "stack")),
+        (3, "mpich", ("traffic", "order", "devices", "found", "stack")),
+        (4, "mpich", ("traffic",)),
     ],
 )
-def test_ranks(ranks, checks, library):
-    _start(ranks, checks, library)
+def test_ranks(ranks, launcher, checks, library):
+    environment = {"MLPINT_NCCL": str(library), "MLPINT_STALL_LIMIT": "30", "CUDA_VISIBLE_DEVICES": ""}
+    result = launch.run(HERE / "nccl_worker.py", ranks, launcher, checks, environment).check()
+    for check in checks:
+        assert result.stdout.count(f"{check} passed") == ranks
 
 
 def test_one_process(library, monkeypatch):
