@@ -82,8 +82,9 @@ def main() -> None:
             )
             if args.json:
                 with open(args.json, "a") as file:
-                    record = vars(args) | {"setting": setting, "ranks": comm.size, "serial": serial, "parallel": parallel}
-                    file.write(json.dumps(record | {"machine": platform.processor() or platform.machine()}) + "\n")
+                    times = {"setting": setting, "ranks": comm.size, "serial": serial, "parallel": parallel}
+                    machine = {"machine": platform.processor() or platform.machine()}
+                    file.write(json.dumps(vars(args) | times | machine) + "\n")
 
 
 if __name__ == "__main__":

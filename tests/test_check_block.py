@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mlpint.testing import check_block
 from torch import nn
+
+from mlpint.testing import check_block
 
 
 class Good(nn.Module):

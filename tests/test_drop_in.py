@@ -1,6 +1,7 @@
 """LayerParallel does what the unwrapped modules do; the checks are in programs/drop_in.py."""
 
 import pytest
+
 from scenarios import JOBS, check, names
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from mlpint import MGRIT, LayerParallel, clip_grad_norm_
 from torch import nn
+
+from mlpint import MGRIT, LayerParallel, clip_grad_norm_
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The solver computes what MGRIT is, with the work it promises; the checks are in programs/solver.py."""
 
 import pytest
+
 from scenarios import JOBS, check, names
 
 

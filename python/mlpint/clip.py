@@ -26,8 +26,8 @@ def _square(tensors: list[torch.Tensor]) -> float:
 def squared_grad_norm(model: nn.Module) -> float:
     """Sum of squares of all gradients of the unwrapped model, each parameter counted once. Collective.
 
-    Added up layer by layer in the order of the layers, whichever ranks hold them: the same to the last bit on every rank
-    and for any number of ranks.
+    Added up layer by layer in the order of the layers, whichever ranks hold them: the same to the last bit on every
+    rank and for any number of ranks.
     """
     stacks = list(stacks_of(model))
     counted: set[nn.Parameter] = set()
@@ -55,8 +55,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
         max_norm: positive; ``math.inf`` measures without scaling.
 
     Returns:
-        The norm before scaling, the same on every rank. Where it is not finite, so are the gradients afterwards, as with
-        ``torch.nn.utils.clip_grad_norm_``.
+        The norm before scaling, the same on every rank. Where it is not finite, so are the gradients afterwards, as
+        with ``torch.nn.utils.clip_grad_norm_``.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm!r}: must be positive")

@@ -24,27 +24,29 @@ from .stats import Stats
 class LayerParallel(nn.Module):
     """Runs ``for layer in layers: x = layer(x, *args, **kwargs)`` with the layers spread over ranks.
 
-    Every rank runs the same script on the same batch: x is the same on every rank, and so is the result. Each rank keeps
-    only its own layers. ``loss.backward()`` gives their parameters, x, and any tensor argument that requires it their
-    gradients. With exact options the result is that of the plain loop; otherwise it is MGRIT's (arXiv 2601.09026).
+    Every rank runs the same script on the same batch: x is the same on every rank, and so is the result. Each rank
+    keeps only its own layers. ``loss.backward()`` gives their parameters, x, and any tensor argument that requires it
+    their gradients. With exact options the result is that of the plain loop; otherwise it is MGRIT's
+    (arXiv 2601.09026).
 
     Args:
-        layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer whose
-            state is one tensor may return a tuple that starts with it (Hugging Face).
+        layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer
+            whose state is one tensor may return a tuple that starts with it (Hugging Face).
         options: how the depth is solved; may be replaced between steps through :attr:`options`.
 
     Keyword args:
         comm: a :class:`mlpint.Comm`, an mpi4py communicator or a torch process group; by default the one that
             :func:`mlpint.init` found, or this process alone.
         step_size: h of x + h F(x), F(x) = layer(x) - x. At 1 the layer itself is called.
-        open_layers, close_layers: so many first and last layers are swept serially, at step size 1, on the first and last
-            rank ("buffer layers").
+        open_layers, close_layers: so many first and last layers are swept serially, at step size 1, on the first and
+            last rank ("buffer layers").
         layout: ``"block"``: each rank owns consecutive layers.
         recompute: keep only the states and evaluate layers again for their gradients (activation checkpointing).
         serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
             arguments whose first dimension is the batch's are sliced along.
 
-    A layer that has ``split_forward`` (see :class:`mlpint.tapes.SplitTape`) does without the second input-vjp at C-points.
+    A layer that has ``split_forward`` (see :class:`mlpint.tapes.SplitTape`) does without the second input-vjp at
+    C-points.
 
     Raises:
         ValueError: no layers, options out of range, or ranks that disagree on any of these.

@@ -16,8 +16,8 @@ class MGRIT:
     Args:
         levels: number of levels; 1 is always the exact serial sweep.
         cfactor: coarsening factor, layers (points) per interval.
-        forward_iters: iterations of the forward solve. Iteration 1 is the coarse solve alone, each further one a V-cycle;
-            0 is the exact serial sweep.
+        forward_iters: iterations of the forward solve. Iteration 1 is the coarse solve alone, each further one a
+            V-cycle; 0 is the exact serial sweep.
         backward_iters: the same for the adjoint solve.
         relaxation: ``"F"`` or ``"FCF"``.
         coarse: coarse operator, ``"injection"`` (first layer of the interval, stretched over it) or ``"identity"``.

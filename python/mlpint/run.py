@@ -67,7 +67,7 @@ class Run:
         self._arguments = [substitute.get(t, t) if isinstance(t, torch.Tensor) else t for t in leaves]
 
     def _make_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[Stream]:
-        """One stream for the whole batch, or one for each microbatch where the pipeline of exact sweeps is asked for."""
+        """One stream for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
         stack, batch = self.stack, self.state.tensors[0].shape[:1]
         count = min(stack.serial_microbatches, *batch) if self.options.exact and batch else 1
         self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []

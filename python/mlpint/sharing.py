@@ -21,8 +21,8 @@ _TAG = USER_TAG + 1
 class SharedParameters:
     """Parameters that belong to layers of several ranks (one module used by several layers, tied weights).
 
-    Each of those ranks holds a replica. They start equal and stay equal because each gets the same summed gradient, added
-    up in rank order on the lowest of them.
+    Each of those ranks holds a replica. They start equal and stay equal because each gets the same summed gradient,
+    added up in rank order on the lowest of them.
     """
 
     def __init__(self, layers: list[nn.Module], rank_of: Callable[[int], int], comm: Comm) -> None:

@@ -61,7 +61,7 @@ def _check_replay(name, evaluate, state) -> None:
         again = evaluate(state)
     if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
         raise ValueError(
-            f"{name} is not replayable: evaluated twice at the same input under the same dropout key it gives different "
+            f"{name} is not replayable: evaluated twice at the same input under the same dropout key it gives other "
             "outputs. Draw random numbers from torch's default generators only, and keep no state between evaluations"
         )
 

@@ -1,11 +1,12 @@
 """LayerParallel against the unwrapped modules under plain autograd: everything a drop-in has to get right.
 
-The scenarios run on any number of ranks; every rank computes the reference for itself. "exact" options, and MGRIT with so
-many iterations that it is exact, must both agree with the loop.
+The scenarios run on any number of ranks; every rank computes the reference for itself. "exact" options, and MGRIT with
+so many iterations that it is exact, must both agree with the loop.
 """
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 from layers import Attention, Residual, assert_close, assert_gradients_equal, copies, plain
@@ -45,7 +46,7 @@ def compare(comm, layers, x, *args, options=None, tolerance=1e-12, extras=(), **
         reference = copies(layers)
         stack = LayerParallel(copies(layers), o, comm=comm)
         results = []
-        for network in (lambda *a, **k: plain(reference, *a, **k), stack):
+        for network in (partial(plain, reference), stack):
             leaf = x.clone().requires_grad_()
             own = {e: e.detach().clone().requires_grad_() for e in extras}
             a = [own.get(v, v) if isinstance(v, torch.Tensor) else v for v in args]
@@ -108,7 +109,7 @@ def tuples_as_states(comm):
     for options in (EXACT, converged(6), dataclasses.replace(EXACT, backward_iters=3)):
         reference, stack = copies(layers), LayerParallel(copies(layers), options, comm=comm)
         results = []
-        for network in (lambda s, **k: plain(reference, s, **k), stack):
+        for network in (partial(plain, reference), stack):
             leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in state]
             x, y, lengths = network(tuple(leaves), scale=0.7)
             assert torch.equal(lengths, state[2])
@@ -266,7 +267,7 @@ def non_contiguous_gradients(comm):
     for options in (EXACT, converged(5)):
         reference, stack = copies(layers), LayerParallel(copies(layers), options, comm=comm)
         leaves = []
-        for network in (lambda x: plain(reference, x), stack):
+        for network in (partial(plain, reference), stack):
             leaf = x.t().contiguous().requires_grad_()
             (network(leaf.t()).t() * weight).sum().backward()
             network(leaf.t()).sum().backward()  # an expanded gradient
@@ -317,8 +318,10 @@ def tied_embeddings_and_training(comm):
                 loss = nn.functional.cross_entropy(m(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
                 optimizer.zero_grad()
                 loss.backward()
-                clip = nn.utils.clip_grad_norm_(m.parameters(), 0.3) if m is reference else mlpint.clip_grad_norm_(m, 0.3)
-                norms.append(float(clip))
+                if m is reference:
+                    norms.append(float(nn.utils.clip_grad_norm_(m.parameters(), 0.3)))
+                else:
+                    norms.append(mlpint.clip_grad_norm_(m, 0.3))
                 optimizer.step()
             assert abs(norms[0] - norms[1]) <= 1e-10 * norms[0], norms
         theirs, ours = reference.state_dict(), model.state_dict()
@@ -460,7 +463,7 @@ def pipelined_exact_sweeps(comm):
         reference = copies(layers)
         stack = LayerParallel(copies(layers), EXACT, comm=comm, serial_microbatches=count)
         results = []
-        for network in (lambda x, **k: plain(reference, x, **k), stack):
+        for network in (partial(plain, reference), stack):
             leaf, extra = x.clone().requires_grad_(), bias.clone().requires_grad_()
             y = network(leaf, bias=extra)
             y.square().sum().backward()

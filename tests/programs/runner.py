@@ -12,8 +12,8 @@ import mlpint
 def run(scenarios):
     """Every scenario gets the Comm; one that raises on some rank is reported with the text of the lowest such rank.
 
-    A scenario must fail on all ranks or end the job: after a failure on one rank alone the ranks are out of step, and the
-    stall limit ends the job.
+    A scenario must fail on all ranks or end the job: after a failure on one rank alone the ranks are out of step, and
+    the stall limit ends the job.
     """
     torch.set_num_threads(1)
     comm = mlpint.init()
