@@ -56,11 +56,11 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.python $(PACKAGE)
-	$(INSTALL) '.[mpich]'
+	$(INSTALL) $(if $(wildcard $@),-q) '.[mpich]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python $(PACKAGE)
-	$(INSTALL) '.[mpich,test,hf]'
+	$(INSTALL) $(if $(wildcard $@),-q) '.[mpich,test,hf]'
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml constraints.txt
