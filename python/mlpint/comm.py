@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
 _DEFAULT_STALL_LIMIT = 600.0
 
 _current: Comm | None = None
+_given: dict[int, tuple[Any, Comm]] = {}  # by id: a communicator of the user's, kept alive, and what was made of it
 
 
 def init(*, stall_limit: float | None = None, backend: str | None = None) -> Comm:
@@ -31,7 +33,7 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
         backend: "mpi", "gloo" or "self" to insist on one, without NCCL; by default what the launcher suggests.
 
     Raises:
-        RuntimeError: the launcher's MPI is missing or is not the one that mpi4py loads; says what to do.
+        LaunchError: a RuntimeError; the launcher's MPI is missing or not the one that mpi4py loads; says what to do.
         ValueError: a stall limit that is not a positive number, an unknown backend, or one that the launcher has not.
     """
     global _current
@@ -56,8 +58,9 @@ def _start(stall_limit: float, backend: str | None) -> Comm:
     if kind == "mpi":
         from . import mpi
 
-        comm = _mpi_comm(mpi.world(launch), stall_limit)
-        return comm if backend else _over_gpus(comm)
+        with guard.time_limit(stall_limit):
+            comm = _mpi_comm(mpi.world(launch), stall_limit)
+        return _over_gpus(comm, nccl=not backend)
     if kind == "torch":
         import torch.distributed as dist
 
@@ -65,7 +68,11 @@ def _start(stall_limit: float, backend: str | None) -> Comm:
 
         store = process_group.start(launch, stall_limit)
         comm = _group_comm(dist.group.WORLD, stall_limit, launch.local_rank, store)
-        return comm if backend else _over_gpus(comm)
+        return _over_gpus(comm, nccl=not backend)
+    return _alone(stall_limit)
+
+
+def _alone(stall_limit: float) -> Comm:
     return Comm(_core.SelfTransport(), "self", 0, stall_limit)
 
 
@@ -100,14 +107,22 @@ def _group_comm(group, stall_limit: float, local_rank: int, store=None) -> Comm:
     return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
 
 
-def _over_gpus(comm: Comm) -> Comm:
-    """The same ranks with NCCL for what is on GPUs, where every rank has one of its own."""
-    from . import nccl
+def _over_gpus(comm: Comm, nccl: bool = True) -> Comm:
+    """The same ranks with a way for what is on GPUs: NCCL where every rank has one of its own, else by the host."""
+    from .nccl import nccl_transport, own_gpu_each
 
-    if comm.size == 1 or not nccl.own_gpu_each(comm):
+    if comm.size == 1:
         return comm
-    transport = nccl.nccl_transport(comm.transport, comm.device)
-    return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
+    if own_gpu_each(comm) and nccl:
+        transport = nccl_transport(comm.transport, comm.device)
+        return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
+    if comm.device.type == "cuda":
+        from .staged import StagedTransport
+
+        torch.cuda.set_device(comm.device)
+        transport = _core.PythonTransport(StagedTransport(comm.transport))
+        return Comm(transport, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
+    return comm
 
 
 class Comm:
@@ -137,17 +152,27 @@ class Comm:
         process group, sub-groups included. Collective over the ranks of x."""
         if isinstance(x, Comm):
             return x
+        limit = _current.stall_limit if _current else _stall_limit(None)
         if x is None:
-            return _current or Comm(_core.SelfTransport(), "self", 0, _stall_limit(None))
+            return _current or _alone(limit)
+        if id(x) in _given:
+            return _given[id(x)][1]
         from . import mpi
 
         if mpi.is_communicator(x):
-            return _over_gpus(_mpi_comm(x, _stall_limit(None)))
-        import torch.distributed as dist
+            comm = _alone(limit) if x.size == 1 else _over_gpus(_mpi_comm(x, limit))
+        else:
+            import torch.distributed as dist
 
-        if isinstance(x, dist.ProcessGroup):
-            return _over_gpus(_group_comm(x, _stall_limit(None), launchers.detect().local_rank))
-        raise TypeError(f"comm must be None, a Comm, an mpi4py communicator or a torch ProcessGroup, got {type(x)!r}")
+            if not isinstance(x, dist.ProcessGroup):
+                raise TypeError(
+                    f"comm must be None, a Comm, an mpi4py communicator or a torch ProcessGroup, got {x!r} of type "
+                    f"{type(x).__name__}"
+                )
+            alone = dist.get_world_size(x) == 1
+            comm = _alone(limit) if alone else _over_gpus(_group_comm(x, limit, launchers.detect().local_rank))
+        _given[id(x)] = x, comm
+        return comm
 
     @property
     def stall_limit(self) -> float:
@@ -158,6 +183,8 @@ class Comm:
     def stall_limit(self, seconds: float) -> None:
         self.transport.stall_limit = seconds
         self.transport.control.stall_limit = seconds
+        if isinstance(self._keep, Comm):
+            self._keep.stall_limit = seconds
 
     def __repr__(self) -> str:
         return f"Comm(rank={self.rank}, size={self.size}, name={self.name!r}, device={str(self.device)!r})"
@@ -173,18 +200,20 @@ class Comm:
         """Overwrites `tensor` with that of rank `root`; any shape and dtype, alike on all ranks. Returns it."""
         self._check_root(root)
         if self.size > 1:
-            transport, moved = self._movable(tensor)
-            transport.broadcast(State([moved]), root)
-            if moved is not tensor:
-                _assign(tensor, moved)
+            moved = tensor.detach().contiguous()
+            self._transport(tensor).broadcast(State([moved]), root)
+            _assign(tensor, moved)
         return tensor
 
     def sum_ordered(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over ranks, added in rank order, and so equal to the last bit everywhere."""
-        if self.size == 1 or not tensors:
+        if self.size == 1:
             return
-        routed = [self._movable(t) for t in tensors]
-        transport, moved = routed[0][0], [m for _, m in routed]
+        for kind in dict.fromkeys(t.device.type for t in tensors):
+            self._sum([t for t in tensors if t.device.type == kind])
+
+    def _sum(self, tensors: list[torch.Tensor]) -> None:
+        transport, moved = self._transport(tensors[0]), [t.detach().contiguous() for t in tensors]
         if self.rank == 0:
             arriving = State(torch.empty_like(m) for m in moved)
             for r in range(1, self.size):
@@ -196,8 +225,7 @@ class Comm:
             transport.flush()
         transport.broadcast(State(moved), 0)
         for tensor, m in zip(tensors, moved, strict=True):
-            if m is not tensor:
-                _assign(tensor, m)
+            _assign(tensor, m)
 
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all ranks, in rank order, on every rank; any lengths."""
@@ -207,7 +235,7 @@ class Comm:
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(message)
         if self.rank > 0:
-            control.post(0, _GATHER, State([lengths[self.rank :][:1].clone()]))
+            control.post(0, _GATHER, State([lengths[self.rank : self.rank + 1].clone()]))
             control.post(0, _GATHER, State([_bytes_tensor(message)]))
         else:
             parts = [message]
@@ -251,15 +279,8 @@ class Comm:
         if not 0 <= root < self.size:
             raise ValueError(f"root must be a rank from 0 to {self.size - 1}, got {root}")
 
-    def _movable(self, tensor: torch.Tensor):
-        """The transport for a tensor, and that tensor in contiguous memory which that transport can move."""
-        tensor = tensor.detach()
-        control = self.transport.control
-        if tensor.device.type == "cpu":
-            return control, tensor.contiguous()
-        if self.name == "nccl":
-            return self.transport, tensor.contiguous()
-        return control, tensor.cpu().contiguous()
+    def _transport(self, tensor: torch.Tensor) -> _core.Transport:
+        return self.transport.control if tensor.device.type == "cpu" else self.transport
 
 
 def _device(local_rank: int) -> torch.device:
@@ -269,8 +290,9 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(value)
+    if value.data_ptr() != tensor.data_ptr():  # else it is the tensor's own memory, which was contiguous
+        with torch.no_grad():
+            tensor.copy_(value)
 
 
 def _bytes_tensor(message: bytes) -> torch.Tensor:

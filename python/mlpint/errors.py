@@ -11,6 +11,10 @@ class ConfigError(UserError, ValueError):
     """An unknown key or a value out of range."""
 
 
+class LaunchError(UserError, RuntimeError):
+    """A launcher that does not fit: its MPI is missing, or is not the one that mpi4py loads."""
+
+
 class DataError(UserError):
     """Training text that cannot be read or is too short."""
 

@@ -13,18 +13,20 @@ A killed process is noticed by the launcher, a stopped one by the stall limit on
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 from . import _core
 
+_LAST_WORDS = 0.2  # seconds for the launcher to read what was written: an aborted mpirun may drop it
 _GRACE = 1.0  # seconds a message sent before its sender left may still take
 
 
@@ -59,6 +61,17 @@ def install(group: Group) -> None:
     _groups.append(group)
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends the process where the body takes longer. For MPI's own start, which holds Python's lock while it waits for
+    ranks that may have failed before they came that far."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _fail(kind, error, trace) -> NoReturn:
     _end(traceback.format_exception(kind, error, trace))
 
@@ -67,7 +80,7 @@ def _end(lines: list[str]) -> NoReturn:
     with suppress(Exception):
         sys.stdout.flush()
     rank = f"[rank {_groups[0].rank}] "
-    with suppress(Exception):
+    with suppress(Exception):  # nothing may keep the job from ending
         sys.stderr.write("".join(f"{rank}{line}\n" for line in "".join(lines).rstrip("\n").split("\n")))
         sys.stderr.flush()
     _groups[0].abort()
@@ -134,6 +147,7 @@ class MpiGroup:
         return len(self._left) == self._size - 1 and all(g.Test() for g in self._goodbyes)
 
     def abort(self) -> NoReturn:
+        time.sleep(_LAST_WORDS)
         if not self._mpi.Is_finalized():
             self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from . import _core
+from .errors import LaunchError
 from .launchers import Launch
 
 _USE_ANOTHER = (
@@ -18,12 +19,12 @@ def world(launch: Launch):
     """mpi4py's COMM_WORLD, initialised.
 
     Raises:
-        RuntimeError: no MPI library was found, or it is not the one whose mpirun started this process.
+        LaunchError: no MPI library was found, or it is not the one whose mpirun started this process.
     """
     MPI = _load(launch)
     size = MPI.COMM_WORLD.size
     if size != launch.size:
-        raise RuntimeError(_mismatch(MPI, launch, f"it sees {size} rank{'s' if size > 1 else ''}"))
+        raise LaunchError(_mismatch(MPI, launch, f"it sees {size} rank{'s' if size > 1 else ''}"))
     return MPI.COMM_WORLD
 
 
@@ -32,7 +33,7 @@ def _load(launch: Launch):
         from mpi4py import MPI
 
         if not MPI.Is_initialized():
-            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+            _meet_the_other_ranks(MPI)
         return MPI
     try:
         import mpi4py
@@ -46,16 +47,20 @@ def _load(launch: Launch):
             mpi4py.rc.initialize, mpi4py.rc.finalize = options
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(
+        raise LaunchError(
             f"rank {launch.rank} of {launch.size} was started by {launch.launcher}, but there is no MPI library for "
             f"mpi4py ({reason}): {_USE_ANOTHER}"
         ) from None
     if launch.launcher.startswith("Open MPI") and MPI.get_vendor()[0] in ("MPICH", "Intel MPI", "MVAPICH"):
-        raise RuntimeError(_mismatch(MPI, launch, "which is another MPI"))
+        raise LaunchError(_mismatch(MPI, launch, "which is another MPI"))
+    _meet_the_other_ranks(MPI)
+    return MPI
+
+
+def _meet_the_other_ranks(MPI) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "suspicious MPI execution environment")  # `world` raises instead
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    return MPI
 
 
 def _mismatch(MPI, launch: Launch, symptom: str) -> str:
