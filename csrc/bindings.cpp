@@ -54,6 +54,18 @@ class PythonPropagator final : public Propagator {
     py::gil_scoped_acquire gil;
     return wrap(object_.attr("empty")());
   }
+  State learnt_step(const CoarseStep& s, const State& u, const State& v) override {
+    py::gil_scoped_acquire gil;
+    return wrap(object_.attr("learnt_step")(s.position, s.length, unwrap(u), unwrap(v)));
+  }
+  bool learns() override {
+    py::gil_scoped_acquire gil;
+    return object_.attr("learns")().cast<bool>();
+  }
+  void observe(const CoarseStep& s, const State& u, const State& v, const State& end) override {
+    py::gil_scoped_acquire gil;
+    object_.attr("observe")(s.position, s.length, unwrap(u), unwrap(v), unwrap(end));
+  }
 
  private:
   py::object object_;

@@ -9,17 +9,15 @@
 
 namespace mlpint {
 
-struct CoarseStep {
-  int level;
-  int position;  // of its first fine step
-  int length;    // fine steps spanned
-};
-
 class CoarseOperator {
  public:
   virtual ~CoarseOperator() = default;
   // Whether `step` needs the fine step taken from u, v = Phi_0(u). It is evaluated once and reused by the fine sweep.
   virtual bool uses_fine_step() const = 0;
+  // Whether it has parameters to be learnt from the fine sweeps.
+  virtual bool learnt() const { return false; }
+  // Whether it evaluates all fine steps that it spans, so that they have to be on one rank.
+  virtual bool spans_fine_steps() const { return false; }
   virtual State step(Propagator&, const CoarseStep&, const State& u, const State& v) const = 0;
 };
 
@@ -39,10 +37,40 @@ class Identity final : public CoarseOperator {
   State step(Propagator&, const CoarseStep&, const State& u, const State&) const override { return u; }
 };
 
+// u + W (Phi_0(u) - u) + b with W a number (scaled) or a matrix (fitted), fitted per interval to the fine steps.
+class Learnt final : public CoarseOperator {
+ public:
+  bool uses_fine_step() const override { return true; }
+  bool learnt() const override { return true; }
+  State step(Propagator& p, const CoarseStep& s, const State& u, const State& v) const override {
+    return s.length == 1 ? v : p.learnt_step(s, u, v);
+  }
+};
+
+// All fine steps taken from the same point and added up: u + sum_q (Phi_q(u) - u). In the adjoint each is the product
+// with the layer at its own fine state. Costs what the fine steps cost, but they do not wait for each other.
+class Sum final : public CoarseOperator {
+ public:
+  bool uses_fine_step() const override { return true; }
+  bool spans_fine_steps() const override { return true; }
+  State step(Propagator& p, const CoarseStep& s, const State& u, const State& v) const override {
+    std::vector<Evaluation> others;
+    for (int q = 1; q < s.length; ++q) others.push_back({s.position + q, u, nullptr});
+    if (others.empty()) return v;
+    p.evaluate(others, s.level, Visit::relax);
+    State sum = v;
+    for (const Evaluation& e : others) sum = p.axpy(1.0, p.axpy(-1.0, u, e.output), sum);
+    return sum;
+  }
+};
+
 inline std::unique_ptr<CoarseOperator> make_coarse_operator(const std::string& name) {
   if (name == "injection") return std::make_unique<Injection>();
   if (name == "identity") return std::make_unique<Identity>();
-  throw std::invalid_argument("unknown coarse operator '" + name + "'; there are injection, identity");
+  if (name == "scaled" || name == "fitted") return std::make_unique<Learnt>();
+  if (name == "sum") return std::make_unique<Sum>();
+  throw std::invalid_argument("unknown coarse operator '" + name +
+                              "'; there are injection, scaled, fitted, sum, identity");
 }
 
 }  // namespace mlpint

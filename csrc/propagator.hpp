@@ -20,6 +20,13 @@ struct Evaluation {
   State output;  // set already where an earlier visit at the same input found it
 };
 
+// A step of a coarse level.
+struct CoarseStep {
+  int level;
+  int position;  // of its first fine step
+  int length;    // fine steps spanned
+};
+
 class Propagator {
  public:
   virtual ~Propagator() = default;
@@ -29,6 +36,13 @@ class Propagator {
   virtual State axpy(double a, const State& x, const State& y) = 0;           // a x + y
   virtual double squared_norm(const State& x) = 0;
   virtual State empty() = 0;  // memory for a state to be received
+
+  // For coarse operators that are learnt; their parameters are the propagator's. learns() says whether this solve is to
+  // be learnt from: then every coarse step this rank takes from a point of level 1 is observed once, after the last
+  // sweep, with the fine step v taken from its start u and what the fine steps arrive at.
+  virtual State learnt_step(const CoarseStep&, const State& u, const State& v) = 0;
+  virtual bool learns() = 0;
+  virtual void observe(const CoarseStep&, const State& u, const State& v, const State& end) = 0;
 };
 
 }  // namespace mlpint

@@ -38,6 +38,18 @@ Solver::Solver(Grid grid, Partition partition, std::vector<int> ranks, std::shar
     begin_.push_back(std::min(grid_.first_at(l, partition_.begin(slot_)), grid_.steps(l)));
     end_.push_back(std::min(grid_.first_at(l, partition_.end(slot_)), grid_.steps(l)));
   }
+  if (coarse_->spans_fine_steps())
+    for (int l = 1; l < levels; ++l)
+      for (int k = 0; k + 1 < grid_.steps(l); ++k) {
+        const int start = grid_.position(l, k), end = grid_.position(l, k + 1) - 1;
+        if (partition_.owner(start) != partition_.owner(end))
+          throw std::invalid_argument("this coarse operator evaluates all layers of an interval at once, and the " +
+                                      std::to_string(grid_.length(l, k)) + " layers of level " + std::to_string(l) +
+                                      " from depth " + std::to_string(start) + " are on ranks " +
+                                      std::to_string(ranks_[partition_.owner(start)]) + " and " +
+                                      std::to_string(ranks_[partition_.owner(end)]) +
+                                      "; take the cfactor the stack was made with and 2 levels, or fewer ranks");
+      }
   node_index_.resize(levels);
   for (int l = 1; l < levels; ++l)
     for (int k = 0; k <= grid_.steps(l); ++k)
@@ -150,10 +162,13 @@ SolveResult Solver::solve(Propagator& propagator, State initial, int iterations)
   }
 
   operation_ = "last sweep";
+  const bool learns = coarse_->learnt() && propagator.learns();
   const auto values = norms ? c_values() : std::vector<State>{};
-  const auto ends = relax(0, Visit::last, {/*ends=*/norms, /*last_interval=*/true});
+  if (learns) starts_.assign(nodes_.size(), {});
+  const auto ends = relax(0, Visit::last, {/*ends=*/norms || learns, /*last_interval=*/true});
   const bool norm_known = stops_early && result.iterations < iterations;
   if (norms && !norm_known) squares.push_back(squared_residual(values, ends));
+  if (learns) observe(ends);
   for (double square : squares) record_norm(square);
   result.final_value = std::move(final_value_);
   final_value_.reset();
@@ -328,13 +343,27 @@ std::vector<State> Solver::fine_step(const std::vector<Run*>& runs, const std::v
       e.input = std::move(n.value);
       if (n.kept) e.output = std::move(n.step);
       n = Node{};
+      if (!starts_.empty()) starts_[runs[i]->interval - begin_[1]].value = e.input;
     }
     runs[i]->value.reset();
     batch.push_back(std::move(e));
   }
   evaluate(batch, 0, visit);
   for (Evaluation& e : batch) values.push_back(std::move(e.output));
+  if (from_nodes && !starts_.empty())
+    for (std::size_t i = 0; i < runs.size(); ++i) starts_[runs[i]->interval - begin_[1]].step = values[i];
   return values;
+}
+
+// Shows the propagator what the coarse steps of level 1 should have arrived at.
+void Solver::observe(const std::vector<State>& ends) {
+  operation_ = "learning the coarse operator";
+  for (int K = begin_[1]; K < end_[1] && K + 1 < grid_.steps(1); ++K) {
+    const Node& start = starts_[K - begin_[1]];
+    if (grid_.length(1, K) > 1)
+      propagator_->observe({1, grid_.position(1, K), grid_.length(1, K)}, start.value, start.step, ends[K - begin_[1]]);
+  }
+  starts_.clear();
 }
 
 // --- one half of a V-cycle -------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class Solver {
   std::vector<State> fine_step(const std::vector<Run*>& runs, const std::vector<int>& ks, Visit visit, bool first);
   void c_relax(int level, std::vector<State> ends);
   std::vector<State> c_values() const;
+  void observe(const std::vector<State>& ends);
   double squared_residual(const std::vector<State>& values, const std::vector<State>& ends);
 
   const Grid grid_;
@@ -96,6 +97,7 @@ class Solver {
   // Of the solve under way.
   Propagator* propagator_ = nullptr;
   std::vector<Node> nodes_;            // own points of level 1
+  std::vector<Node> starts_;           // first fine steps of own intervals in the last sweep, where learnt from
   std::vector<std::vector<State>> g_;  // [level][own step]: right-hand side at the end of the step, null for zero
   TransferPtr chain_receive_;
   State chain_value_, final_value_;

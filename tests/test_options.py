@@ -19,7 +19,7 @@ from mlpint import MGRIT, LayerParallel, clip_grad_norm_
         ("forward_iters", -1, "integer of at least 0"),
         ("backward_iters", "1", "integer of at least 0"),
         ("relaxation", "CF", "one of F, FCF"),
-        ("coarse", "magic", "one of injection, identity"),
+        ("coarse", "magic", "one of injection, scaled, fitted, sum, identity"),
         ("tolerance", -1e-3, "number in"),
         ("tolerance", 1, "number in"),
         ("tolerance", float("nan"), "number in"),

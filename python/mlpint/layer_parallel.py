@@ -12,6 +12,7 @@ from torch import nn
 
 from ._core import Grid, Partition, Solver
 from .comm import Comm
+from .operators import LearntOperator
 from .options import MGRIT
 from .propagators import output_tensors
 from .random import LayerRandom
@@ -97,6 +98,7 @@ class LayerParallel(nn.Module):
             self.add_module(str(n), layer)
         self._shared = SharedParameters(layers, self.rank_of, self.comm)
         self._solvers: dict[tuple, Solver] = {}
+        self._learnt: dict[tuple[str, str], LearntOperator] = {}
         self._submodules: dict[int, list[nn.Module]] = {n: list(m.modules()) for n, m in self.local_layers.items()}
 
         seed = torch.tensor([torch.initial_seed() & (2**63 - 1)])
@@ -201,6 +203,16 @@ class LayerParallel(nn.Module):
                 norms=self.watch_residuals,
             )
         return self._solvers[key]
+
+    def learnt_operator(self, direction: str) -> LearntOperator | None:
+        """What the coarse operator of the current options has learnt; None where it learns nothing."""
+        kind = self._options.coarse
+        if kind not in ("scaled", "fitted"):
+            return None
+        key = (direction, kind)
+        if key not in self._learnt:
+            self._learnt[key] = LearntOperator(kind, affine=direction == "forward")
+        return self._learnt[key]
 
     # --- the pass ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-_COARSE = ("injection", "identity")
+_COARSE = ("injection", "scaled", "fitted", "sum", "identity")
 _RELAXATION = ("F", "FCF")
 
 
@@ -20,7 +20,10 @@ class MGRIT:
             V-cycle; 0 is the exact serial sweep.
         backward_iters: the same for the adjoint solve.
         relaxation: ``"F"`` or ``"FCF"``.
-        coarse: coarse operator, ``"injection"`` (first layer of the interval, stretched over it) or ``"identity"``.
+        coarse: coarse operator, what stands for the layers of an interval: ``"injection"``, its first layer stretched
+            over it; ``"scaled"`` and ``"fitted"``, the first layer times a number or a matrix learnt per interval
+            (:mod:`mlpint.operators`); ``"sum"``, all its layers from the same state, as dear as the exact sweep where
+            they are on one rank, and nearly as good; ``"identity"``, nothing.
         tolerance: stop earlier, once the residual norm is at most this times the norm of the initial value. 0 never
             looks at the residual, which saves an all-reduce an iteration.
 
@@ -33,7 +36,7 @@ class MGRIT:
     forward_iters: int = 2
     backward_iters: int = 1
     relaxation: Literal["F", "FCF"] = "F"
-    coarse: Literal["injection", "identity"] = "injection"
+    coarse: Literal["injection", "scaled", "fitted", "sum", "identity"] = "injection"
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import states
 from ._core import Visit
+from .operators import LearntOperator
 from .random import LayerRandom
 from .states import State
 from .stats import Stats
@@ -161,8 +162,8 @@ class _Propagator:
     operations = {Visit.relax: "relaxation", Visit.chain: "coarse sweep", Visit.last: "last sweep"}
     direction = ""
 
-    def __init__(self, stream: Stream, template: State, rank: int) -> None:
-        self.stream, self.template, self.rank = stream, template, rank
+    def __init__(self, stream: Stream, template: State, rank: int, operator: LearntOperator | None = None) -> None:
+        self.stream, self.template, self.rank, self.operator = stream, template, rank, operator
 
     extrapolate = staticmethod(states.extrapolate)
     axpy = staticmethod(states.axpy)
@@ -170,6 +171,15 @@ class _Propagator:
 
     def empty(self) -> State:
         return self.template.empty_like()
+
+    def learns(self) -> bool:
+        return self.operator.begin_pass()
+
+    def learnt_step(self, position: int, length: int, u: State, v: State) -> State:
+        return self.operator.step(position, length, u, v)
+
+    def observe(self, position: int, length: int, u: State, v: State, end: State) -> None:
+        self.operator.observe(position, length, u, v, end)
 
     def layer(self, position: int) -> int:
         raise NotImplementedError
@@ -204,8 +214,10 @@ class ForwardPropagator(_Propagator):
 
     direction = "forward"
 
-    def __init__(self, stream: Stream, template: State, rank: int, first: int) -> None:
-        super().__init__(stream, template, rank)
+    def __init__(
+        self, stream: Stream, template: State, rank: int, first: int, operator: LearntOperator | None = None
+    ) -> None:
+        super().__init__(stream, template, rank, operator)
         self.first = first
 
     def layer(self, position: int) -> int:
@@ -221,8 +233,10 @@ class AdjointPropagator(_Propagator):
 
     direction = "backward"
 
-    def __init__(self, stream: Stream, template: State, rank: int, last: int) -> None:
-        super().__init__(stream, template, rank)
+    def __init__(
+        self, stream: Stream, template: State, rank: int, last: int, operator: LearntOperator | None = None
+    ) -> None:
+        super().__init__(stream, template, rank, operator)
         self.last = last
 
     def layer(self, position: int) -> int:

@@ -111,7 +111,8 @@ class Run:
                 state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
                 if stack.owns_first:
                     state = self._serial_forward(stream, stack.open_indices, state)
-                propagator = ForwardPropagator(stream, state, self.comm.rank, stack.open_layers)
+                operator = stack.learnt_operator("forward")
+                propagator = ForwardPropagator(stream, state, self.comm.rank, stack.open_layers, operator)
                 final = self._solve("forward", propagator, state if stack.owns_first else None)
                 if final is not None:
                     finals.append(self._serial_forward(stream, stack.close_indices, final))
@@ -141,7 +142,9 @@ class Run:
                 lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
                 if stack.owns_last:
                     lam = self._serial_backward(stream, stack.close_indices, lam)
-                propagator = AdjointPropagator(stream, lam, self.comm.rank, stack.open_layers + stack.depth - 1)
+                operator = stack.learnt_operator("backward")
+                last = stack.open_layers + stack.depth - 1
+                propagator = AdjointPropagator(stream, lam, self.comm.rank, last, operator)
                 final = self._solve("backward", propagator, lam if stack.owns_last else None)
                 if final is not None:
                     finals.append(self._serial_backward(stream, stack.open_indices, final))

@@ -496,6 +496,21 @@ def idle_ranks_are_reported(comm):
 
 
 @float64
+def operators_that_the_ranks_do_not_allow(comm):
+    """sum evaluates all layers of an interval where the first is."""
+    stack = LayerParallel([Residual() for _ in range(8)], MGRIT(cfactor=2, coarse="sum"), comm=comm)
+    stack(torch.randn(3, 4))
+    stack.options = MGRIT(cfactor=5, coarse="sum")
+    border_inside = any(stack.rank_of(p) != stack.rank_of(p + 4) for p in (0,))
+    try:
+        stack(torch.randn(3, 4))
+    except ValueError as error:
+        assert border_inside and "take the cfactor the stack was made with" in str(error), error
+    else:
+        assert not border_inside
+
+
+@float64
 def layers_that_change_shape_or_dtype(comm):
     class Wrong(Residual):
         def __init__(self, how):
