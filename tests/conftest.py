@@ -1,4 +1,4 @@
-"""Every test runs with one torch thread, like the ranks it starts, and with the same random examples each time."""
+"""Every test runs with one torch thread, like the ranks it starts, and with the same random numbers each time."""
 
 import os
 
@@ -19,3 +19,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
