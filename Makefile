@@ -29,8 +29,9 @@ test-gpu: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m gpu $(ARGS)
 
 bench: $(VENV)/.package
-	$(BIN)/python benchmarks/layer_parallel.py $(ARGS)
-	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/layer_parallel.py $(ARGS)
+	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/layer_parallel.py
+	$(BIN)/python benchmarks/exact_overhead.py
+	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/memory.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
