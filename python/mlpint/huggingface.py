@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -18,24 +19,22 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
 
 
-def check(model: nn.Module, path: str, named: bool) -> None:
-    """Raises where a stack cannot be replaced as it is asked for.
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return any(getattr(part.config, "is_encoder_decoder", False) for part in pretrained_models(model).values())
 
-    Args:
-        path: name of the stack.
-        named: whether the caller named it.
-    """
-    for prefix, part in pretrained_models(model).items():
-        if not named and getattr(part.config, "is_encoder_decoder", False):
-            kind = type(part).__name__
-            raise ValueError(
-                f'{kind} has two stacks, an encoder and a decoder; name one with stack="model.encoder.layers" or the '
-                "like (their layers must return their state alone, which those of T5 do not)"
-            )
+
+def check(model: nn.Module, path: str) -> None:
+    """Raises where a stack, given by its name, cannot be replaced."""
+    layer = model.get_submodule(path)[0]
+    if "position_bias" in inspect.signature(layer.forward).parameters:
+        raise ValueError(
+            f"the layers of {path} ({type(layer).__name__}) hand a position bias to each other beside their state, as "
+            "T5's do; a layer-parallel stack passes on the state alone, so such models cannot be parallelized"
+        )
     for prefix, part in model.named_modules():
         if _within(path, prefix) and (getattr(part, "layerdrop", 0) or 0) > 0:
             raise ValueError(
-                f"layerdrop = {part.layerdrop} in {type(part).__name__}: a layer-parallel stack drops none; set 0"
+                f"layerdrop = {part.layerdrop} in {type(part).__name__}: a layer-parallel stack drops none; set it to 0"
             )
 
 

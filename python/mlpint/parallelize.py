@@ -48,8 +48,9 @@ def parallelize(
             outside it; what :class:`LayerParallel` raises.
     """
     comm = Comm.of(comm)
-    path = _find(model) if stack is None else _named(model, stack)
-    huggingface.check(model, path, stack is not None)
+    candidates = _candidates(model)
+    path = _choose(model, candidates) if stack is None else _named(model, stack, candidates)
+    huggingface.check(model, path)
     layers = model.get_submodule(path)
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layers]
     _check_ties(model, layers, places)
@@ -66,27 +67,29 @@ def parallelize(
     return model
 
 
-def _find(model: nn.Module) -> str:
-    candidates = _candidates(model)
+def _choose(model: nn.Module, candidates: dict[str, int]) -> str:
+    kind = type(model).__name__
     if not candidates:
         done = [name for name, _ in stacks_of(model)]
         raise ValueError(
-            f"no stack of layers in {type(model).__name__}"
+            f"no stack of layers in {kind}"
             + (f" beside the layer-parallel one at {done[0]!r}" if done else "")
             + ": looked for an nn.ModuleList or nn.Sequential of at least 2 modules of one class (torch.nn's own "
             'elementary ones aside); name it with stack="encoder.layers" or the like'
         )
     size = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in candidates}
-    longest = max(candidates, key=lambda name: (candidates[name], size[name]))
-    others = [name for name in candidates if name != longest]
-    if any(candidates[name] == candidates[longest] or size[name] > size[longest] for name in others):
-        raise ValueError(f"{type(model).__name__} has several stacks of layers; {_name_one(candidates)}")
-    if not longest:
+    best = max(candidates, key=lambda name: (candidates[name], size[name]))
+    others = [name for name in candidates if name != best]
+    unclear = any(candidates[name] == candidates[best] or size[name] > size[best] for name in others)
+    if unclear or others and huggingface.is_encoder_decoder(model):
+        for name in candidates:
+            huggingface.check(model, name)
+        raise ValueError(f"{kind} has several stacks of layers; {_name_one(candidates)}")
+    if not best:
         raise ValueError(
-            f"the {type(model).__name__} is itself the stack and cannot be replaced in itself; "
-            "use model = LayerParallel(model, ...)"
+            f"the {kind} is itself the stack and cannot be replaced in itself; use model = LayerParallel(model, ...)"
         )
-    return longest
+    return best
 
 
 def _candidates(model: nn.Module) -> dict[str, int]:
@@ -114,7 +117,7 @@ def _is_elementary(layer: nn.Module) -> bool:
     return isinstance(layer, containers) or type(layer).__module__.startswith("torch.nn.") and not [*layer.children()]
 
 
-def _named(model: nn.Module, stack: str) -> str:
+def _named(model: nn.Module, stack: str, candidates: dict[str, int]) -> str:
     try:
         module = model.get_submodule(stack)
     except AttributeError:
@@ -123,7 +126,7 @@ def _named(model: nn.Module, stack: str) -> str:
         what = "no module" if module is None else f"a {type(module).__name__}"
         raise ValueError(
             f"stack = {stack!r} is {what} in {type(model).__name__}: must name an nn.ModuleList or nn.Sequential with "
-            f"numbered layers; {_name_one(_candidates(model))}"
+            f"numbered layers; {_name_one(candidates)}"
         )
     return stack
 

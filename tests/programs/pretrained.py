@@ -1,0 +1,254 @@
+"""parallelize() on models of the transformers library, built from configurations, on any number of ranks."""
+
+import copy
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from compare import check, compare, converged, float64
+from runner import run
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from mlpint import MGRIT, parallelize
+from mlpint.replicas import check_replicas
+
+transformers.logging.set_verbosity_error()
+IDS = torch.randint(2, 30, (3, 6), generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+BOTH = [None, MASK]
+
+
+def gpt2(kind=GPT2LMHeadModel, layers=6, dropout=0.0, **more):
+    sizes = {"n_layer": layers, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 30}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return kind(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=1, pad_token_id=0, **more))
+
+
+def bert(kind, layers=5):
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    drop = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    return kind(BertConfig(**sizes, **drop, vocab_size=30, max_position_embeddings=16, num_labels=3))
+
+
+def vit(kind, layers=4):
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    return kind(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=3))
+
+
+def outputs(**arguments):
+    """All that a model returns, and a loss in double precision (theirs is taken in single)."""
+
+    def call(model):
+        found = {name: value for name, value in model(**arguments).items() if isinstance(value, torch.Tensor)}
+        assert (found.pop("loss", None) is not None) == ("labels" in arguments)
+        if "labels" in arguments:
+            found["loss"] = F.cross_entropy(found["logits"].flatten(0, -2), arguments["labels"].flatten())
+        return found
+
+    return call
+
+
+@float64
+def gpt2_models(comm):
+    for mask in BOTH:
+        compare(comm, gpt2(GPT2Model), outputs(input_ids=IDS, attention_mask=mask), layers=6)
+        model = compare(comm, gpt2(), outputs(input_ids=IDS, attention_mask=mask, labels=IDS), layers=6)
+        assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@float64
+def gpt2_with_its_own_loss(comm):
+    """The library's loss rounds to single precision; exact sweeps have the same bits to round."""
+
+    def call(model):
+        return {"loss": model(IDS, attention_mask=MASK, labels=IDS).loss}
+
+    compare(comm, gpt2(), call, options=[MGRIT(levels=1)])
+
+
+@float64
+def gpt2_eager_attention(comm):
+    model = gpt2(attn_implementation="eager", scale_attn_by_inverse_layer_idx=True)
+    compare(comm, model, outputs(input_ids=IDS, attention_mask=MASK), layers=6)
+
+
+@float64
+def gpt2_generates(comm):
+    def call(model):
+        torch.manual_seed(5)
+        rules = {"attention_mask": MASK, "max_new_tokens": 6, "use_cache": False}
+        greedy = model.generate(IDS, do_sample=False, **rules)
+        drawn = model.generate(IDS, do_sample=True, temperature=2.0, **rules)
+        assert greedy.shape[1] > IDS.shape[1]
+        return {"greedy": greedy, "drawn": drawn}
+
+    model = gpt2().eval()
+    with torch.no_grad():
+        model.transformer.wte.weight *= 20  # else the likeliest token is the same for all prompts
+        changed = compare(comm, model, call, layers=6)
+        rules = {"attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
+        by_default = changed.generate(IDS, **rules)
+        assert torch.equal(by_default, model.generate(IDS, **rules))  # this one with a cache
+        assert len({tuple(row) for row in by_default[:, IDS.shape[1] :].tolist()}) > 1
+
+
+@float64
+def bert_models(comm):
+    labels = torch.tensor([0, 2, 1])
+    for mask in BOTH:
+        compare(comm, bert(BertModel), outputs(input_ids=IDS, attention_mask=mask), layers=5)
+        masked = outputs(input_ids=IDS, attention_mask=mask, labels=IDS, token_type_ids=IDS % 2)
+        compare(comm, bert(BertForMaskedLM), masked, layers=5)
+        classified = outputs(input_ids=IDS, attention_mask=mask, labels=labels)
+        compare(comm, bert(BertForSequenceClassification), classified, layers=5)
+
+
+@float64
+def vit_models(comm):
+    images = torch.randn(3, 1, 8, 8)
+    compare(comm, vit(ViTModel), outputs(pixel_values=images), layers=4)
+    labels = torch.tensor([0, 2, 1])
+    compare(comm, vit(ViTForImageClassification), outputs(pixel_values=images, labels=labels), layers=4)
+
+
+@float64
+def llama(comm):
+    """Not named anywhere in mlpint: any model with a plain loop will do."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=30, num_key_value_heads=1))
+    compare(comm, model, outputs(input_ids=IDS, attention_mask=MASK, labels=IDS), layers=4)
+
+
+@float64
+def marian(comm):
+    """Encoder and decoder named, one call for each."""
+    sizes = {"d_model": 16, "encoder_layers": 4, "decoder_layers": 4, "vocab_size": 30, "max_position_embeddings": 32}
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= heads | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32) | {"dropout": 0.0}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    reference = MarianMTModel(MarianConfig(**sizes, **tokens))
+    model = copy.deepcopy(reference)
+    _raises(ValueError, 'name one: stack="model.encoder.layers"', lambda: parallelize(model, comm=comm))
+    for part in "encoder", "decoder":
+        parallelize(model, converged(4), comm=comm, stack=f"model.{part}.layers")
+    check(comm, reference, model, outputs(input_ids=IDS, attention_mask=MASK, labels=IDS.flip(1)))
+
+
+@float64
+def activation_checkpointing(comm):
+    model = gpt2(dropout=0.2)
+    changed = parallelize(model, MGRIT(cfactor=2), comm=comm)
+    gradients = []
+    for on in (False, True):
+        if on:
+            changed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        changed.zero_grad()
+        changed.transformer.h.dropout_key(1)
+        torch.manual_seed(2)
+        changed(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in changed.parameters()])
+    for without, with_it in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_it, without, rtol=1e-10, atol=1e-14)
+
+
+def dropout_outside_the_stack(comm):
+    torch.manual_seed(comm.rank)
+    model = parallelize(gpt2(dropout=0.3), MGRIT(cfactor=2), comm=comm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert check_replicas(model) == []
+
+
+def refused(comm):
+    """What is asked of the layers alone has an error on every rank, and the model stays usable."""
+    model = parallelize(gpt2(), MGRIT(levels=1), comm=comm)
+    cached = gpt2()(IDS, use_cache=True).past_key_values
+    for arguments, word in [
+        ({"use_cache": True}, "use_cache=False"),
+        ({"past_key_values": cached}, "use_cache=False"),
+        ({"output_hidden_states": True}, "output_hidden_states=False"),
+        ({"output_attentions": True}, "output_attentions=False"),
+    ]:
+        _raises(ValueError, word, lambda arguments=arguments: model(IDS, **arguments))
+    _raises(ValueError, "use_cache=False", lambda: model.generate(IDS, max_new_tokens=2, use_cache=True))
+    model.config.output_hidden_states = True
+    _raises(ValueError, "output_hidden_states=False", lambda: model(IDS))
+    model.config.output_hidden_states = False
+    encoder = parallelize(bert(BertModel), MGRIT(levels=1), comm=comm)
+    _raises(ValueError, "output_attentions=False", lambda: encoder(IDS, output_attentions=True))
+    assert encoder(IDS).attentions is None
+    assert model(IDS).past_key_values is None
+
+
+def t5_is_refused(comm):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 2, "vocab_size": 30}
+    config = T5Config(**sizes, decoder_start_token_id=0)
+    for model, stack in [(T5ForConditionalGeneration(config), None), (T5EncoderModel(config), "encoder.block")]:
+        _raises(ValueError, "hand a position bias", lambda m=model, s=stack: parallelize(m, comm=comm, stack=s))
+
+
+def saved_and_loaded(comm):
+    model = gpt2()
+    changed = parallelize(model, MGRIT(levels=1), comm=comm)
+    state = changed.state_dict()  # on every rank
+    if comm.rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            changed.save_pretrained(folder, state_dict=state)
+            loaded = GPT2LMHeadModel.from_pretrained(folder)
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, state[name]), name
+    comm.barrier()
+
+
+def _raises(kind, word, action):
+    try:
+        action()
+    except kind as error:
+        assert word in str(error), error
+    else:
+        raise AssertionError(f"no error with {word!r}")
+
+
+if __name__ == "__main__":
+    run(
+        [
+            gpt2_models,
+            gpt2_with_its_own_loss,
+            gpt2_eager_attention,
+            gpt2_generates,
+            bert_models,
+            vit_models,
+            llama,
+            marian,
+            activation_checkpointing,
+            dropout_outside_the_stack,
+            refused,
+            t5_is_refused,
+            saved_and_loaded,
+        ]
+    )
