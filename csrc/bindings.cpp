@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cyclic.hpp"
 #include "python_state.hpp"
 #include "solver.hpp"
 #include "transport/collectives.hpp"
@@ -70,6 +71,14 @@ class PythonPropagator final : public Propagator {
  private:
   py::object object_;
 };
+
+template <class AnySolver>
+SolveResult solve(AnySolver& solver, py::object propagator, py::object initial, int iterations) {
+  PythonPropagator p(std::move(propagator));
+  State start = wrap(std::move(initial));
+  py::gil_scoped_release nogil;
+  return solver.solve(p, std::move(start), iterations);
+}
 
 }  // namespace
 
@@ -163,14 +172,16 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::arg("grid"), py::arg("partition"), py::arg("ranks"), py::arg("transport"), py::arg("coarse"),
            py::arg("fcf"), py::arg("tolerance"), py::arg("norms"))
-      .def(
-          "solve",
-          [](Solver& solver, py::object propagator, py::object initial, int iterations) {
-            PythonPropagator p(std::move(propagator));
-            State start = wrap(std::move(initial));
-            py::gil_scoped_release nogil;
-            return solver.solve(p, std::move(start), iterations);
-          },
-          py::arg("propagator"), py::arg("initial"), py::arg("iterations"))
+      .def("solve", &solve<Solver>, py::arg("propagator"), py::arg("initial"), py::arg("iterations"))
       .def_property_readonly("where", &Solver::where);
+
+  py::class_<CyclicSolver>(m, "CyclicSolver")
+      .def(py::init([](const Grid& grid, std::vector<int> owners, std::shared_ptr<Transport> transport,
+                       double tolerance, bool norms) {
+             return std::make_unique<CyclicSolver>(grid, std::move(owners), std::move(transport),
+                                                   SolverOptions{false, tolerance, norms});
+           }),
+           py::arg("grid"), py::arg("owners"), py::arg("transport"), py::arg("tolerance"), py::arg("norms"))
+      .def("solve", &solve<CyclicSolver>, py::arg("propagator"), py::arg("initial"), py::arg("iterations"))
+      .def_property_readonly("where", &CyclicSolver::where);
 }

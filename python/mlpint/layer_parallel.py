@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._core import Grid, Partition, Solver
+from ._core import CyclicSolver, Grid, Partition, Solver
 from .comm import Comm
 from .operators import LearntOperator
 from .options import MGRIT
@@ -41,7 +42,9 @@ class LayerParallel(nn.Module):
         step_size: h of x + h F(x), F(x) = layer(x) - x. At 1 the layer itself is called.
         open_layers, close_layers: so many first and last layers are swept serially, at step size 1, on the first and
             last rank ("buffer layers").
-        layout: ``"block"``: each rank owns consecutive layers.
+        layout: ``"block"``: each rank owns consecutive layers. ``"cyclic"``: groups of cfactor ranks own one layer of
+            each interval each, so that the coarse operator ``"sum"``, which evaluates all layers of an interval at the
+            same state, takes the time of one; the number of ranks must be a multiple of cfactor, or divide it.
         recompute: keep only the states and evaluate layers again for their gradients (activation checkpointing).
         serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
             arguments whose first dimension is the batch's are sliced along.
@@ -90,9 +93,14 @@ class LayerParallel(nn.Module):
 
         self.layer_count = len(layers)
         self.depth = len(layers) - open_layers - close_layers
+        self.layout = layout
         granularity = options.cfactor if options.levels > 1 else 1
-        self._partition = Partition(Partition.even(self.depth, granularity, self.comm.size), self.depth)
-        self.first_rank, self.last_rank = self._partition.owner(0), self._partition.owner(self.depth - 1)
+        if layout == "block":
+            self._partition = Partition(Partition.even(self.depth, granularity, self.comm.size), self.depth)
+            self._owners = [self._partition.owner(p) for p in range(self.depth)]
+        else:
+            self._owners = _deal(self.depth, options.cfactor, self.comm.size)
+        self.first_rank, self.last_rank = self._owners[0], self._owners[-1]
         self.local_layers = {n: m for n, m in enumerate(layers) if self.rank_of(n) == self.comm.rank}
         for n, layer in self.local_layers.items():
             self.add_module(str(n), layer)
@@ -116,8 +124,14 @@ class LayerParallel(nn.Module):
                 raise TypeError(f"layer {n} is a {type(layer).__name__}, not a torch.nn.Module")
         if not isinstance(options, MGRIT):
             raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
-        if layout != "block":
-            raise ValueError(f"layout = {layout!r}: must be 'block'")
+        if layout not in ("block", "cyclic"):
+            raise ValueError(f"layout = {layout!r}: must be 'block' or 'cyclic'")
+        size, cfactor = self.comm.size, options.cfactor
+        if layout == "cyclic" and size % cfactor and cfactor % size:
+            raise ValueError(
+                f"layout='cyclic' deals the {cfactor} layers of an interval out to ranks: their number, {size}, "
+                "must be a multiple of cfactor or divide it"
+            )
         for name in ("open_layers", "close_layers"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be an integer of at least 0")
@@ -135,8 +149,7 @@ class LayerParallel(nn.Module):
 
     def rank_of(self, layer: int) -> int:
         """The rank that owns a layer."""
-        position = min(max(layer - self.open_layers, 0), self.depth - 1)
-        return self._partition.owner(position)
+        return self._owners[min(max(layer - self.open_layers, 0), self.depth - 1)]
 
     @property
     def owns_first(self) -> bool:
@@ -188,6 +201,8 @@ class LayerParallel(nn.Module):
         """The solver of a direction for the current options."""
         o = self._options
         key = (direction, o.cfactor, o.levels, o.relaxation, o.coarse, o.tolerance, self.watch_residuals)
+        if key not in self._solvers and self.layout == "cyclic":
+            self._solvers[key] = self._cyclic_solver(direction)
         if key not in self._solvers:
             grid, partition, ranks = Grid(self.depth, o.cfactor, o.levels), self._partition, list(range(self.comm.size))
             if direction == "backward":
@@ -203,6 +218,20 @@ class LayerParallel(nn.Module):
                 norms=self.watch_residuals,
             )
         return self._solvers[key]
+
+    def _cyclic_solver(self, direction: str) -> CyclicSolver:
+        o = self._options
+        if not o.exact and (o.coarse != "sum" or o.relaxation != "F" or o.levels > 2):
+            raise ValueError(
+                f"layout='cyclic' is for MGRIT(levels=2, relaxation='F', coarse='sum') or exact sweeps, not {o}; "
+                "use layout='block'"
+            )
+        grid, owners = Grid(self.depth, o.cfactor, 2), self._owners
+        if direction == "backward":
+            grid, owners = grid.mirrored(), owners[::-1]
+        return CyclicSolver(
+            grid, owners, self.comm.transport, tolerance=o.tolerance, norms=self.watch_residuals
+        )
 
     def learnt_operator(self, direction: str) -> LearntOperator | None:
         """What the coarse operator of the current options has learnt; None where it learns nothing."""
@@ -339,6 +368,19 @@ class LayerParallel(nn.Module):
             else:
                 clone.__dict__[name] = copy.deepcopy(value, memo)
         return clone
+
+
+def _deal(depth: int, cfactor: int, ranks: int) -> list[int]:
+    """Owner of each layer in the cyclic layout: the intervals are dealt evenly to groups of at most cfactor ranks, and
+    the layers of an interval evenly, in order, to the ranks of its group."""
+    group = min(ranks, cfactor)
+    groups, intervals = ranks // group, -(-depth // cfactor)
+    ends = [g * intervals // groups for g in range(1, groups + 1)]
+    owners = []
+    for position in range(depth):
+        interval, place = divmod(position, cfactor)
+        owners.append(group * bisect.bisect_right(ends, interval) + place * group // cfactor)
+    return owners
 
 
 def _fingerprint(layers: list[nn.Module]) -> str:

@@ -254,6 +254,60 @@ def results_do_not_depend_on_the_ranks(comm):
                 assert torch.equal(p.grad, q.grad)
 
 
+def cyclic_layout_is_the_block_layout(comm):
+    """Wherever the layers are, `sum` gives the same; and it is exact after enough iterations."""
+    from drop_in import one
+
+    torch.set_default_dtype(torch.float64)
+    for steps, cfactor, k in itertools.product((1, 5, 13, 16), (2, 3, 4, 8), (0, 1, 2, 3)):
+        if comm.size % cfactor and cfactor % comm.size:
+            continue
+        layers, x = [Residual() for _ in range(steps)], torch.randn(3, 4)
+        options = MGRIT(2, cfactor, k, k, coarse="sum")
+        stack = LayerParallel(copies(layers), options, comm=comm, layout="cyclic")
+        reference = LayerParallel(copies(layers), options, comm=one())
+        for s in (stack, reference):
+            s.watch_residuals = True
+        results = [backward(s, x) for s in (stack, reference)]
+        for got, expected in zip(*results, strict=True):
+            assert_close(got, expected, 1e-12, f"N {steps}, {options}")
+        assert_gradients_equal(stack, reference.local_layers, 1e-12)
+        for direction, norms in stack.stats.residual_norms.items():
+            expected = reference.stats.residual_norms.get(direction, [])
+            assert len(norms) == len(expected)
+            assert all(abs(a - b) < 1e-12 for a, b in zip(norms, expected, strict=True)), (norms, expected)
+        k = -(-steps // cfactor)
+        for options in (MGRIT(2, cfactor, k, k, coarse="sum"), MGRIT(2, cfactor, 20, 20, coarse="sum", tolerance=1e-14)):
+            plain_layers = copies(layers)
+            plain(plain_layers, x).square().sum().backward()
+            stack.options = options
+            stack.zero_grad()
+            backward(stack, x)
+            assert_gradients_equal(stack, plain_layers, 1e-12)
+
+
+def cyclic_layout_deals_evenly(comm):
+    for cfactor in (2, 4, 8):
+        if comm.size % cfactor and cfactor % comm.size:
+            continue
+        stack = LayerParallel([Residual() for _ in range(16)], MGRIT(2, cfactor), comm=comm, layout="cyclic")
+        owned = [stack.rank_of(n) for n in range(16)]
+        assert all(owned.count(r) == 16 // comm.size for r in range(comm.size)), owned
+        try:
+            stack(torch.randn(3, 4))
+        except ValueError as error:
+            assert "coarse='sum'" in str(error)
+        else:
+            raise AssertionError("injection in the cyclic layout")
+    if comm.size == 4:
+        try:
+            LayerParallel([Residual()], MGRIT(2, 3), comm=comm, layout="cyclic")
+        except ValueError as error:
+            assert "their number, 4, must be a multiple of cfactor or divide it" in str(error)
+        else:
+            raise AssertionError("3 layers dealt to 4 ranks")
+
+
 def large_states(comm):
     """Messages far over any MPI's eager limit, in both directions at once."""
     layers, x = [Residual(64) for _ in range(8)], torch.randn(4096, 64)
@@ -276,6 +330,8 @@ if __name__ == "__main__":
             graphs_are_freed_as_they_are_used,
             tolerance_stops_early,
             results_do_not_depend_on_the_ranks,
+            cyclic_layout_is_the_block_layout,
+            cyclic_layout_deals_evenly,
             large_states,
         ]
     )
