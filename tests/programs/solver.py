@@ -277,7 +277,8 @@ def cyclic_layout_is_the_block_layout(comm):
             assert len(norms) == len(expected)
             assert all(abs(a - b) < 1e-12 for a, b in zip(norms, expected, strict=True)), (norms, expected)
         k = -(-steps // cfactor)
-        for options in (MGRIT(2, cfactor, k, k, coarse="sum"), MGRIT(2, cfactor, 20, 20, coarse="sum", tolerance=1e-14)):
+        to_rounding = MGRIT(2, cfactor, 20, 20, coarse="sum", tolerance=1e-14)
+        for options in (MGRIT(2, cfactor, k, k, coarse="sum"), to_rounding):
             plain_layers = copies(layers)
             plain(plain_layers, x).square().sum().backward()
             stack.options = options

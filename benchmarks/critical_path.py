@@ -1,0 +1,159 @@
+"""The critical path of a training step, counted: the real solver on any number of ranks, in one process.
+
+    python benchmarks/critical_path.py
+
+The ranks are threads and the messages real, but time is counted, not measured: every rank has a clock that each layer
+evaluation moves on (forward 1, input-vjp 1, combined vjp 2 units) and that a message carries to its receiver. Messages
+themselves cost nothing here. Printed: units of the serial step (3 N), of the step as counted, and of the cost model's
+formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import threading
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from mlpint import MGRIT, Comm, LayerParallel, _core, propagators
+
+UNITS = {"forward": 1, "input_vjp": 1, "parameter_vjp": 1, "combined_vjp": 2}
+clock = threading.local()
+
+
+class Mailboxes:
+    def __init__(self):
+        self.lock, self.queues = threading.Lock(), defaultdict(queue.Queue)
+
+    def __getitem__(self, key):
+        with self.lock:
+            return self.queues[key]
+
+
+class CountedTransport:
+    """Messages between threads that carry their sender's clock; the interface of csrc/transport/python.hpp."""
+
+    def __init__(self, rank, size, boxes):
+        self.rank, self.size, self.boxes = rank, size, boxes
+
+    def send(self, to, tag, state):
+        tensors = [t.clone() for t in state.tensors] if hasattr(state, "tensors") else bytes(state)
+        self.boxes[self.rank, to, tag].put((clock.now, tensors))
+        return Sent()
+
+    def receive(self, source, tag, state):
+        return Received(self.boxes[source, self.rank, tag], state)
+
+
+class Sent:
+    def test(self):
+        return True
+
+    def wait(self, seconds):
+        pass
+
+
+class Received:
+    def __init__(self, box, state):
+        self.box, self.state = box, state
+
+    def test(self):
+        return False
+
+    def wait(self, seconds):
+        sent, tensors = self.box.get(timeout=seconds)
+        clock.now = max(clock.now, sent)
+        if hasattr(self.state, "tensors"):
+            for into, tensor in zip(self.state.tensors, tensors, strict=True):
+                into.copy_(tensor)
+        else:
+            self.state[:] = tensors
+
+
+def counted(self, level):
+    def count(kind):
+        self.stats.evaluations[kind][level] += 1
+        clock.now += UNITS[kind]
+
+    return count
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return x + 0.1 * torch.tanh(self.linear(x))
+
+
+def step_units(depth: int, ranks: int, options: MGRIT, layout: str) -> int:
+    """The latest clock after one forward and backward pass."""
+    boxes, layers, latest, errors = Mailboxes(), [Layer() for _ in range(depth)], [0] * ranks, []
+
+    def rank_main(rank):
+        try:
+            clock.now = 0
+            transport = _core.PythonTransport(CountedTransport(rank, ranks, boxes)) if ranks > 1 else None
+            comm = Comm(transport or _core.SelfTransport(), "counted", 0, 60.0)
+            stack = LayerParallel(layers, options, comm=comm, layout=layout)
+            clock.now = 0
+            stack(torch.ones(1, 2)).sum().backward()
+            latest[rank] = clock.now
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=rank_main, args=(r,), daemon=True) for r in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return max(latest)
+
+
+def formula(depth: int, ranks: int, options: MGRIT, layout: str) -> float:
+    """The cost model for generic modules: two chains and the sweeps; in the cyclic layout the pipeline's filling too."""
+    chain, share = depth / options.cfactor, depth / ranks
+    if layout == "cyclic":
+        group = min(ranks, options.cfactor)
+        return 2 * depth / group + 3 * share + (3 * group - 4) * options.cfactor / group
+    k = options.forward_iters + options.backward_iters
+    return 2 * chain * (1 - 1 / ranks) + (k + 1) * share + chain / ranks
+
+
+CASES = [
+    ("block", "injection", 1, 1, 4, 32, (2, 4, 8)),
+    ("block", "injection", 1, 1, 8, 32, (2, 4)),
+    ("block", "injection", 2, 1, 4, 32, (2, 4, 8)),
+    ("block", "injection", 1, 1, 4, 128, (8, 32)),
+    ("cyclic", "sum", 1, 1, 4, 32, (2, 4)),
+    ("cyclic", "sum", 1, 1, 4, 64, (4, 8)),
+    ("cyclic", "sum", 1, 1, 8, 128, (8, 16)),
+    ("cyclic", "sum", 1, 1, 16, 1024, (64,)),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    torch.set_num_threads(1)
+    propagators.Stream._counter = counted
+    print("layout  operator   setting           N  ranks  serial  counted  formula  speed-up")
+    for layout, coarse, kf, kb, cfactor, depth, rank_counts in CASES:
+        for ranks in rank_counts:
+            options = MGRIT(2, cfactor, kf, kb, coarse=coarse)
+            units, model = step_units(depth, ranks, options, layout), formula(depth, ranks, options, layout)
+            print(
+                f"{layout:8}{coarse:11}({kf},{kb}) cf {cfactor:<4}{depth:>6}{ranks:>7}{3 * depth:>8}{units:>9}"
+                f"{model:>9.0f}{3 * depth / units:>10.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
