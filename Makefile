@@ -13,7 +13,7 @@ PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md \
   $(sort $(shell find csrc kernels python -type f ! -name '*.pyc' ! -name '*.so'))
 INSTALL := $(BIN)/pip install -c constraints.txt
 # The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
-PYTEST = MLPINT_TEST_OPENMPI=$(abspath $(OPENMPI)) $(BIN)/pytest
+PYTEST = MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))" $(BIN)/pytest
 TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
 
 run: $(VENV)/.package
@@ -30,8 +30,8 @@ test-gpu: $(TEST_ENVIRONMENT)
 
 bench: $(VENV)/.package
 	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/layer_parallel.py
-	$(BIN)/python benchmarks/exact_overhead.py
 	$(BIN)/mpirun -n 2 $(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/exact_overhead.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -44,7 +44,7 @@ format: $(VENV)/.lint
 wheel: $(VENV)/.test
 	rm -rf build/wheel
 	$(BIN)/pip wheel . --no-deps -w build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
+	PATH="$$(realpath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
 
 clean:
 	rm -rf $(VENV) $(OPENMPI) build dist .pytest_cache .ruff_cache .hypothesis
