@@ -1,6 +1,7 @@
 """Ranks that disagree are named, with what they disagree on, before any data moves; the job ends."""
 
 import pytest
+
 from launch import run
 from scenarios import PROGRAMS
 
