@@ -118,7 +118,7 @@ def step_units(depth: int, ranks: int, options: MGRIT, layout: str) -> int:
 
 
 def formula(depth: int, ranks: int, options: MGRIT, layout: str) -> float:
-    """The cost model for generic modules: two chains and the sweeps; in the cyclic layout the pipeline's filling too."""
+    """The cost model for generic modules: two chains and the sweeps; in the cyclic layout the pipeline fills too."""
     chain, share = depth / options.cfactor, depth / ranks
     if layout == "cyclic":
         group = min(ranks, options.cfactor)

@@ -127,6 +127,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
 def test_resuming_is_as_if_never_stopped(optimizer, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"steps": 6, "checkpoint_every": 2, "dropout": 0.1, "accumulate": 2, "optimizer": optimizer}
+    options |= {"coarse": "fitted", "cfactor": 2}  # which learns as it goes
     assert cli.main(["train", *flags(out=whole, **options)]) == 0
     assert cli.main(["train", *flags(out=cut, **options)]) == 0
     (cut / "checkpoints" / "latest").write_text("step-00000004\n")  # as if it had been killed in step 5 or 6
@@ -260,7 +261,7 @@ def launched(launcher, ranks, *arguments):
     return run(COMMAND, ranks, launcher, args=("train", *map(str, arguments)))
 
 
-RANKS = {"steps": 6, "checkpoint_every": 3, "dropout": 0.1, "cfactor": 2}
+RANKS = {"steps": 6, "checkpoint_every": 3, "dropout": 0.1, "cfactor": 2, "coarse": "fitted"}
 
 
 @pytest.fixture(scope="module")

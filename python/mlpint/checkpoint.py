@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .clip import stacks_of
 from .comm import Comm
 from .errors import CheckpointError, UserError
 from .joint import jointly
@@ -139,7 +140,7 @@ def save(
     comm = Comm.of(comm)
     directory = Path(directory)
     final, partial = directory / f"step-{step:08d}", directory / f".step-{step:08d}.partial"
-    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
 
     def make() -> None:
         if comm.rank == 0:
@@ -195,6 +196,7 @@ def load(
         if optimizer is not None:
             own = {f"optimizer.{name}" for name, _ in model.named_parameters()}
             wanted += [name for name in found.tensors if name.rpartition(".")[0] in own]
+        wanted += [name for name in found.tensors if name.startswith("learnt.")]
         values.update(found.read(wanted))
         for name, target in targets.items():
             if values[name].shape != target.shape:
@@ -205,6 +207,10 @@ def load(
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values.pop(name))
+    learnt = {name: values.pop(name).to(comm.device) for name in [*values] if name.startswith("learnt.")}
+    for name, stack in stacks_of(model):
+        prefix = f"learnt.{name}."
+        stack.load_learnt_tensors({n.removeprefix(prefix): t for n, t in learnt.items() if n.startswith(prefix)})
     if optimizer is not None:
         _restore_optimizer(model, optimizer, values)
     return found
@@ -214,6 +220,11 @@ def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {f"model.{name}": tensor.detach() for name, tensor in named}
+
+
+def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the stacks' coarse operators have learnt; it belongs to the solver and not to the model."""
+    return {f"learnt.{name}.{key}": t for name, stack in stacks_of(model) for key, t in stack.learnt_tensors().items()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

@@ -243,6 +243,26 @@ class LayerParallel(nn.Module):
             self._learnt[key] = LearntOperator(kind, affine=direction == "forward")
         return self._learnt[key]
 
+    def learnt_tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank's learnt coarse operators have learnt, for checkpoints; see :meth:`load_learnt_tensors`."""
+        return {
+            f"{direction}.{kind}.{name}": tensor
+            for (direction, kind), operator in self._learnt.items()
+            for name, tensor in operator.tensors()
+        }
+
+    def load_learnt_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes up what the ranks had learnt, however many they were, for the intervals that this rank starts."""
+        self._learnt.clear()
+        for direction, kind in {tuple(name.split(".")[:2]) for name in tensors}:
+            prefix = f"{direction}.{kind}."
+            owners = self._owners if direction == "forward" else self._owners[::-1]
+            operator = self._learnt[direction, kind] = LearntOperator(kind, affine=direction == "forward")
+            operator.load(
+                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+                lambda position, owners=owners: owners[position] == self.comm.rank,
+            )
+
     # --- the pass ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ The state itself is no feature: that would ruin the Jacobian of the step, and wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -130,6 +130,7 @@ class LearntOperator:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What has been learnt, by name; the names do not depend on the number of ranks."""
+        yield "passes", torch.tensor(self._passes)
         for (position, length), fits in sorted(self._fits.items()):
             for i, fit in enumerate(fits):
                 name = f"{position}.{length}.{i}"
@@ -139,11 +140,14 @@ class LearntOperator:
                 if fit.solution is not None:
                     yield f"{name}.solution", fit.solution
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what :meth:`tensors` gave, on any number of ranks; what belongs to others does no harm."""
+    def load(self, tensors: dict[str, torch.Tensor], mine: Callable[[int], bool]) -> None:
+        """Takes up what :meth:`tensors` gave on all ranks for the intervals from the positions that are ``mine``."""
         self._fits.clear()
+        self._passes = int(tensors["passes"])
         for name in sorted(n.removesuffix(".gram") for n in tensors if n.endswith(".gram")):
             position, length, _ = map(int, name.split("."))
+            if not mine(position):
+                continue
             fit = _Fit(tensors[f"{name}.gram"].clone(), tensors[f"{name}.cross"].clone(), int(tensors[f"{name}.count"]))
             if f"{name}.solution" in tensors:
                 fit.solution = tensors[f"{name}.solution"].clone()
