@@ -184,8 +184,17 @@ def test_layers_one_by_one():
         stack[1](torch.randn(2, 4))
     with pytest.raises(IndexError):
         stack[3]
+    assert stack[0].training
     assert not stack.eval()[0].training
-    assert stack.train()[0].training
+
+
+def test_mode_is_kept():
+    model = Model(blocks=blocks(3)).eval()
+    model.blocks[1].train()
+    stack = parallelize(model).blocks
+    assert not stack.training
+    assert [stack[n].training for n in range(3)] == [False, True, False]
+    assert [layer.training for layer in stack.local_layers.values()] == [False, True, False]
 
 
 def test_asking_a_layer_for_its_attentions():

@@ -79,7 +79,12 @@ class LoopedStack(LayerParallel):
                     "give the parts lists of their own in the model, and parallelize one with stack=..."
                 )
             return self
-        return self._outlines[index].train(self.training)
+        return self._outlines[index]
+
+    def train(self, mode: bool = True) -> LoopedStack:
+        for outline in self._outlines:
+            outline.train(mode)
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The state after the last layer, in the form in which a layer returns it; see :class:`LayerParallel`."""

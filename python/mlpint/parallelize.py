@@ -56,6 +56,7 @@ def parallelize(
     _check_ties(model, layers, places)
     comm.vote({"stack": path, "class": type(model).__name__}, "the model")
     replacement = LoopedStack(layers, options, comm=comm, **kwargs)
+    replacement.training = layers.training
     for place in places:
         parent, _, name = place.rpartition(".")
         owner = model.get_submodule(parent)

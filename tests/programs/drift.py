@@ -1,8 +1,10 @@
 """Replicas of what lies outside the stack, over a thousand steps."""
 
 import torch
+from layers import Residual
 from replaced import Language
 from runner import run
+from torch import nn
 from torch.nn import functional as F
 
 import mlpint
@@ -13,7 +15,9 @@ from mlpint.replicas import check_replicas
 def a_thousand_steps(comm):
     """Replicas stay equal to the last bit through inexact gradients, clipping, dropout and AdamW."""
     torch.manual_seed(comm.rank)
-    model = parallelize(Language(dropout=0.1), MGRIT(cfactor=2, forward_iters=1, backward_iters=1), comm=comm)
+    model = Language("sequential", dropout=0.1)
+    model.blocks = nn.Sequential(*[Residual(16) for _ in range(6)])
+    parallelize(model, MGRIT(cfactor=2, forward_iters=1, backward_iters=1), comm=comm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     start = model.embedding.weight.detach().clone()
     batches = torch.Generator().manual_seed(7)

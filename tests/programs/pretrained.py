@@ -218,7 +218,7 @@ def saved_and_loaded(comm):
     state = changed.state_dict()  # on every rank
     if comm.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
-            changed.save_pretrained(folder, state_dict=state)
+            changed.save_pretrained(folder, state_dict=dict(state))  # which it changes
             loaded = GPT2LMHeadModel.from_pretrained(folder)
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, state[name]), name
