@@ -1,11 +1,11 @@
 // MGRIT with the `sum` operator for layers dealt out within the intervals: the cyclic layout.
 //
-// The coarse step u_K + sum_q (Phi_q(u_K) - u_K) evaluates all layers of an interval at the same state, so the ranks that
-// share the interval do it at once: each takes its own layers, one reduction adds the increments up, and the coarse sweep
-// costs N / cfactor layers instead of N. The fine sweep is a pipeline through the ranks of the interval with the
-// intervals as its stream. Two levels, F-relaxation; the tau correction of an interval is added to the reduction by the
-// rank that owns the interval's last layer, where the fine sweep arrives. Any ownership of the layers works; a group of
-// cfactor ranks with one layer of each interval is the one that pays.
+// The coarse step u_K + sum_q (Phi_q(u_K) - u_K) evaluates all layers of an interval at the same state, so the ranks
+// that share the interval do it at once: each takes its own layers, one reduction adds the increments up, and the
+// coarse sweep costs N / cfactor layers instead of N. The fine sweep is a pipeline through the ranks of the interval
+// with the intervals as its stream. Two levels, F-relaxation; the tau correction of an interval is added to the
+// reduction by the rank that owns the interval's last layer, where the fine sweep arrives. Any ownership of the layers
+// works; a group of cfactor ranks with one layer of each interval is the one that pays.
 #pragma once
 
 #include <memory>
@@ -37,12 +37,12 @@ class CyclicSolver {
     bool member;               // whether this rank owns any
     bool owns_first, owns_last;
     // Of the solve under way.
-    State start;      // u_K, on members
-    State step;       // the first fine step from it, on its owner
-    bool kept;        // evaluated for good
-    State next;       // u_{K + 1} as the coarse sweep left it, on the owner of the last step
-    State tau;        // right-hand side, there
-    State arrived;    // what the fine sweep arrives at, there
+    State start;    // u_K, on members
+    State step;     // the first fine step from it, on its owner
+    bool kept;      // evaluated for good
+    State next;     // u_{K + 1} as the coarse sweep left it, on the owner of the last step
+    State tau;      // right-hand side, there
+    State arrived;  // what the fine sweep arrives at, there
   };
 
   int owner(int position) const { return owners_[position]; }
