@@ -5,13 +5,26 @@ from importlib.metadata import PackageNotFoundError, version
 from . import testing
 from .clip import clip_grad_norm_
 from .comm import Comm, init
+from .error_control import ErrorControl
 from .layer_parallel import LayerParallel
 from .options import MGRIT
 from .parallelize import parallelize
+from .replicas import check_replicas, sync_replicas
 
 try:
     __version__ = version("mlpint")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["MGRIT", "Comm", "LayerParallel", "clip_grad_norm_", "init", "parallelize", "testing"]
+__all__ = [
+    "Comm",
+    "ErrorControl",
+    "LayerParallel",
+    "MGRIT",
+    "check_replicas",
+    "clip_grad_norm_",
+    "init",
+    "parallelize",
+    "sync_replicas",
+    "testing",
+]
