@@ -23,7 +23,7 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or damaged; names the file."""
 
 
-class TrainingError(UserError):
+class TrainingError(UserError, RuntimeError):
     """Training that cannot go on, such as a loss that is no number; says what to change."""
 
     exit_code = 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -115,6 +116,12 @@ class LayerParallel(nn.Module):
         self.random = LayerRandom(int(seed))
         self._calls = 0
         self._next_key: tuple[int, int] | None = None
+        self.recent_keys: deque[tuple[int, int]] = deque(maxlen=64)
+        # What a rehearsal sets: the keys of its passes, and that coarse operators learn nothing from them.
+        self.replayed_keys: Iterator[tuple[int, int]] | None = None
+        self.learning = True
+        # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
+        self.anchor = torch.zeros((), requires_grad=self.comm.size > 1)
 
     def _check(self, layers: list[nn.Module], options: MGRIT, layout: str) -> None:
         if not layers:
@@ -241,6 +248,7 @@ class LayerParallel(nn.Module):
         key = (direction, kind)
         if key not in self._learnt:
             self._learnt[key] = LearntOperator(kind, affine=direction == "forward")
+        self._learnt[key].paused = not self.learning
         return self._learnt[key]
 
     def learnt_tensors(self) -> dict[str, torch.Tensor]:
@@ -282,9 +290,7 @@ class LayerParallel(nn.Module):
             return outputs[0] if single else outputs
         grad = torch.is_grad_enabled()
         run = Run(self, state, single, args, kwargs, grad)
-        # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
-        anchor = torch.zeros((), requires_grad=grad and self.comm.size > 1)
-        outputs = Solve.apply(run, anchor, *state, *run.extras, *run.weights)
+        outputs = Solve.apply(run, self.anchor, *state, *run.extras, *run.weights)
         return outputs[0] if single else outputs
 
     def _plain(self, state: tuple[torch.Tensor, ...], single: bool, args: tuple, kwargs: dict) -> tuple:
@@ -343,9 +349,14 @@ class LayerParallel(nn.Module):
 
     def next_key(self) -> tuple[int, tuple[int, int]]:
         """Number of this pass and its (step, microbatch)."""
+        if self.replayed_keys is not None:
+            replayed = next(self.replayed_keys)
+            key, self._next_key = self._next_key or replayed, None
+            return self._calls, key
         self._calls += 1
         # Counted passes use a microbatch that no training loop reaches, so that the two kinds of key never meet.
         key, self._next_key = self._next_key or (self._calls, 1 << 40), None
+        self.recent_keys.append(key)
         return self._calls, key
 
     def train(self, mode: bool = True) -> LayerParallel:

@@ -50,9 +50,12 @@ class LearntOperator:
         self.kind, self.affine = kind, affine and kind == "fitted"
         self._fits: dict[tuple[int, int], list[_Fit]] = {}  # (position, length) of the coarse step -> fit per tensor
         self._passes = 0
+        self.paused = False  # nothing is learnt from the pass under way
 
     def begin_pass(self) -> bool:
         """Whether the pass that begins is to be observed."""
+        if self.paused:
+            return False
         self._passes += 1
         return self._passes % OBSERVE_EVERY == 1 or self._passes <= SOLVE_EVERY
 

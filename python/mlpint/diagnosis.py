@@ -1,0 +1,61 @@
+"""Where numbers stop being finite: the first such layer, found by going through the batch once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .ladder import exact
+from .rehearsal import Rehearsal
+
+
+def first_not_finite(rehearsal: Rehearsal) -> str:
+    """A clause that names the first layer whose state is not finite, the same on every rank. Collective."""
+    blocks = rehearsal.blocks
+    swept = exact(blocks.options)
+    found: dict[int, str] = {}  # own layers with something not finite: what
+
+    def hook(n: int):
+        def look(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+            where = f"layer {n} ({type(layer).__name__}, rank {blocks.comm.rank})"
+            if not _all_finite(pytree.tree_leaves(inputs)):
+                found.setdefault(n, f"the state before {where} is not finite")
+            elif not _all_finite(pytree.tree_leaves(output)):
+                weights = "" if _all_finite(layer.parameters()) else ", and neither are its weights"
+                found.setdefault(n, f"the state after {where} is not finite{weights}")
+
+        return look
+
+    hooks = [layer.register_forward_hook(hook(n)) for n, layer in blocks.local_layers.items()]
+    try:
+        with rehearsal.under(swept), torch.no_grad():
+            loss = rehearsal.again()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    reports = _gathered(rehearsal, found)
+    if reports:
+        return reports[min(reports)]
+    if not _all_finite([loss]):
+        return "the states of all layers are finite, the loss is not"
+    gradients = rehearsal.gradients(swept).by_layer
+    here = {
+        n: f"all states are finite; the gradient of layer {n} (rank {blocks.comm.rank}) is not"
+        for n, found in gradients.items()
+        if not _all_finite(g for g in found if g is not None)
+    }
+    reports = _gathered(rehearsal, here)
+    return reports[max(reports)] if reports else "computed again, all states, the loss and the gradients are finite"
+
+
+def _gathered(rehearsal: Rehearsal, own: dict[int, str]) -> dict[int, str]:
+    messages = rehearsal.blocks.comm.gather(json.dumps(list(own.items())).encode())
+    return {n: text for message in messages for n, text in json.loads(message)}
+
+
+def _all_finite(values: Iterable[Any]) -> bool:
+    return all(bool(t.isfinite().all()) for t in values if isinstance(t, torch.Tensor) and t.is_floating_point())
