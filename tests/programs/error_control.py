@@ -223,7 +223,7 @@ def everything_of_a_training(comm, layers, coarse, passes, outer, controlled):
     calls, record = [], []
     for p in model.blocks.parameters():
         p.register_post_accumulate_grad_hook(lambda p: calls.append(p))
-    for step in range(6):
+    for step in range(4):
         for microbatch in range(2):
             x = torch.randn(8, 6, 8, generator=torch.Generator().manual_seed(2 * step + microbatch))
             loss = model(x)
