@@ -24,6 +24,14 @@ def test_residual_blocks_pass(dtype):
     check_block(Good().to(dtype), torch.randn(3, 6, dtype=dtype), mask=torch.ones(6, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kinks_are_no_errors(dtype):
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.1).to(dtype)
+        check_block(layer, torch.randn(2, 5, 8, dtype=dtype))
+
+
 def test_transformer_layers_and_tuples_pass():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.1)
     check_block(layer, torch.randn(2, 5, 8))
