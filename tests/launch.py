@@ -38,6 +38,7 @@ class Result:
     stdout: str
     stderr: str
     seconds: float
+    ended: float  # time.time() then
     orphans: tuple[int, ...]  # processes that outlived the launcher (and have been killed since)
 
     def check(self) -> Result:
@@ -89,13 +90,13 @@ def run(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            seconds = time.monotonic() - start
+            seconds, ended = time.monotonic() - start, time.time()
             orphans = _sweep(mark)
             texts = []
             for file in out, err:
                 file.seek(0)
                 texts.append(file.read().decode(errors="replace"))
-        return Result(process.returncode, *texts, seconds, orphans)
+        return Result(process.returncode, *texts, seconds, ended, orphans)
 
 
 def prefix(launcher: str) -> Path:

@@ -191,15 +191,15 @@ class TorchGroup:
             return self._size
 
     def abort(self) -> NoReturn:
-        continue_stopped_siblings()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _kill_stopped_workers()
         os._exit(1)
 
 
-def continue_stopped_siblings() -> None:
-    """Wakes the stopped processes of this launcher: torchrun ends its workers with SIGTERM, which does not reach them
-    while they are stopped, and gives them 30 seconds."""
+def _kill_stopped_workers() -> None:
+    """Torchrun ends its workers with SIGTERM, which does not reach one that is stopped, and then waits 30 seconds."""
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):
+        with suppress(OSError, ValueError):
             state, parent = status.read_text().rpartition(")")[2].split()[:2]
             if state == "T" and int(parent) == os.getppid():
-                os.kill(int(status.parent.name), signal.SIGCONT)
+                os.kill(int(status.parent.name), signal.SIGKILL)
