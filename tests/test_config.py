@@ -42,6 +42,11 @@ def elsewhere(tmp_path, monkeypatch):
         (["--relaxation", "CF"], ["relaxation = 'CF'", "F, FCF"]),
         (["--coarse", "rough"], ["coarse = 'rough'", "injection"]),
         (["--tolerance", "1"], ["tolerance = 1", "[0, 1)"]),
+        (["--control", "loss"], ["control = 'loss'", "off, gradient, residual"]),
+        (["--control", "gradient", "--levels", "1"], ["control = 'gradient'", "the sweeps are exact"]),
+        (["--control", "gradient", "--control-target", "1"], ["control_target = 1.0", "below 1"]),
+        (["--control-target", "-1"], ["control_target = -1.0", "at least 0"]),
+        (["--control-every", "0"], ["control_every = 0", "at least 1"]),
         (["--open-layers", "-1"], ["open_layers = -1", "at least 0"]),
         (
             ["--open-layers", "2", "--close-layers", "2", "--layers", "4"],

@@ -154,6 +154,64 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, capsys):
     assert "lower lr" in err and err.count("\n") == 1
 
 
+CONTROL = {"control": "gradient", "control_target": 0.99, "control_every": 2, "forward_iters": 1, "cfactor": 2}
+CONTROL |= {"dropout": 0.1, "accumulate": 2, "checkpoint_every": 4}
+
+
+def checks_of(directory):
+    return [line["control"] for line in steps_of(directory) if "control" in line]
+
+
+def test_error_control(tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(["train", *flags(steps=12, out=whole, **CONTROL)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "error control: 6 checks in " in out
+    checks = checks_of(whole)
+    assert [c["step"] for c in checks] == [1, 3, 5, 7, 9, 11]
+    assert all(f"\nstep {c['step']}, (" in out and c["reason"] in out for c in checks)
+    changed = next(c for c in checks if c["action"] == "climb")
+    assert changed["measured"]["cosine"] < 0.99 <= changed["tried"][-1]["cosine"]
+    assert f"-> ({changed['after']['forward_iters']},{changed['after']['backward_iters']}) cf 2: " in out
+    modes = [line["mode"] for line in steps_of(whole)]
+    assert modes[0] == "(1,1) cf 2" and modes[changed["step"]] != modes[changed["step"] - 1]
+
+    assert cli.main(["train", *flags(steps=12, out=cut, **CONTROL)]) == 0
+    (cut / "checkpoints" / "latest").write_text("step-00000008\n")
+    assert cli.main(["train", "--resume", str(cut)]) == 0
+    assert losses_of(cut) == losses_of(whole) and weights(cut) == weights(whole)
+    assert [{**c, "seconds": 0} for c in checks_of(cut)] == [{**c, "seconds": 0} for c in checks]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    assert cli.main(["train", "--resume", str(whole), "--steps=16", "--backward-iters=3", f"--out={other}"]) == 2
+    assert "are no rung of the ladder" in capsys.readouterr().err
+
+
+def test_error_control_does_not_change_what_it_does_not_decide(tmp_path):
+    held = CONTROL | {"control_target": 1e-6}
+    assert cli.main(["train", *flags(steps=6, out=tmp_path / "with", **held)]) == 0
+    assert cli.main(["train", *flags(steps=6, out=tmp_path / "without", **held | {"control": "off"})]) == 0
+    assert losses_of(tmp_path / "with") == losses_of(tmp_path / "without")
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+
+
+def test_error_control_by_the_residual(tmp_path):
+    options = CONTROL | {"control": "residual", "control_target": 1e-3}
+    assert cli.main(["train", *flags(steps=4, out=tmp_path / "run", **options)]) == 0
+    first = checks_of(tmp_path / "run")[0]
+    assert first["action"] == "climb" and max(first["measured"]["convergence_factor"].values()) > 1e-3
+
+
+def test_steps_that_are_no_numbers_are_skipped_and_then_end_the_run(tmp_path, capsys):
+    options = CONTROL | {"optimizer": "sgd", "lr": 1e9, "warmup": 0, "clip": 0}
+    assert cli.main(["train", *flags(steps=50, out=tmp_path / "run", **options)]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("mlpint: error: 5 steps in a row were not finite") and err.count("\n") == 1
+    assert "layer" in err and out.count("not finite; skipped") == 5
+    skipped = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line.get("control", {}).get("skip")]
+    assert len(skipped) == 4  # the fifth ended the run
+
+
 def test_bf16(tmp_path):
     assert cli.main(["train", *flags(steps=5, out=tmp_path / "fp32")]) == 0
     assert cli.main(["train", *flags(steps=5, dtype="bf16", out=tmp_path / "bf16")]) == 0
@@ -290,6 +348,16 @@ def test_two_ranks_train_as_one_does(two_ranks, tmp_path):
     )
     assert ours["gradient_error"] == pytest.approx(theirs["gradient_error"], rel=1e-2)
     assert ours["gradient_cosine"] == pytest.approx(theirs["gradient_cosine"], rel=1e-5)
+
+
+def test_error_control_decides_on_two_ranks_as_on_one(tmp_path):
+    arguments = flags(steps=6, **CONTROL)
+    launched("mpich", 2, *arguments, f"--out={tmp_path}/two").check()
+    assert cli.main(["train", *arguments, f"--out={tmp_path}/one"]) == 0
+    ours, theirs = checks_of(tmp_path / "two"), checks_of(tmp_path / "one")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(mine[key] == other[key] for key in ("step", "action", "before", "after"))
+        assert mine["measured"]["cosine"] == pytest.approx(other["measured"]["cosine"], rel=1e-5)
 
 
 def test_two_ranks_resume_bit_for_bit(two_ranks):

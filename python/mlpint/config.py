@@ -28,7 +28,7 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class SolverConfig(Section):
-    """The arguments of ``MGRIT`` and ``LayerParallel``; the defaults of ``mlpint train`` are here."""
+    """The arguments of ``MGRIT``, ``LayerParallel`` and ``ErrorControl``; the defaults of ``mlpint train`` are here."""
 
     levels: int = key(2, "multigrid levels; 1: exact")
     cfactor: int = key(4, "layers per interval of the coarse grid")
@@ -40,10 +40,20 @@ class SolverConfig(Section):
     open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
     close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
+    control: str = key(
+        "off", "error control: off, gradient or residual", choices=("off", "gradient", "residual")
+    )
+    control_target: float = key(
+        0.0, "smallest gradient cosine, or largest convergence factor; 0: 0.95, or 1 for residual", least=0
+    )
+    control_every: int = key(200, "steps between checks of the error", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.mgrit()
+        if self.mgrit().exact and self.control != "off":
+            raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
+        if self.control == "gradient" and self.control_target >= 1:
+            raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
 
     def mgrit(self) -> MGRIT:
         """The solver's options."""

@@ -16,7 +16,7 @@ class Decision:
     """What came of one step; the same on every rank but for the seconds.
 
     Attributes:
-        step: counted from 0.
+        step: counted from 1.
         action: ``"none"``, no check was due; ``"hold"``; ``"climb"`` or ``"descend"`` to other options; ``"skip"``.
         before, after: options of this step and of the next one.
         reason: in a line.
@@ -38,7 +38,7 @@ class Decision:
 
     def __str__(self) -> str:
         change = "" if self.after == self.before else f" -> {describe(self.after)}"
-        return f"step {self.step}: {describe(self.before)}{change}: {self.reason}"
+        return f"step {self.step}, {describe(self.before)}{change}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not finite is None."""

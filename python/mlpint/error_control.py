@@ -200,11 +200,12 @@ class ErrorControl:
         value = loss.detach() if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
         agree(self.blocks.comm, {"operation": "ErrorControl.step", "step": str(self.steps)})
         due, finite = self.check_due, self._is_finite(value)
+        device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
         if finite and not due:
-            decision = Decision(self.steps, "none", self.blocks.options, self.blocks.options)
+            decision = Decision(self.steps + 1, "none", self.blocks.options, self.blocks.options)
         else:
             started = time.perf_counter()
-            rehearsal = Rehearsal(self.blocks, again, value.device, self._passes)
+            rehearsal = Rehearsal(self.blocks, again, device, self._passes)
             decision = self._check(self._gauge(rehearsal)) if finite else self._not_finite(rehearsal)
             self._passes = rehearsal.passes
             decision = dataclasses.replace(decision, seconds=time.perf_counter() - started)
@@ -271,7 +272,7 @@ class ErrorControl:
         return self._climb(gauge, measured)
 
     def _decision(self, action: str, after: MGRIT, reason: str, measured: Measurement, *tried: Measurement) -> Decision:
-        return Decision(self.steps, action, self.blocks.options, after, reason, measured, tried)
+        return Decision(self.steps + 1, action, self.blocks.options, after, reason, measured, tried)
 
     def _try_below(self, gauge: Gauge, measured: Measurement) -> Decision:
         """Tries the rung below the present one, which has met the target."""
@@ -330,7 +331,7 @@ class ErrorControl:
             if decision.action == "climb":
                 return dataclasses.replace(decision, skip=True)
         reason = f"not finite; skipped, {self._skipped_in_a_row} in a row"
-        return Decision(self.steps, "skip", options, options, reason, skip=True)
+        return Decision(self.steps + 1, "skip", options, options, reason, skip=True)
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 

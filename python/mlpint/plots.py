@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draws training loss (faint where it is noisy) and validation loss over steps.
+
+    Where the solver's options change, a dotted line names the new ones. Runs with error control get a second picture
+    below, of what the checks measured.
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
@@ -17,8 +20,11 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    checks = {label: _checks(lines) for label, lines in runs.items()}
+    watched = any(checks.values())
+    figure = Figure(figsize=(8, 7 if watched else 5), layout="constrained")
+    axes = figure.add_subplot(3, 1, (1, 2)) if watched else figure.add_subplot()
+    below = figure.add_subplot(3, 1, 3, sharex=axes) if watched else None
     for number, (label, lines) in enumerate(runs.items()):
         color = f"C{number % 10}"
         steps = [line["step"] for line in lines if "loss" in line]
@@ -28,10 +34,43 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         held_out = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+        for step, mode in _changes(lines):
+            axes.axvline(step, color=color, linestyle=":", linewidth=0.8)
+            place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+            axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
+        if checks[label]:
+            below.plot(*zip(*checks[label], strict=True), "o-", color=color, markersize=3, label=label)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    if below is not None:
+        below.set(xlabel="step", ylabel="gradient cosine, or\nconvergence factor")
+        below.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Steps from which other options of the solver hold, with those."""
+    before = None
+    for line in lines:
+        if "loss" in line:
+            if before is not None and line.get("mode", before) != before:
+                yield line["step"], line["mode"]
+            before = line.get("mode", before)
+
+
+def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """What error control measured for the options in use: the gradient's cosine, or the larger convergence factor."""
+    found = []
+    for line in lines:
+        measured = line.get("control", {}).get("measured") or {}
+        factors = [f for f in measured.get("convergence_factor", {}).values() if f is not None]
+        value = measured.get("cosine")
+        if value is None and factors:
+            value = max(factors)
+        if value is not None:
+            found.append((line["step"], value))
+    return found
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

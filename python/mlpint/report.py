@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from .comm import Comm
 from .compare import Comparison
 from .joint import jointly
+from .ladder import describe
 from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
 from .trainer import Trainer
@@ -30,12 +34,9 @@ class Report:
     def __init__(self, trainer: Trainer, directory: Path) -> None:
         self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm
         self.leads = self.comm.rank == 0
-        options = trainer.blocks.options
-        self.mode = "exact" if options.exact else f"({options.forward_iters},{options.backward_iters})"
-        if not options.exact:
-            self.mode += f" cf {options.cfactor}"
         self.started, self.first = time.perf_counter(), trainer.step
         self.interval: list[float] = []
+        self.exact_steps = 0
         self.bar: Any = None
         self.metrics: Metrics | None = None
         jointly(self.comm, self._open)
@@ -63,7 +64,7 @@ class Report:
         idle = f", idle ranks {trainer.blocks.idle_ranks}" if trainer.blocks.idle_ranks else ""
         self._say(
             f"{model.layers} layers, dim {model.dim}, {model.heads} heads; {data.accumulate} x {data.batch} x "
-            f"{data.sequence} tokens a step; {self.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
+            f"{data.sequence} tokens a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
         )
         self._say(
             f"{trainer.corpus.name}: {len(trainer.corpus.train):,} tokens, {len(trainer.corpus.validation):,} held out"
@@ -75,10 +76,29 @@ class Report:
         else:
             print(line, flush=True)
 
+    @contextmanager
+    def decisions(self) -> Iterator[None]:
+        """Inside, what error control logs is shown among the other lines."""
+        logger, handler = logging.getLogger("mlpint.error_control"), _Lines(self._say)
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
     def step(self, done: int, loss: float, val_loss: float | None, norm: float, seconds: float) -> None:
         if not self.leads:
             return
-        data, run = self.config.data, self.config.run
+        data, run, decision = self.config.data, self.config.run, self.trainer.decision
+        watched = decision is not None and decision.action != "none"
+        if watched and decision.skip:  # without a loss: curves pass over it
+            self.metrics.write({"step": done, "val_loss": val_loss, "control": decision.as_dict()})
+            if self.bar is not None:
+                self.bar.update()
+            return
         tokens = data.accumulate * data.batch * data.sequence
         lr = self.trainer.optimizer.param_groups[0]["lr"]
         line = {
@@ -89,19 +109,22 @@ class Report:
             "grad_norm": norm,
             "seconds": seconds,
             "tokens": done * tokens,
-            "mode": self.mode,
+            "mode": self.trainer.mode,
             "iterations": self.trainer.iterations,
         }
+        if watched:
+            line["control"] = decision.as_dict()
         self.metrics.write(line)
         self.interval.append(seconds)
+        self.exact_steps += self.trainer.mode == "exact"
         if self.bar is not None:
             self.bar.update()
         if done % run.log_every == 0 or done == run.steps or val_loss is not None:
             left = (time.perf_counter() - self.started) / (done - self.first) * (run.steps - done)
             held_out = f"  val {val_loss:.4f}" if val_loss is not None else ""
             self._say(
-                f"step {done:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}{held_out}  {self.mode}  lr {lr:.1e}  "
-                f"grad {norm:.2f}  {len(self.interval) * tokens / sum(self.interval):,.0f} tokens/s  "
+                f"step {done:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}{held_out}  {self.trainer.mode}  "
+                f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * tokens / sum(self.interval):,.0f} tokens/s  "
                 f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
             )
             self.interval.clear()
@@ -117,19 +140,39 @@ class Report:
             self.metrics.write({"step": self.config.run.steps, "comparison": dataclasses.asdict(comparison)})
         self.metrics.close()
         lines = read_lines(self.directory / "metrics.jsonl")
-        loss_curves({self.mode: lines}, self.directory / "loss.png")
+        label, control = describe(self.config.solver.mgrit()), self.trainer.control
+        loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
         if sample is not None:
             (self.directory / "sample.txt").write_text("".join(sample), encoding="utf-8")
             self._say(f"\n--- sample: {sample[0]!r} goes on ---\n{sample[1]}\n---\n")
+        if control is not None and control.history:
+            checks = [d for d in control.history if d.measured is not None]
+            changes, steps = sum(d.after != d.before for d in control.history), self.config.run.steps - self.first
+            self._say(
+                f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
+                f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"
+            )
         if comparison is not None:
+            mode = describe(self.trainer.blocks.options)
             self._say(
                 f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
-                f"layer-parallel {self.mode} {comparison.seconds:.3f} s, exact serial sweep "
+                f"layer-parallel {mode} {comparison.seconds:.3f} s, exact serial sweep "
                 f"{comparison.exact_seconds:.3f} s, ratio {comparison.speedup:.2f}x\n"
                 f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
                 f"cosine {comparison.gradient_cosine:.4f}"
             )
         self._say(f"written: {self.directory}/ with " + ", ".join(sorted(p.name for p in self.directory.iterdir())))
+
+
+class _Lines(logging.Handler):
+    """Shows what is logged among the other lines, above a progress bar."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
 
 
 def _ranks(comm: Comm) -> str:

@@ -43,17 +43,18 @@ def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoin
         trainer.resume(checkpoint)
     directory = _run_directory(config, comm, checkpoint)
     report = Report(trainer, directory)
-    for step in range(trainer.step, config.run.steps):
-        started = time.perf_counter()
-        loss, norm = trainer.train_step()
-        seconds = time.perf_counter() - started
-        done = step + 1
-        due = config.run.eval_every and done % config.run.eval_every == 0
-        val_loss = trainer.validate() if due or done == config.run.steps else None
-        report.step(done, loss, val_loss, norm, seconds)
-        every = config.run.checkpoint_every
-        if every and (done % every == 0 or done == config.run.steps):
-            trainer.save(directory / "checkpoints")
+    with report.decisions():
+        for step in range(trainer.step, config.run.steps):
+            started = time.perf_counter()
+            loss, norm = trainer.train_step()
+            seconds = time.perf_counter() - started
+            done = step + 1
+            due = config.run.eval_every and done % config.run.eval_every == 0
+            val_loss = trainer.validate() if due or done == config.run.steps else None
+            report.step(done, loss, val_loss, norm, seconds)
+            every = config.run.checkpoint_every
+            if every and (done % every == 0 or done == config.run.steps):
+                trainer.save(directory / "checkpoints")
     report.close(trainer.sample(), trainer.compare())
     return directory
 

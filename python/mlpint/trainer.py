@@ -16,7 +16,10 @@ from .comm import Comm
 from .compare import Comparison, compare, exact
 from .config import TrainConfig
 from .data import Batches, Corpus
-from .errors import TrainingError
+from .decision import Decision
+from .error_control import ErrorControl
+from .errors import ConfigError, TrainingError
+from .ladder import describe
 from .layer_parallel import LayerParallel
 from .models import GPT
 from .optim import learning_rate, make_optimizer
@@ -30,6 +33,8 @@ class Trainer:
         step: optimiser steps done.
         position: batches taken from the training data.
         iterations: of the last step's solves, by direction; 0 where exact.
+        mode: the solver's options in the last step, in short.
+        decision: what error control made of the last step; None without control.
         model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
     """
 
@@ -53,6 +58,13 @@ class Trainer:
         self.batches = Batches(corpus, data.sequence, data.batch, config.run.seed, self.device)
         self.step = self.position = 0
         self.iterations: dict[str, int] = {}
+        self.mode = describe(self.blocks.options)
+        self.decision: Decision | None = None
+        self.control: ErrorControl | None = None
+        if solver.control != "off":
+            self.control = ErrorControl(
+                self.blocks, measure=solver.control, target=solver.control_target or None, every=solver.control_every
+            )
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats per token."""
@@ -60,24 +72,37 @@ class Trainer:
             logits = self.model(inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def forward_backward(self, step: int, microbatch: int, position: int) -> float:
-        """Adds a microbatch's gradients; returns its loss. Random numbers depend on the arguments alone."""
+    def training_loss(self, step: int, microbatch: int, position: int) -> torch.Tensor:
+        """Of a microbatch. Random numbers depend on the arguments alone."""
         self.blocks.dropout_key(step, microbatch)
         torch.manual_seed(random.key(self.config.run.seed, step, microbatch, self.config.model.layers))
-        loss = self.loss(*self.batches.train(position))
+        return self.loss(*self.batches.train(position))
+
+    def forward_backward(self, step: int, microbatch: int, position: int) -> float:
+        """Adds a microbatch's gradients; returns its loss."""
+        loss = self.training_loss(step, microbatch, position)
         (loss / self.config.data.accumulate).backward()
         return float(loss.detach())
 
     def train_step(self) -> tuple[float, float]:
         """One optimiser step. Returns loss and gradient norm, the same on every rank.
 
+        With error control a step whose numbers are not finite is skipped, and counts.
+
         Raises:
             TrainingError: if either is not a number; the weights are as before the step.
         """
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
         losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
-        self.iterations = dict(self.blocks.stats.iterations)
-        loss, norm = sum(losses) / accumulate, clip_grad_norm_(self.model, limit)
+        self.iterations, self.mode = dict(self.blocks.stats.iterations), describe(self.blocks.options)
+        loss = sum(losses) / accumulate
+        if self.control is not None:
+            last = self.step, accumulate - 1, self.position + accumulate - 1
+            self.decision = self.control.step(loss, lambda: self.training_loss(*last))
+            if self.decision.skip:
+                self._next()
+                return loss, math.nan
+        norm = clip_grad_norm_(self.model, limit)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; lower lr, or raise forward_iters and "
@@ -86,9 +111,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.run.steps, self.config.optimizer)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.position = self.step + 1, self.position + accumulate
+        self._next()
         return loss, norm
+
+    def _next(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.position = self.step + 1, self.position + self.config.data.accumulate
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -126,8 +154,18 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
+        if self.control is not None:
+            info["control"] = self.control.state_dict()
         checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, comm=self.comm)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
+        if self.control is None:
+            return
+        self.control.steps = self.step
+        if "control" in checkpoint.info:
+            try:
+                self.control.load_state_dict(checkpoint.info["control"])
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint.path}: {error}") from None
