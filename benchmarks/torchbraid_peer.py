@@ -203,6 +203,10 @@ def main() -> int:
         if comm.rank == 0:
             print(f"{HOW} ({error})")
         return 0
+    if comm.size > 1 and comm.name != "mpi":
+        parser.error("TorchBraid's ranks speak MPI: start this with mpirun")
+    if args.layers % comm.size:
+        parser.error(f"TorchBraid wants the {args.layers} layers to divide by the {comm.size} ranks")
     if comm.rank == 0:
         version = importlib.metadata.version
         try:
