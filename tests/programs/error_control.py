@@ -493,6 +493,24 @@ def tied_frozen_and_idle(comm):
     assert 0 < history[0]["measured"]["error"] < 1
 
 
+def the_cyclic_layout(comm):
+    """Layers of one interval on several ranks; the same numbers but for rounding as on one."""
+    options = MGRIT(2, max(2, comm.size), 1, 1, coarse="sum")
+    histories = []
+    for c in (comm, one()):
+        blocks = LayerParallel(small_layers(12, 0.3), options, comm=c, layout="cyclic")
+        control, x = ErrorControl(blocks, every=1, target=0.99999), torch.linspace(-1, 1, 128).view(16, 8)
+        for _ in range(3):
+            loss = blocks(x).square().mean()
+            loss.backward()
+            control.step(loss, lambda blocks=blocks, x=x: blocks(x).square().mean())
+        histories.append(control.history)
+    ours, theirs = histories
+    assert [(d.action, d.after) for d in ours] == [(d.action, d.after) for d in theirs]
+    assert ours[0].action == "climb"
+    assert all(abs(a.measured.error - b.measured.error) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
 def ranks_that_disagree(comm):
     blocks = LayerParallel(small_layers(), MGRIT(2, 4, 1, 1), comm=comm)
     try:
@@ -530,6 +548,7 @@ if __name__ == "__main__":
             a_ladder_of_operators,
             resuming,
             tied_frozen_and_idle,
+            the_cyclic_layout,
             ranks_that_disagree,
             default_ladders,
         ]
