@@ -413,3 +413,21 @@ def test_ranks_that_disagree_are_told_before_training(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "seed is 0 on rank 0, 1 on rank 1" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_ranks_do_not_allow_ends_all_ranks_with_one_line(tmp_path):
+    for options, text in (
+        ({"layout": "cyclic", "cfactor": 3, "coarse": "sum"}, "their number, 2, must be a multiple of cfactor"),
+        ({"layout": "cyclic", "cfactor": 2}, "coarse='sum'"),
+        ({"coarse": "sum", "cfactor": 2, "levels": 3, "layers": 14}, "are on ranks"),
+    ):
+        result = launched("mpich", 2, *flags(steps=1, out=tmp_path / "run", **options))
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and text in result.stderr, result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_cyclic_layout_and_the_pipeline_train(tmp_path):
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "a", layout="cyclic", coarse="sum", cfactor=2)).check()
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "b", levels=1, serial_microbatches=2)).check()
+    assert losses_of(tmp_path / "b") == pytest.approx(plain_losses(2)[0], rel=1e-5)
+    assert losses_of(tmp_path / "a") == pytest.approx(plain_losses(2)[0], rel=1e-2)

@@ -166,9 +166,8 @@ def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: 
         )
 
 
-_PLAN_KEYS = tuple(
-    f.name for f in dataclasses.fields(SolverConfig) if f.name not in ("tolerance", "coarse", "recompute")
-)
+_NOT_PLANNED = ("tolerance", "coarse", "layout", "serial_microbatches", "recompute")
+_PLAN_KEYS = tuple(f.name for f in dataclasses.fields(SolverConfig) if f.name not in _NOT_PLANNED)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -39,6 +39,8 @@ class SolverConfig(Section):
     tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
     open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
     close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
+    layout: str = key("block", "block or cyclic (for coarse = sum)", choices=("block", "cyclic"))
+    serial_microbatches: int = key(1, "slices of a batch that exact sweeps stream through the ranks", least=1)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "off", "error control: off, gradient or residual", choices=("off", "gradient", "residual")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
-import hashlib
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._core import CyclicSolver, Grid, Partition, Solver
+from ._core import CyclicSolver, Grid, Solver
 from .comm import Comm
+from .fingerprint import fingerprint
 from .operators import LearntOperator
 from .options import MGRIT
+from .ownership import block_owners, cyclic_owners, partition_of
 from .propagators import output_tensors
 from .random import LayerRandom
 from .run import Run, Solve
@@ -79,10 +80,11 @@ class LayerParallel(nn.Module):
         self._check(layers, options, layout)
         self.comm.vote(
             {
-                "layers": f"{len(layers)} with {_fingerprint(layers)}",
+                "layers": f"{len(layers)} with {fingerprint(layers)}",
                 "options": str(options),
                 "step size": str(step_size),
                 "open and close layers": f"{open_layers} and {close_layers}",
+                "layout": layout,
                 "recompute": str(recompute),
                 "serial microbatches": str(serial_microbatches),
             },
@@ -97,14 +99,19 @@ class LayerParallel(nn.Module):
         self.layout = layout
         granularity = options.cfactor if options.levels > 1 else 1
         if layout == "block":
-            self._partition = Partition(Partition.even(self.depth, granularity, self.comm.size), self.depth)
-            self._owners = [self._partition.owner(p) for p in range(self.depth)]
+            self._owners = block_owners(self.depth, granularity, self.comm.size)
         else:
-            self._owners = _deal(self.depth, options.cfactor, self.comm.size)
+            self._owners = cyclic_owners(self.depth, options.cfactor, self.comm.size)
         self.first_rank, self.last_rank = self._owners[0], self._owners[-1]
         self.local_layers = {n: m for n, m in enumerate(layers) if self.rank_of(n) == self.comm.rank}
         for n, layer in self.local_layers.items():
             self.add_module(str(n), layer)
+        if self.idle_ranks and self.comm.rank == 0:
+            warnings.warn(
+                f"ranks {self.idle_ranks} own none of the {self.layer_count} layers: there are fewer intervals of "
+                f"{granularity} layers than ranks. Take fewer ranks or a smaller cfactor",
+                stacklevel=2,
+            )
         self._shared = SharedParameters(layers, self.rank_of, self.comm)
         self._solvers: dict[tuple, Solver] = {}
         self._learnt: dict[tuple[str, str], LearntOperator] = {}
@@ -211,7 +218,8 @@ class LayerParallel(nn.Module):
         if key not in self._solvers and self.layout == "cyclic":
             self._solvers[key] = self._cyclic_solver(direction)
         if key not in self._solvers:
-            grid, partition, ranks = Grid(self.depth, o.cfactor, o.levels), self._partition, list(range(self.comm.size))
+            grid, ranks = Grid(self.depth, o.cfactor, o.levels), list(range(self.comm.size))
+            partition = partition_of(self._owners, self.comm.size)
             if direction == "backward":
                 grid, partition, ranks = grid.mirrored(), partition.mirrored(), ranks[::-1]
             self._solvers[key] = Solver(
@@ -394,33 +402,8 @@ class LayerParallel(nn.Module):
         for name, value in self.__dict__.items():
             if name == "_solvers":
                 clone.__dict__[name] = {}
-            elif name in ("comm", "_partition"):
+            elif name == "comm":
                 clone.__dict__[name] = value
             else:
                 clone.__dict__[name] = copy.deepcopy(value, memo)
         return clone
-
-
-def _deal(depth: int, cfactor: int, ranks: int) -> list[int]:
-    """Owner of each layer in the cyclic layout: the intervals are dealt evenly to groups of at most cfactor ranks, and
-    the layers of an interval evenly, in order, to the ranks of its group."""
-    group = min(ranks, cfactor)
-    groups, intervals = ranks // group, -(-depth // cfactor)
-    ends = [g * intervals // groups for g in range(1, groups + 1)]
-    owners = []
-    for position in range(depth):
-        interval, place = divmod(position, cfactor)
-        owners.append(group * bisect.bisect_right(ends, interval) + place * group // cfactor)
-    return owners
-
-
-def _fingerprint(layers: list[nn.Module]) -> str:
-    """A digest of the names, shapes and dtypes of all parameters and buffers."""
-    text = "\n".join(
-        f"{n} {name} {tuple(t.shape)} {t.dtype}"
-        for n, layer in enumerate(layers)
-        for name, t in [*layer.named_parameters(), *layer.named_buffers()]
-    )
-    return f"{sum(p.numel() for layer in layers for p in layer.parameters())} parameters, digest " + (
-        hashlib.sha256(text.encode()).hexdigest()[:8]
-    )

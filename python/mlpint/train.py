@@ -38,7 +38,10 @@ def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoin
     if config.run.device == "cpu":
         comm.device = torch.device("cpu")
     _agree(config, corpus, comm)
-    trainer = Trainer(config, corpus, comm)
+    try:
+        trainer = Trainer(config, corpus, comm)
+    except ValueError as error:  # what the number of ranks does not allow, alike on all of them
+        raise ConfigError(str(error)) from None
     if checkpoint is not None:
         trainer.resume(checkpoint)
     directory = _run_directory(config, comm, checkpoint)

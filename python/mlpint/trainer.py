@@ -51,8 +51,12 @@ class Trainer:
             comm=comm,
             open_layers=solver.open_layers,
             close_layers=solver.close_layers,
+            layout=solver.layout,
             recompute=solver.recompute,
+            serial_microbatches=solver.serial_microbatches,
         )
+        for direction in ("forward", "backward"):
+            self.blocks.solver(direction)  # raises here what it would raise in the first step
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.batches = Batches(corpus, data.sequence, data.batch, config.run.seed, self.device)

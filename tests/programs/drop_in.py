@@ -6,6 +6,7 @@ so many iterations that it is exact, must both agree with the loop.
 
 import copy
 import dataclasses
+import warnings
 from functools import partial
 
 import torch
@@ -489,7 +490,11 @@ def options_replaced_between_steps(comm):
 
 @float64
 def idle_ranks_are_reported(comm):
-    stack = LayerParallel([Residual() for _ in range(5)], MGRIT(cfactor=4), comm=comm)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stack = LayerParallel([Residual() for _ in range(5)], MGRIT(cfactor=4), comm=comm)
+    told = [str(w.message) for w in caught if "own none of the 5 layers" in str(w.message)]
+    assert len(told) == (comm.rank == 0 and comm.size > 2), told
     assert stack.idle_ranks == list(range(2, comm.size))
     owners = sorted(n for r in range(comm.size) for n in range(5) if stack.rank_of(n) == r)
     assert owners == list(range(5)), "each layer exactly once"
