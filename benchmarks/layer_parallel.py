@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
+import machine
 import torch
 from block import Block
 
@@ -64,6 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     comm = mlpint.init()
+    if comm.rank == 0:
+        print(machine.describe(), flush=True)
     torch.manual_seed(0)
     layers = [Block(args.dim, args.heads, args.layers) for _ in range(args.layers)]
     x = torch.randn(args.batch, args.sequence, args.dim)
@@ -83,8 +85,7 @@ def main() -> None:
             if args.json:
                 with open(args.json, "a") as file:
                     times = {"setting": setting, "ranks": comm.size, "serial": serial, "parallel": parallel}
-                    machine = {"machine": platform.processor() or platform.machine()}
-                    file.write(json.dumps(vars(args) | times | machine) + "\n")
+                    file.write(json.dumps(vars(args) | times | {"machine": machine.describe()}) + "\n")
 
 
 if __name__ == "__main__":
