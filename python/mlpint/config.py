@@ -87,7 +87,7 @@ class OptimizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
-    steps: int = key(200, "optimiser steps", least=1)
+    steps: int = key(300, "optimiser steps", least=1)
     seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
     dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
