@@ -526,7 +526,7 @@ def layers_that_change_shape_or_dtype(comm):
             return self.how(super().forward(x))
 
     if comm.size > 1:
-        return  # the error is one rank's; tests/test_failures.py has what it does to the others
+        return  # the error is one rank's; tests/test_guard.py has what it does to the others
     for how, text in (
         (lambda x: x[..., :2], "layer 2 turned 3x4 float64 cpu into 3x2 float64 cpu"),
         (lambda x: x.float(), "into 3x4 float32 cpu"),
