@@ -80,7 +80,8 @@ def main() -> None:
             ratio = statistics.median(s / p for s, p in zip(serial, parallel, strict=True))
             s, p = statistics.median(serial), statistics.median(parallel)
             print(
-                f"({forward},{backward}) cf {cfactor} {args.coarse} on {comm.size} ranks ({comm.name}): serial {s * 1e3:.1f} ms, "
+                f"({forward},{backward}) cf {cfactor} {args.coarse} on {comm.size} ranks ({comm.name}): "
+                f"serial {s * 1e3:.1f} ms, "
                 f"layer-parallel {p * 1e3:.1f} ms, {ratio:.2f}x; waited {blocks.stats.seconds['wait'] * 1e3:.1f} ms",
                 flush=True,
             )
