@@ -162,8 +162,10 @@ class _Propagator:
     operations = {Visit.relax: "relaxation", Visit.chain: "coarse sweep", Visit.last: "last sweep"}
     direction = ""
 
-    def __init__(self, stream: Stream, template: State, rank: int, operator: LearntOperator | None = None) -> None:
-        self.stream, self.template, self.rank, self.operator = stream, template, rank, operator
+    def __init__(
+        self, stream: Stream, template: State, rank: int, origin: int, operator: LearntOperator | None = None
+    ) -> None:
+        self.stream, self.template, self.rank, self.origin, self.operator = stream, template, rank, origin, operator
 
     extrapolate = staticmethod(states.extrapolate)
     axpy = staticmethod(states.axpy)
@@ -210,18 +212,12 @@ def annotate(error: BaseException, rank: int, where: str) -> None:
 
 
 class ForwardPropagator(_Propagator):
-    """Position p is layer ``first + p``."""
+    """Position p is layer ``origin + p``."""
 
     direction = "forward"
 
-    def __init__(
-        self, stream: Stream, template: State, rank: int, first: int, operator: LearntOperator | None = None
-    ) -> None:
-        super().__init__(stream, template, rank, operator)
-        self.first = first
-
     def layer(self, position: int) -> int:
-        return self.first + position
+        return self.origin + position
 
     def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
         # Whatever the chain evaluated for good was taped there and then.
@@ -229,18 +225,12 @@ class ForwardPropagator(_Propagator):
 
 
 class AdjointPropagator(_Propagator):
-    """Position p is layer ``last - p``; the step is lambda -> J^T lambda."""
+    """Position p is layer ``origin - p``; the step is lambda -> J^T lambda."""
 
     direction = "backward"
 
-    def __init__(
-        self, stream: Stream, template: State, rank: int, last: int, operator: LearntOperator | None = None
-    ) -> None:
-        super().__init__(stream, template, rank, operator)
-        self.last = last
-
     def layer(self, position: int) -> int:
-        return self.last - position
+        return self.origin - position
 
     def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
         if visit == Visit.last:
