@@ -81,6 +81,7 @@ class OptimizerConfig(Section):
     warmup: int = key(20, "steps of linear warm-up", least=0)
     final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
+    beta2: float = key(0.95, "decay of adamw's average of squared gradients", least=0, below=1)
     momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
 

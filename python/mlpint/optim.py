@@ -11,14 +11,14 @@ from .config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (beta 0.9, 0.95) or SGD over the parameters that this rank holds; only matrices decay."""
+    """AdamW (its first beta is 0.9) or SGD over the parameters that this rank holds; only matrices decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
