@@ -26,3 +26,12 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture
+def poisoned():
+    """New memory is NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
