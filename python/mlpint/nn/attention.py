@@ -1,0 +1,168 @@
+"""Softmax attention of J independent layers over one batch, and its backward; see ops.py for the conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from . import dropout
+
+_MASKED = -1e30  # added to scores of padded keys: finite, so that a row without any key stays finite too
+
+
+class Padding:
+    """Key lengths of one batch, in the forms that attention asks for."""
+
+    def __init__(self, lengths: torch.Tensor, sequence: int) -> None:
+        self.lengths = lengths
+        places = torch.arange(sequence, device=lengths.device)
+        self.padded = places >= lengths.unsqueeze(1)  # [B, T]
+        self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def bias(self, j: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of J batches, [J B, 1, 1, T]."""
+        if (j, dtype) not in self._biases:
+            bias = torch.zeros(self.padded.shape, dtype=dtype, device=self.padded.device)
+            bias = bias.masked_fill_(self.padded, _MASKED)
+            self._biases[j, dtype] = bias.repeat(j, 1)[:, None, None, :]
+        return self._biases[j, dtype]
+
+    def clear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [J, B, T, ...], zero in padded places."""
+        padded = self.padded.reshape(1, *self.padded.shape, *[1] * (x.dim() - 3))
+        return x.masked_fill(padded, 0)
+
+
+def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
+    """Views q, k, v [J B, H, T, hd] of [J, B T, 3 D]."""
+    j, m, width = qkv.shape
+    return qkv.view(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attention(
+    qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
+) -> torch.Tensor:
+    """Softmax attention of [J, B T, 3 D], nothing saved -> [J, B T, D]. Padded queries give 0."""
+    q, k, v = split_heads(qkv, batch, heads)
+    bias = _bias(len(qkv), causal, padding, qkv.dtype)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return _merged(o, len(qkv), padding)
+
+
+def attention_train(
+    qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`attention`, with what its backward needs beside qkv and the output: [J, B, H, T] log-sum-exp on the
+    CPU; elsewhere nothing, [J, 0], since the backward evaluates it again."""
+    if qkv.device.type != "cpu":
+        return attention(qkv, batch, heads, causal, padding, scale), qkv.new_empty(len(qkv), 0)
+    q, k, v = split_heads(qkv, batch, heads)
+    bias = _bias(len(qkv), causal, padding, qkv.dtype)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return _merged(o, len(qkv), padding), lse.view(len(qkv), batch, *lse.shape[1:])
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    batch: int,
+    heads: int,
+    causal: bool,
+    padding: Padding | None,
+    scale: float,
+) -> torch.Tensor:
+    """Gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
+    j, m, d = o.shape
+    bias = _bias(j, causal, padding, qkv.dtype)
+    grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
+    if qkv.device.type == "cpu":
+        q, k, v = split_heads(qkv, batch, heads)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, _split_output(o, batch, heads, None), lse.flatten(0, 1), 0.0, causal,
+            attn_mask=bias, scale=scale,
+        )  # fmt: skip
+        return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in found], -1)
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        q, k, v = split_heads(leaf, batch, heads)
+        again = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return torch.autograd.grad(again, leaf, grad)[0]
+
+
+def dropout_attention(
+    qkv: torch.Tensor,
+    batch: int,
+    heads: int,
+    causal: bool,
+    padding: Padding | None,
+    scale: float,
+    keys: Sequence[int],
+    probability: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention whose weights are dropped: the output and the weights before, [J, B, H, T, T]."""
+    j = len(qkv)
+    q, k, v = split_heads(qkv, batch, heads)
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    bias = _bias(j, causal, padding, qkv.dtype)
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
+    weights = torch.softmax(scores, -1)
+    weights = weights.view(j, batch, *weights.shape[1:])
+    kept = dropout.dropped(weights, keys, dropout.ATTENTION, probability)
+    return _merged(torch.matmul(kept.flatten(0, 1), v), j, padding), weights
+
+
+def dropout_attention_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    weights: torch.Tensor,
+    batch: int,
+    heads: int,
+    padding: Padding | None,
+    scale: float,
+    keys: Sequence[int],
+    probability: float,
+) -> torch.Tensor:
+    """Gradient for qkv of :func:`dropout_attention`."""
+    j, m, _ = qkv.shape
+    q, k, v = split_heads(qkv, batch, heads)
+    grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
+    kept = dropout.dropped(weights, keys, dropout.ATTENTION, probability).flatten(0, 1)
+    dv = torch.matmul(kept.transpose(-1, -2), grad)
+    dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights)
+    dweights = dropout.dropped(dweights, keys, dropout.ATTENTION, probability)
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
+    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+    return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in (dq, dk, dv)], -1)
+
+
+def _bias(j: int, causal: bool, padding: Padding | None, dtype: torch.dtype) -> torch.Tensor | None:
+    # Behind a causal mask no query but padded ones, whose output is cleared, sees a padded key.
+    return None if causal or padding is None else padding.bias(j, dtype)
+
+
+def _above_diagonal(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+
+
+def _merged(o: torch.Tensor, j: int, padding: Padding | None) -> torch.Tensor:
+    """[J B, H, T, hd] -> [J, B T, D]."""
+    batch, heads, sequence, width = o.shape
+    o = o.transpose(1, 2).reshape(j, batch // j, sequence, heads * width)
+    return (o if padding is None else padding.clear(o)).flatten(1, 2)
+
+
+def _split_output(o: torch.Tensor, batch: int, heads: int, padding: Padding | None) -> torch.Tensor:
+    """[J, B T, D] -> [J B, H, T, hd]."""
+    j, m, d = o.shape
+    if padding is not None:
+        o = padding.clear(o.view(j, batch, m // batch, d))
+    return o.reshape(j * batch, m // batch, heads, d // heads).transpose(1, 2)

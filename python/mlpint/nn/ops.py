@@ -1,0 +1,174 @@
+"""The operations that J independent blocks are made of, in plain torch, for any device.
+
+All carry a leading dimension J: activations [J, M, D] with M = batch x sequence, weights [J, out, in] as strided views
+of stacked storage. At J = 1 torch's unbatched operations are the faster ones and are taken. Nothing here is recorded
+by autograd; see steps.py for what is put together from it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x W^T + b, in the dtype of W: [J, M, in] -> [J, M, out]."""
+    x = x.to(weight.dtype)
+    if len(x) == 1:
+        return torch.addmm(bias[0], x[0], weight[0].t()).unsqueeze(0)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Gradient for the input of :func:`linear`."""
+    grad = grad.to(weight.dtype)
+    return torch.mm(grad[0], weight[0]).unsqueeze(0) if len(grad) == 1 else torch.bmm(grad, weight)
+
+
+def linear_weight_grads(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> None:
+    """Writes the parameters' gradients of :func:`linear` into views [J, out, in] and [J, out], where given."""
+    if weight is not None:
+        transposed, x = grad.transpose(1, 2), x.to(grad.dtype)
+        if weight.dtype != grad.dtype:
+            weight.copy_(torch.bmm(transposed, x))
+        elif len(grad) == 1:
+            torch.mm(transposed[0], x[0], out=weight[0])
+        else:
+            torch.bmm(transposed, x, out=weight)
+    if bias is not None:
+        torch.sum(grad, 1, dtype=bias.dtype, out=bias)
+
+
+def ln(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm of [J, M, D] with [J, D] each: (y, mean [J, M], rstd [J, M])."""
+    if len(x) == 1:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight[0], bias[0], eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        y = torch.addcmul(bias.unsqueeze(1), y, weight.unsqueeze(1))
+    return y, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def ln_backward_add(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient for the input of :func:`ln`, plus that of the residual path."""
+    grad = grad.to(x.dtype)
+    one = len(x) == 1
+    scaled = grad if one else grad * weight.unsqueeze(1)
+    dx = torch.ops.aten.native_layer_norm_backward(
+        scaled,
+        x,
+        x.shape[-1:],
+        mean.unsqueeze(-1),
+        rstd.unsqueeze(-1),
+        weight[0] if one else None,
+        None,
+        [True, False, False],
+    )[0]
+    return dx if residual is None else dx.add_(residual)
+
+
+def ln_weight_grads(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    normalized: torch.Tensor | None = None,
+) -> None:
+    """Writes the parameters' gradients of :func:`ln` into views [J, D], where given. ``normalized``, (x - mean) rstd,
+    is used up."""
+    if weight is not None:
+        if normalized is None:
+            normalized = (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
+        torch.sum(normalized.mul_(grad), 1, dtype=weight.dtype, out=weight)
+    if bias is not None:
+        torch.sum(grad, 1, dtype=bias.dtype, out=bias)
+
+
+def ln_linear_weight_grads(
+    grad: torch.Tensor,
+    grad_normalized: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    into: tuple[torch.Tensor | None, ...],
+) -> None:
+    """Of a linear map behind a LayerNorm, whose output was not kept: into (weight, bias, ln_weight, ln_bias)."""
+    weight, bias, into_ln_weight, into_ln_bias = into
+    normalized = None
+    if weight is not None:
+        normalized = (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
+        x_hat = torch.addcmul(ln_bias.unsqueeze(1), normalized, ln_weight.unsqueeze(1))
+        linear_weight_grads(grad, x_hat, weight, bias)
+    else:
+        linear_weight_grads(grad, grad, None, bias)
+    ln_weight_grads(grad_normalized, x, mean, rstd, into_ln_weight, into_ln_bias, normalized)
+
+
+def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float) -> torch.Tensor:
+    """x + h ((y - x) + update); the update's memory is used up where the dtypes agree."""
+    total = update.add_(y) if update.dtype == y.dtype else y + update
+    return total if h == 1 else torch.lerp(x, total, h)
+
+
+# --- fused pairs, by the names of the kernels that stand in for them -------------------------------------------------
+
+
+def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
+    """"none", "gelu" or "gelu_tanh"."""
+    if activation == "none":
+        return pre
+    return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activation_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def ln_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    """activation(LN(x) W^T + b), nothing saved."""
+    return activate(linear(ln(x, ln_weight, ln_bias, eps)[0], weight, bias), activation)
+
+
+def ln_linear_train(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`ln_linear`, with what its backward needs: (y, mean, rstd, pre-activation)."""
+    normalized, mean, rstd = ln(x, ln_weight, ln_bias, eps)
+    pre = linear(normalized, weight, bias)
+    return activate(pre, activation), mean, rstd, pre
+
+
+def linear_axpy(
+    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float
+) -> torch.Tensor:
+    """x + h ((y - x) + a W^T + b)."""
+    return residual_add(linear(a, weight, bias), y, x, h)

@@ -1,0 +1,75 @@
+"""The pre-LN step and its hand-written backward, for J independent blocks at once.
+
+    y = x + drop(O attention(QKV LN1 x)),  out = x + h ((y - x) + drop(W2 gelu(W1 LN2 y)))
+
+x, y, out are [J, M, D], M = batch x sequence. The backward comes in two halves: :func:`input_vjp` gives the gradient
+for x and what the other half will need; :func:`weight_vjp` writes the parameters' gradients, now or later.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .call import Call
+from .dropout import FFN, PROJECTION
+from .settings import Weights
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def forward(call: Call, w: Weights, x: torch.Tensor) -> torch.Tensor:
+    """One step, nothing saved."""
+    qkv = ops.ln_linear(x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, call.eps, "none")
+    y = call.onto_stream(call.attention(qkv), w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
+    a = ops.ln_linear(y, w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, call.eps, call.activation)
+    return call.onto_stream(a, w.down_weight, w.down_bias, y, x, call.h, FFN)
+
+
+def forward_train(call: Call, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    """One step, and what its backward needs; every tensor of it has the leading dimension J."""
+    qkv, mean1, rstd1, _ = ops.ln_linear_train(
+        x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, call.eps, "none"
+    )
+    o, attended = call.attention_train(qkv)
+    y = call.onto_stream(o, w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
+    a, mean2, rstd2, pre = ops.ln_linear_train(
+        y, w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, call.eps, call.activation
+    )
+    out = call.onto_stream(a, w.down_weight, w.down_bias, y, x, call.h, FFN)
+    return out, (x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre)
+
+
+def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    """Gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
+    x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre = saved
+    h = call.h
+    scaled = grad if h == 1 else grad * h
+    d_down = call.dropped(scaled, FFN).to(w.down_weight.dtype)
+    d_pre = ops.activation_backward(ops.linear_backward(d_down, w.down_weight), pre, call.activation)
+    d_n2 = ops.linear_backward(d_pre, w.up_weight)
+    dy = ops.ln_backward_add(d_n2, y, mean2, rstd2, w.ln2_weight, scaled)
+    d_proj = call.dropped(dy, PROJECTION).to(w.proj_weight.dtype)
+    d_qkv = call.attention_backward(ops.linear_backward(d_proj, w.proj_weight), qkv, o, attended)
+    d_n1 = ops.linear_backward(d_qkv, w.qkv_weight)
+    dx = ops.ln_backward_add(d_n1, x, mean1, rstd1, w.ln1_weight, dy)
+    if h != 1:
+        dx += grad - scaled
+    return dx, (d_down, d_pre, d_n2, d_proj, d_qkv, d_n1)
+
+
+def weight_vjp(call: Call, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
+    """Writes the parameters' gradients into [J, ...] tensors of any strides; None for those not wanted."""
+    x, mean1, rstd1, _, o, _, y, mean2, rstd2, pre = saved
+    d_down, d_pre, d_n2, d_proj, d_qkv, d_n1 = inner
+    act = ops.activate(pre, call.activation) if into.down_weight is not None else pre
+    ops.linear_weight_grads(d_down, act, into.down_weight, into.down_bias)
+    ops.ln_linear_weight_grads(
+        d_pre, d_n2, y, mean2, rstd2, w.ln2_weight, w.ln2_bias,
+        (into.up_weight, into.up_bias, into.ln2_weight, into.ln2_bias),
+    )  # fmt: skip
+    ops.linear_weight_grads(d_proj, o, into.proj_weight, into.proj_bias)
+    ops.ln_linear_weight_grads(
+        d_qkv, d_n1, x, mean1, rstd1, w.ln1_weight, w.ln1_bias,
+        (into.qkv_weight, into.qkv_bias, into.ln1_weight, into.ln1_bias),
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Blocks of one kind with stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import dropout, plain
+from .block import Block, initialize
+from .settings import NAMES, Weights
+
+Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class BlockStack(nn.Module):
+    """L blocks (:class:`Block`) run one after the other, whose parameters are stacked: ``qkv_weight`` is [L, 3 D, D].
+
+    As the ``layers`` of :class:`mlpint.LayerParallel` the blocks of all intervals of a rank are evaluated in one go,
+    through strided views of the stacked parameters. The keys of ``state_dict`` are those of an ``nn.ModuleList`` of
+    blocks (``"0.ln1.weight"``), so that either loads what the other has saved.
+
+    Args:
+        layers: L.
+        dim, heads, **settings: of each :class:`Block`; its ``depth`` is L by default.
+    """
+
+    def __init__(self, layers: int, dim: int, heads: int, *, depth: int | None = None, **settings: Any) -> None:
+        super().__init__()
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"layers = {layers!r}: must be a positive integer")
+        with torch.device("meta"):
+            self.settings = Block(dim, heads, **settings).settings
+        self._build(range(layers))
+        for row in zip(*(p.detach().unbind(0) for p in self.weights()), strict=True):
+            initialize(Weights(*row), depth or layers)
+
+    def _build(self, indices: Sequence[int], like: BlockStack | None = None) -> None:
+        self.indices = tuple(indices)  # of the rows in the whole stack
+        self.saved_by_owner = False  # a LayerParallel saves and loads the rows under its own prefix
+        self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
+        old = like.weights() if like else [None] * len(Weights._fields)
+        for name, shape, p in zip(Weights._fields, self.settings.shapes(), old, strict=True):
+            options = {"dtype": p.dtype, "device": p.device} if like else {}
+            rows = torch.empty(len(self.indices), *shape, **options)
+            self.register_parameter(name, nn.Parameter(rows, p is None or p.requires_grad))
+
+    @classmethod
+    def _like(cls, other: BlockStack | Block, indices: Sequence[int]) -> BlockStack:
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.settings = other.settings
+        new._build(indices, like=other)
+        return new.train(other.training)
+
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Block]) -> BlockStack:
+        """A stack with the weights of so many blocks, copied.
+
+        Raises:
+            ValueError: they differ in settings, dtype, or in which parameters require gradients.
+        """
+        blocks = list(blocks)
+        for n, block in enumerate(blocks):
+            if not isinstance(block, Block):
+                raise TypeError(f"block {n} is a {type(block).__name__}, not an mlpint.nn.Block")
+            if block.settings != blocks[0].settings or block.training != blocks[0].training:
+                raise ValueError(f"block {n} has other settings than block 0: {block.settings}, {blocks[0].settings}")
+            for name, p, q in zip(NAMES, block.weights(), blocks[0].weights(), strict=True):
+                if p.requires_grad != q.requires_grad or p.dtype != q.dtype:
+                    raise ValueError(
+                        f"{name} of block {n} is {p.dtype}, requires_grad {p.requires_grad}, that of block 0 {q.dtype}, "
+                        f"{q.requires_grad}: a stack has both in common; use an nn.ModuleList of the blocks"
+                    )
+        if not blocks:
+            raise ValueError("from_blocks got no blocks")
+        stack = cls._like(blocks[0], range(len(blocks)))
+        with torch.no_grad():
+            for stacked, rows in zip(stack.weights(), zip(*(b.weights() for b in blocks), strict=True), strict=True):
+                torch.stack(rows, out=stacked)
+        return stack
+
+    def to_blocks(self) -> nn.ModuleList:
+        """The blocks with copies of their weights, and of their gradients where there are any."""
+        s = self.settings
+        blocks = nn.ModuleList()
+        for i in range(len(self)):
+            block = Block.__new__(Block)
+            nn.Module.__init__(block)
+            block.settings = s
+            with torch.device("meta"):
+                block.ln1, block.ln2 = nn.LayerNorm(s.dim, s.eps), nn.LayerNorm(s.dim, s.eps)
+                block.qkv, block.proj = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
+                block.up, block.down = nn.Linear(s.dim, s.ffn), nn.Linear(s.ffn, s.dim)
+            for name, stacked in zip(NAMES, self.weights(), strict=True):
+                part, _, kind = name.partition(".")
+                p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
+                p.grad = None if stacked.grad is None else stacked.grad[i].clone()
+                setattr(getattr(block, part), kind, p)
+            blocks.append(block.train(self.training))
+        return blocks
+
+    def select(self, indices: Sequence[int]) -> BlockStack:
+        """A stack of copies of some of the rows."""
+        part = self._like(self, [self.indices[i] for i in indices])
+        with torch.no_grad():
+            for p, q in zip(part.weights(), self.weights(), strict=True):
+                p.copy_(q[list(indices)])
+        return part
+
+    def weights(self) -> Weights:
+        """The stacked parameters themselves."""
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} blocks, {self.settings}"
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return self.training and bool(self.settings.dropout or self.settings.attention_dropout)
+
+    # --- serial run --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """All blocks one after the other: [batch, sequence, dim] -> the same shape. As :meth:`Block.forward`."""
+        keys = [dropout.draw_key() for _ in range(len(self))] if self.drops else None
+        return self.run(x, lengths, keys)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        lengths: torch.Tensor | None,
+        keys: Sequence[int] | None,
+        step_sizes: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`forward`, with given dropout keys and factors of the step size, one for each row."""
+        self.settings.check_state(x, lengths)
+        # unbind, whose backward stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
+        for i, row in enumerate(zip(*(p.unbind(0) for p in self.weights()), strict=True)):
+            h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
+            y = plain.step(self.settings, Weights(*row), x, lengths, keys[i] if keys else None, h)
+            if self.watch:
+                self.watch(self.indices[i], x, y)
+            x = y
+        return x
+
+    # --- state dict, by the names of unstacked blocks ----------------------------------------------------------------
+
+    def save_rows(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for i, n in enumerate(self.indices):
+            for name, stacked in zip(NAMES, self.weights(), strict=True):
+                destination[f"{prefix}{n}.{name}"] = stacked[i] if keep_vars else stacked.detach()[i]
+
+    def load_rows(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
+        with torch.no_grad():
+            for i, n in enumerate(self.indices):
+                for name, stacked in zip(NAMES, self.weights(), strict=True):
+                    key = f"{prefix}{n}.{name}"
+                    value = state_dict.get(key)
+                    if value is None:
+                        missing.append(key)
+                    elif value.shape != stacked.shape[1:]:
+                        errors.append(f"{key} is {tuple(value.shape)}, here {tuple(stacked.shape[1:])}")
+                    else:
+                        stacked[i].copy_(value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.saved_by_owner:
+            self.save_rows(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        if self.saved_by_owner:
+            return
+        self.load_rows(state_dict, prefix, missing, errors)
+        known = {f"{n}.{name}" for n in self.indices for name in NAMES}
+        unexpected.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known)
