@@ -36,10 +36,11 @@ def squared_grad_norm(model: nn.Module) -> float:
         agree(stack.comm, {"operation": "gradient norm", "stack": name})
         elsewhere = {p for p, ranks in stack.shared_parameters if ranks[0] != stack.comm.rank}
         squares = torch.zeros(stack.layer_count, dtype=torch.float64)
-        for n, layer in stack.local_layers.items():
-            own = [p for p in dict.fromkeys(layer.parameters()) if p not in elsewhere and p not in counted]
-            counted.update(layer.parameters())
-            squares[n] = _square([p.grad for p in own if p.grad is not None])
+        for n, gradients in stack.gradients().items():
+            squares[n] = _square([g for p, g in gradients.items() if p not in elsewhere and p not in counted])
+            if stack.stacked is None:
+                counted.update(gradients)
+        counted.update(stack.parameters())
         if stack.comm.size > 1:
             stack.comm.sum_ordered([squares])
         total += sum(squares.tolist())

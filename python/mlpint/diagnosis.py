@@ -19,24 +19,29 @@ def first_not_finite(rehearsal: Rehearsal) -> str:
     swept = exact(blocks.options)
     found: dict[int, str] = {}  # own layers with something not finite: what
 
-    def hook(n: int):
-        def look(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-            where = f"layer {n} ({type(layer).__name__}, rank {blocks.comm.rank})"
-            if not _all_finite(pytree.tree_leaves(inputs)):
-                found.setdefault(n, f"the state before {where} is not finite")
-            elif not _all_finite(pytree.tree_leaves(output)):
-                weights = "" if _all_finite(layer.parameters()) else ", and neither are its weights"
-                found.setdefault(n, f"the state after {where} is not finite{weights}")
+    def look(n: int, kind: str, parameters: Iterable[torch.Tensor], inputs: Any, output: Any) -> None:
+        where = f"layer {n} ({kind}, rank {blocks.comm.rank})"
+        if not _all_finite(pytree.tree_leaves(inputs)):
+            found.setdefault(n, f"the state before {where} is not finite")
+        elif not _all_finite(pytree.tree_leaves(output)):
+            weights = "" if _all_finite(parameters) else ", and neither are its weights"
+            found.setdefault(n, f"the state after {where} is not finite{weights}")
 
-        return look
+    def hook(n: int):
+        return lambda layer, inputs, output: look(n, type(layer).__name__, layer.parameters(), inputs, output)
 
     hooks = [layer.register_forward_hook(hook(n)) for n, layer in blocks.local_layers.items()]
+    if blocks.stacked is not None:
+        stacked = blocks.stacked
+        stacked.watch = lambda n, x, y: look(n, "Block", stacked.row(n), x, y)
     try:
         with rehearsal.under(swept), torch.no_grad():
             loss = rehearsal.again()
     finally:
         for handle in hooks:
             handle.remove()
+        if blocks.stacked is not None:
+            blocks.stacked.watch = None
     reports = _gathered(rehearsal, found)
     if reports:
         return reports[min(reports)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from torch import nn
 from ._core import CyclicSolver, Grid, Solver
 from .comm import Comm
 from .fingerprint import fingerprint
+from .nn import BlockStack
 from .operators import LearntOperator
 from .options import MGRIT
 from .ownership import block_owners, cyclic_owners, partition_of
-from .propagators import output_tensors
+from .propagators import AnyStream, Stream, output_tensors
 from .random import LayerRandom
 from .run import Run, Solve
 from .sharing import SharedParameters, gather_state_dict
+from .stack_stream import StackStream, key_lengths
 from .states import State, extrapolate
 from .stats import Stats
 
@@ -35,7 +37,8 @@ class LayerParallel(nn.Module):
 
     Args:
         layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer
-            whose state is one tensor may return a tuple that starts with it (Hugging Face).
+            whose state is one tensor may return a tuple that starts with it (Hugging Face). Or an
+            :class:`mlpint.nn.BlockStack`, whose blocks are evaluated for all intervals of a rank at once.
         options: how the depth is solved; may be replaced between steps through :attr:`options`.
 
     Keyword args:
@@ -60,7 +63,7 @@ class LayerParallel(nn.Module):
 
     def __init__(
         self,
-        layers: Iterable[nn.Module],
+        layers: Iterable[nn.Module] | BlockStack,
         options: MGRIT | None = None,
         *,
         comm: Any = None,
@@ -72,7 +75,8 @@ class LayerParallel(nn.Module):
         serial_microbatches: int = 1,
     ) -> None:
         super().__init__()
-        layers = list(layers)
+        whole = layers if isinstance(layers, BlockStack) else None
+        layers = [layers] * len(whole) if whole is not None else list(layers)
         options = MGRIT() if options is None else options
         self.comm = Comm.of(comm)
         self.open_layers, self.close_layers = open_layers, close_layers
@@ -80,7 +84,7 @@ class LayerParallel(nn.Module):
         self._check(layers, options, layout)
         self.comm.vote(
             {
-                "layers": f"{len(layers)} with {fingerprint(layers)}",
+                "layers": f"{len(layers)} with {fingerprint(layers if whole is None else [whole])}",
                 "options": str(options),
                 "step size": str(step_size),
                 "open and close layers": f"{open_layers} and {close_layers}",
@@ -103,16 +107,23 @@ class LayerParallel(nn.Module):
         else:
             self._owners = cyclic_owners(self.depth, options.cfactor, self.comm.size)
         self.first_rank, self.last_rank = self._owners[0], self._owners[-1]
-        self.local_layers = {n: m for n, m in enumerate(layers) if self.rank_of(n) == self.comm.rank}
-        for n, layer in self.local_layers.items():
-            self.add_module(str(n), layer)
+        self.local_indices = [n for n in range(len(layers)) if self.rank_of(n) == self.comm.rank]
+        self.local_layers: dict[int, nn.Module] = {}
+        self.stacked: BlockStack | None = None
+        if whole is None:
+            self.local_layers = {n: layers[n] for n in self.local_indices}
+            for n, layer in self.local_layers.items():
+                self.add_module(str(n), layer)
+        else:
+            self.stacked = whole.select(self.local_indices)
+            self.stacked.saved_by_owner = True
         if self.idle_ranks and self.comm.rank == 0:
             warnings.warn(
                 f"ranks {self.idle_ranks} own none of the {self.layer_count} layers: there are fewer intervals of "
                 f"{granularity} layers than ranks. Take fewer ranks or a smaller cfactor",
                 stacklevel=2,
             )
-        self._shared = SharedParameters(layers, self.rank_of, self.comm)
+        self._shared = SharedParameters(layers if whole is None else [], self.rank_of, self.comm)
         self._solvers: dict[tuple, Solver] = {}
         self._learnt: dict[tuple[str, str], LearntOperator] = {}
         self._submodules: dict[int, list[nn.Module]] = {n: list(m.modules()) for n, m in self.local_layers.items()}
@@ -279,6 +290,14 @@ class LayerParallel(nn.Module):
                 lambda position, owners=owners: owners[position] == self.comm.rank,
             )
 
+    def stream(self, arguments: tuple[tuple, dict], extras: tuple[torch.Tensor, ...], **options: Any) -> AnyStream:
+        """What takes one batch through this rank's layers; see :class:`mlpint.propagators.Stream`."""
+        options |= {"recompute": self.recompute, "random": self.random}
+        if self.stacked is None:
+            parameters = self.trainable_parameters() if options["record"] else {}
+            return Stream(self.local_layers, self.step_size_of, arguments, extras, parameters, **options)
+        return StackStream(self.stacked, self.step_size_of, arguments, **options)
+
     # --- the pass ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +325,11 @@ class LayerParallel(nn.Module):
         _, key = self.next_key()
         device, draws = state[0].device, self.random.draws
         draw = [n for n, layer in self.local_layers.items() if draws(n, layer.training)]
-        if draw:
+        if self.stacked is not None:
+            keys = [self.random.key_of(*key, n) for n in self.local_indices] if self.stacked.drops else None
+            step_sizes = [self.step_size_of(n) for n in self.local_indices]
+            state = (self.stacked.run(state[0], key_lengths(args, kwargs, single), keys, step_sizes),)
+        elif draw:
             with self.random.preserved(device):
                 for n in range(self.layer_count):
                     with self.random.keyed(*key, n, self.local_layers[n].training, device):
@@ -334,10 +357,32 @@ class LayerParallel(nn.Module):
         return new if h == 1 else extrapolate(State(state), State(new), h).tensors
 
     def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
-        """Own parameters that require gradients now, by layer, in the order of ``layer.parameters()``."""
+        """Own parameters that require gradients now, by layer, in the order of ``layer.parameters()``.
+
+        Stacked parameters, those of several layers, are the first layer's here; see :meth:`by_layer`.
+        """
+        if self.stacked is not None:
+            found = tuple(p for p in self.stacked.weights() if p.requires_grad)
+            return {self.local_indices[0]: found} if self.local_indices else {}
         return {
             n: tuple(dict.fromkeys(p for m in ms for p in m._parameters.values() if p is not None and p.requires_grad))
             for n, ms in self._submodules.items()
+        }
+
+    def by_layer(self, tensors: Mapping[int, tuple[torch.Tensor | None, ...]]) -> dict[int, tuple]:
+        """Something for each of :meth:`trainable_parameters`, or of all own parameters, cut up into single layers'."""
+        if self.stacked is None or not self.local_indices:
+            return dict(tensors)
+        stacked = tensors.get(self.local_indices[0], ())
+        return {n: tuple(t if t is None else t[i] for t in stacked) for i, n in enumerate(self.local_indices)}
+
+    def gradients(self) -> dict[int, dict[nn.Parameter, torch.Tensor]]:
+        """``.grad`` of own parameters by layer: of a stacked parameter a layer has its row."""
+        if self.stacked is not None:
+            held = {p: p.grad for p in self.stacked.weights() if p.grad is not None}
+            return {n: {p: g[i] for p, g in held.items()} for i, n in enumerate(self.local_indices)}
+        return {
+            n: {p: p.grad for p in layer.parameters() if p.grad is not None} for n, layer in self.local_layers.items()
         }
 
     def sum_shared_parameters(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
@@ -388,13 +433,20 @@ class LayerParallel(nn.Module):
         """The part of :meth:`state_dict` that this rank owns; not collective."""
         return super().state_dict(prefix=prefix)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.stacked is not None:
+            self.stacked.save_rows(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         # Layers of other ranks are no concern here; their keys must still be those of layers that exist.
         for name in state_dict:
             if name.startswith(prefix):
-                index = name[len(prefix) :].split(".", 1)[0]
-                if not (index.isdigit() and int(index) < self.layer_count):
+                index, _, parameter = name[len(prefix) :].partition(".")
+                exists = index.isdigit() and int(index) < self.layer_count
+                if not exists or self.stacked is not None and parameter not in self.stacked.row_names:
                     unexpected.append(name)
+        if self.stacked is not None:
+            self.stacked.load_rows(state_dict, prefix, missing, errors)
 
     def __deepcopy__(self, memo: dict) -> LayerParallel:
         clone = self.__class__.__new__(self.__class__)

@@ -14,6 +14,7 @@ from . import states
 from ._core import Visit
 from .operators import LearntOperator
 from .random import LayerRandom
+from .stack_stream import StackStream
 from .states import State
 from .stats import Stats
 from .tapes import GraphTape, RecomputeTape, Tape, TwoPartTape
@@ -83,36 +84,61 @@ class Stream:
         self.random, self.key, self.stats = random, key, stats
         self.tapes: dict[int, Tape] = {}
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self.where = ""  # the layer at work, for errors
+
+    def _keyed(self, n: int, x: Any, function: Callable[..., Any]) -> Any:
+        """A layer's forward or split_forward under the layer's dropout key."""
+        training = self.layers[n].training
+        if not self.random.draws(n, training):
+            return function(x, *self.args, **self.kwargs)
+        device = (x if self.single else x[0]).device
+        with self.random.keyed(*self.key, n, training, device):
+            return function(x, *self.args, **self.kwargs)
 
     def _call(self, n: int, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        layer = self.layers[n]
-        x = tensors[0] if self.single else tensors
-        if self.random.draws(n, layer.training):
-            with self.random.keyed(*self.key, n, layer.training, tensors[0].device):
-                output = layer(x, *self.args, **self.kwargs)
-        else:
-            output = layer(x, *self.args, **self.kwargs)
-        new = output_tensors(n, output, tensors, self.single)
+        output = self._keyed(n, tensors[0] if self.single else tensors, self.layers[n])
+        return self._moved(n, tensors, output_tensors(n, output, tensors, self.single))
+
+    def _moved(self, n: int, old: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The step of size h from what the layer makes of a state."""
         h = self.step_sizes(n)
-        return new if h == 1 else states.extrapolate(State(tensors), State(new), h).tensors
+        return new if h == 1 else states.extrapolate(State(old), State(new), h).tensors
 
     def _differentiable(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(t for t in tensors if t.is_floating_point())
 
     def _taped(self, n: int, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], Tape]:
-        layer = self.layers[n]
-        if self.single and not self.extras and self.step_sizes(n) == 1 and hasattr(layer, "split_forward"):
+        if self.single and not self.extras and hasattr(self.layers[n], "split_forward"):
             with torch.no_grad():
-                output, tape = layer.split_forward(tensors[0], *self.args, **self.kwargs)
-            return output_tensors(n, output, tensors, True), TwoPartTape(tape)
+                (output, tape), h = self._keyed(n, tensors[0], self.layers[n].split_forward), self.step_sizes(n)
+                new = output_tensors(n, output, tensors, True)
+                return self._moved(n, tensors, new), TwoPartTape(tape, h)
         inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors)
         with torch.enable_grad():
             outputs = self._call(n, inputs)
         weights = (*self.parameters.get(n, ()), *self.extras)
         return outputs, GraphTape(self._differentiable(inputs), self._differentiable(outputs), weights)
 
-    def forward(self, n: int, state: State, level: int, keep: bool) -> State:
-        """Evaluates layer n; ``keep`` at its final value, so that a tape is wanted."""
+    def forward(self, layers: list[int], states: list[State], level: int, keep: bool) -> list[State]:
+        """Evaluates layers; ``keep`` at their final values, so that tapes are wanted."""
+        return self._each(layers, lambda i, n: self._forward(n, states[i], level, keep))
+
+    def input_vjp(self, layers: list[int], states: list[State], level: int, keep: bool) -> list[State]:
+        """Gradients for the inputs; ``keep`` where :meth:`finish` will be told them again."""
+        return self._each(layers, lambda i, n: self._input_vjp(n, states[i], level))
+
+    def finish(self, layers: list[int], states: list[State], known: list[State | None], level: int) -> list[State]:
+        """The last products with layers: gradients are added up, and their tapes are freed."""
+        return self._each(layers, lambda i, n: self._finish(n, states[i], known[i], level))
+
+    def _each(self, layers: list[int], step: Callable[[int, int], State]) -> list[State]:
+        results = []
+        for i, n in enumerate(layers):
+            self.where = f"layer {n}"
+            results.append(step(i, n))
+        return results
+
+    def _forward(self, n: int, state: State, level: int, keep: bool) -> State:
         count = self._counter(level)
         count("forward")
         if not (keep and self.record):
@@ -131,11 +157,10 @@ class Stream:
             outputs, self.tapes[n] = self._taped(n, state.tensors)
         return State(t.detach() for t in outputs)
 
-    def input_vjp(self, n: int, state: State, level: int) -> State:
+    def _input_vjp(self, n: int, state: State, level: int) -> State:
         return State(self.tapes[n].input_vjp(state.tensors, self._counter(level)))
 
-    def finish(self, n: int, state: State, known: State | None, level: int) -> State:
-        """The last product with layer n: gradients are added up, and its tape is freed."""
+    def _finish(self, n: int, state: State, known: State | None, level: int) -> State:
         tape = self.tapes.pop(n)
         result, found = tape.finish(state.tensors, known.tensors if known else None, self._counter(level))
         for weight, gradient in zip((*self.parameters.get(n, ()), *self.extras), found, strict=True):
@@ -156,6 +181,9 @@ class Stream:
         return count
 
 
+AnyStream = Stream | StackStream
+
+
 class _Propagator:
     """The vector operations that both directions share; see csrc/propagator.hpp."""
 
@@ -163,7 +191,7 @@ class _Propagator:
     direction = ""
 
     def __init__(
-        self, stream: Stream, template: State, rank: int, origin: int, operator: LearntOperator | None = None
+        self, stream: AnyStream, template: State, rank: int, origin: int, operator: LearntOperator | None = None
     ) -> None:
         self.stream, self.template, self.rank, self.origin, self.operator = stream, template, rank, origin, operator
 
@@ -186,21 +214,20 @@ class _Propagator:
     def layer(self, position: int) -> int:
         raise NotImplementedError
 
-    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+    def steps(
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+    ) -> list[State]:
         raise NotImplementedError
 
     def evaluate(
         self, positions: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
     ) -> list[State]:
-        results = []
-        for position, state, known in zip(positions, inputs, outputs, strict=True):
-            n = self.layer(position)
-            try:
-                results.append(self.step(n, state, known, level, visit))
-            except BaseException as error:
-                annotate(error, self.rank, f"layer {n}, level {level}, {self.direction} {self.operations[visit]}")
-                raise
-        return results
+        try:
+            return self.steps([self.layer(p) for p in positions], inputs, outputs, level, visit)
+        except BaseException as error:
+            where = f"{self.stream.where}, level {level}, {self.direction} {self.operations[visit]}"
+            annotate(error, self.rank, where)
+            raise
 
 
 def annotate(error: BaseException, rank: int, where: str) -> None:
@@ -219,9 +246,19 @@ class ForwardPropagator(_Propagator):
     def layer(self, position: int) -> int:
         return self.origin + position
 
-    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+    def steps(
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+    ) -> list[State]:
         # Whatever the chain evaluated for good was taped there and then.
-        return known if known is not None else self.stream.forward(n, state, level, keep=visit != Visit.relax)
+        lacking = [i for i, known in enumerate(outputs) if known is None]
+        results = list(outputs)
+        if lacking:
+            found = self.stream.forward(
+                [layers[i] for i in lacking], [inputs[i] for i in lacking], level, keep=visit != Visit.relax
+            )
+            for i, state in zip(lacking, found, strict=True):
+                results[i] = state
+        return results
 
 
 class AdjointPropagator(_Propagator):
@@ -232,13 +269,15 @@ class AdjointPropagator(_Propagator):
     def layer(self, position: int) -> int:
         return self.origin - position
 
-    def step(self, n: int, state: State, known: State | None, level: int, visit: Visit) -> State:
+    def steps(
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+    ) -> list[State]:
         if visit == Visit.last:
-            return self.stream.finish(n, state, known, level)
-        return self.stream.input_vjp(n, state, level)
+            return self.stream.finish(layers, inputs, outputs, level)
+        return self.stream.input_vjp(layers, inputs, level, keep=visit == Visit.chain)
 
 
-def merge_gradients(streams: Sequence[Stream]) -> dict[torch.Tensor, torch.Tensor]:
+def merge_gradients(streams: Sequence[AnyStream]) -> dict[torch.Tensor, torch.Tensor]:
     """Sums the gradients of several microbatches."""
     if len(streams) == 1:
         return streams[0].gradients

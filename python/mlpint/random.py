@@ -26,6 +26,11 @@ def key(seed: int, step: int, microbatch: int, layer: int) -> int:
     return state
 
 
+def draw_key(generator: torch.Generator | None = None) -> int:
+    """A key for one evaluation of a layer that makes its random numbers itself; from torch's generator by default."""
+    return int(torch.randint(2**63 - 1, (), generator=generator))
+
+
 def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -59,6 +64,10 @@ class LayerRandom:
     def draws(self, layer: int, training: bool) -> bool:
         """Whether the layer has to be keyed; true until an evaluation has shown otherwise."""
         return self._draws.get((layer, training), True)
+
+    def key_of(self, step: int, microbatch: int, layer: int) -> int:
+        """The key that a block of :mod:`mlpint.nn` would draw under :meth:`keyed`, without touching torch's."""
+        return draw_key(torch.Generator().manual_seed(key(self.seed, step, microbatch, layer)))
 
     @contextmanager
     def keyed(self, step: int, microbatch: int, layer: int, training: bool, device: torch.device) -> Iterator[None]:

@@ -93,7 +93,8 @@ class Rehearsal:
                 found = iter(torch.autograd.grad(loss, inputs, allow_unused=True)[len(anchor) :])
                 norms = self.blocks.stats.residual_norms
                 factors = {d: _ratio(*r[-2:]) for d, r in norms.items() if len(r) > 1}
-                return Gradients({n: tuple(next(found) for _ in ps) for n, ps in weights.items()}, factors)
+                gradients = {n: tuple(next(found) for _ in ps) for n, ps in weights.items()}
+                return Gradients(self.blocks.by_layer(gradients), factors)
         self.passes = self._used  # only now is it known which keys were whose
         return self.gradients(options, watch=watch, learn=learn)
 

@@ -15,7 +15,7 @@ from . import states
 from ._core import Visit
 from .agreement import agree
 from .nccl import synchronize
-from .propagators import AdjointPropagator, ForwardPropagator, Stream, annotate, merge_gradients
+from .propagators import AdjointPropagator, AnyStream, ForwardPropagator, annotate, merge_gradients
 from .states import State
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Run:
         self.device_type = state[0].device.type
         self.autocast = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
         self._find_extras(args, kwargs)
-        self.parameters = stack.trainable_parameters() if record else {}
-        self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
+        parameters = stack.trainable_parameters() if record else {}
+        self.weights = tuple(dict.fromkeys(p for ps in parameters.values() for p in ps))
         self.streams = self._make_streams(args, kwargs)
         self.used = False
 
@@ -66,7 +66,7 @@ class Run:
         substitute = dict(zip(self.extras, self.extra_leaves, strict=True))
         self._arguments = [substitute.get(t, t) if isinstance(t, torch.Tensor) else t for t in leaves]
 
-    def _make_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[Stream]:
+    def _make_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[AnyStream]:
         """One stream for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
         stack, batch = self.stack, self.state.tensors[0].shape[:1]
         count = min(stack.serial_microbatches, *batch) if self.options.exact and batch else 1
@@ -78,16 +78,11 @@ class Run:
                 with torch.enable_grad():
                     arguments = [self._part(a, i) for a in arguments]
             streams.append(
-                Stream(
-                    stack.local_layers,
-                    stack.step_size_of,
+                stack.stream(
                     pytree.tree_unflatten(arguments, self._spec),
                     self.extra_leaves,
-                    self.parameters,
                     single=self.single,
                     record=self.record,
-                    recompute=stack.recompute,
-                    random=stack.random,
                     key=(self.key[0], self.key[1] * count + i),
                     stats=self.stats,
                 )
@@ -174,13 +169,13 @@ class Run:
         self.stats.seconds["wait"] += result.waited
         return result.final_value
 
-    def _serial_forward(self, stream: Stream, layers: range, state: State) -> State:
+    def _serial_forward(self, stream: AnyStream, layers: range, state: State) -> State:
         propagator = ForwardPropagator(stream, state, self.comm.rank, 0)
         for n in layers:
             state = propagator.evaluate([n], [state], [None], 0, Visit.last)[0]
         return state
 
-    def _serial_backward(self, stream: Stream, layers: range, lam: State) -> State:
+    def _serial_backward(self, stream: AnyStream, layers: range, lam: State) -> State:
         propagator = AdjointPropagator(stream, lam, self.comm.rank, 0)
         for n in reversed(layers):
             lam = propagator.evaluate([-n], [lam], [None], 0, Visit.last)[0]
@@ -244,9 +239,9 @@ class Solve(torch.autograd.Function):
     def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.run = run
         outputs = run.forward()
-        # A layer may hand an input through; an output of this node has to be a tensor of its own.
+        # A layer may hand an input through, or return a part of something; an output of this node has to be its own.
         given = {t.data_ptr() for t in run.state.tensors}
-        outputs = tuple(t.clone() if t.data_ptr() in given else t for t in outputs)
+        outputs = tuple(t.clone() if t.data_ptr() in given or t._is_view() else t for t in outputs)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 

@@ -81,16 +81,24 @@ class GraphTape:
 
 
 class TwoPartTape:
-    """A layer's own tape: input part when asked, weight part once."""
+    """A layer's own tape: input part when asked, weight part once.
 
-    __slots__ = ("tape",)
+    Args:
+        tape: of the layer.
+        h: of the step x + h (layer(x) - x).
+    """
 
-    def __init__(self, tape: SplitTape) -> None:
-        self.tape = tape
+    __slots__ = ("tape", "h")
+
+    def __init__(self, tape: SplitTape, h: float) -> None:
+        self.tape, self.h = tape, h
 
     def input_vjp(self, grads: Tensors, count: Count) -> Tensors:
         count("input_vjp")
-        return (self.tape.input_vjp(grads[0]),)
+        if self.h == 1:
+            return (self.tape.input_vjp(grads[0]),)
+        scaled = grads[0] * self.h
+        return (self.tape.input_vjp(scaled) + (grads[0] - scaled),)
 
     def finish(self, grads: Tensors, known: Tensors | None, count: Count) -> tuple[Tensors, Grads]:
         found = self.input_vjp(grads, count) if known is None else known

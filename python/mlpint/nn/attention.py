@@ -36,9 +36,9 @@ class Padding:
 
 
 def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
-    """Views q, k, v [J B, H, T, hd] of [J, B T, 3 D]."""
+    """q, k, v [J B, H, T, hd], views of [J, B T, 3 D]; of a copy where layers are strided and B > 1."""
     j, m, width = qkv.shape
-    return qkv.view(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.reshape(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attention(

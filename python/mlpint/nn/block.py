@@ -7,8 +7,9 @@ import math
 import torch
 from torch import nn
 
+from ..random import draw_key
 from . import attention as attn
-from . import dropout, plain, post_norm, pre_norm
+from . import plain, post_norm, pre_norm
 from .call import Call, autocast_dtype, for_products
 from .settings import Settings, Weights
 
@@ -73,10 +74,24 @@ class Block(nn.Module):
             dropout if attention_dropout is None else attention_dropout,
             step_size,
         )
-        ffn = self.settings.ffn
+        self._add_parts()
+        initialize(self.weights(), depth)
+
+    @classmethod
+    def _of(cls, settings: Settings) -> Block:
+        """A block without memory for its parameters."""
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block.settings = settings
+        with torch.device("meta"):
+            block._add_parts()
+        return block
+
+    def _add_parts(self) -> None:
+        """In the order of :class:`Weights`, in which ``parameters()`` then has them."""
+        dim, ffn, eps = self.settings.dim, self.settings.ffn, self.settings.eps
         self.ln1, self.qkv, self.proj = nn.LayerNorm(dim, eps), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.ln2, self.up, self.down = nn.LayerNorm(dim, eps), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
-        initialize(self.weights(), depth)
 
     def weights(self) -> Weights:
         """The parameters themselves."""
@@ -89,7 +104,7 @@ class Block(nn.Module):
 
     def _key(self) -> int | None:
         s = self.settings
-        return dropout.draw_key() if self.training and (s.dropout or s.attention_dropout) else None
+        return draw_key() if self.training and (s.dropout or s.attention_dropout) else None
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """One step.

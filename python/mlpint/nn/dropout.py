@@ -24,11 +24,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def draw_key(generator: torch.Generator | None = None) -> int:
-    """A key for one evaluation of a layer, from the generator that :mod:`mlpint.random` seeds layer by layer."""
-    return int(torch.randint(2**63 - 1, (), generator=generator))
-
-
 def _xor_shift(z: torch.Tensor, bits: int) -> torch.Tensor:
     return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))  # int64 shifts in the sign: the mask makes it a logical shift
 

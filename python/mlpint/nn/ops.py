@@ -69,8 +69,8 @@ def ln_backward_add(
         scaled,
         x,
         x.shape[-1:],
-        mean.unsqueeze(-1),
-        rstd.unsqueeze(-1),
+        mean.contiguous(),  # torch reads these two as if they were, and takes any shape
+        rstd.contiguous(),
         weight[0] if one else None,
         None,
         [True, False, False],

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dropout, plain
+from ..random import draw_key
+from . import plain
 from .block import Block, initialize
 from .settings import NAMES, Weights
 
@@ -84,16 +85,9 @@ class BlockStack(nn.Module):
 
     def to_blocks(self) -> nn.ModuleList:
         """The blocks with copies of their weights, and of their gradients where there are any."""
-        s = self.settings
         blocks = nn.ModuleList()
         for i in range(len(self)):
-            block = Block.__new__(Block)
-            nn.Module.__init__(block)
-            block.settings = s
-            with torch.device("meta"):
-                block.ln1, block.ln2 = nn.LayerNorm(s.dim, s.eps), nn.LayerNorm(s.dim, s.eps)
-                block.qkv, block.proj = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
-                block.up, block.down = nn.Linear(s.dim, s.ffn), nn.Linear(s.ffn, s.dim)
+            block = Block._of(self.settings)
             for name, stacked in zip(NAMES, self.weights(), strict=True):
                 part, _, kind = name.partition(".")
                 p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
@@ -114,6 +108,11 @@ class BlockStack(nn.Module):
         """The stacked parameters themselves."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
+    def row(self, n: int) -> Weights:
+        """Views of the parameters of layer n."""
+        i = self.indices.index(n)
+        return Weights(*(p.detach()[i] for p in self.weights()))
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -129,7 +128,7 @@ class BlockStack(nn.Module):
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """All blocks one after the other: [batch, sequence, dim] -> the same shape. As :meth:`Block.forward`."""
-        keys = [dropout.draw_key() for _ in range(len(self))] if self.drops else None
+        keys = [draw_key() for _ in range(len(self))] if self.drops else None
         return self.run(x, lengths, keys)
 
     def run(
@@ -149,6 +148,8 @@ class BlockStack(nn.Module):
                 self.watch(self.indices[i], x, y)
             x = y
         return x
+
+    row_names = frozenset(NAMES)
 
     # --- state dict, by the names of unstacked blocks ----------------------------------------------------------------
 
