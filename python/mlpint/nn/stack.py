@@ -11,7 +11,7 @@ from torch import nn
 from ..random import draw_key
 from . import plain
 from .block import Block, initialize
-from .settings import NAMES, Weights
+from .settings import NAMES, Settings, Weights
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -38,23 +38,24 @@ class BlockStack(nn.Module):
         for row in zip(*(p.detach().unbind(0) for p in self.weights()), strict=True):
             initialize(Weights(*row), depth or layers)
 
-    def _build(self, indices: Sequence[int], like: BlockStack | None = None) -> None:
+    def _build(self, indices: Sequence[int], like: Weights | None = None) -> None:
+        """Parameters for so many rows, not filled; with the dtypes, devices and requires_grad of others."""
         self.indices = tuple(indices)  # of the rows in the whole stack
         self.saved_by_owner = False  # a LayerParallel saves and loads the rows under its own prefix
         self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
-        old = like.weights() if like else [None] * len(Weights._fields)
-        for name, shape, p in zip(Weights._fields, self.settings.shapes(), old, strict=True):
-            options = {"dtype": p.dtype, "device": p.device} if like else {}
+        others = like or [None] * len(Weights._fields)
+        for name, shape, p in zip(Weights._fields, self.settings.shapes(), others, strict=True):
+            options = {} if p is None else {"dtype": p.dtype, "device": p.device}
             rows = torch.empty(len(self.indices), *shape, **options)
             self.register_parameter(name, nn.Parameter(rows, p is None or p.requires_grad))
 
     @classmethod
-    def _like(cls, other: BlockStack | Block, indices: Sequence[int]) -> BlockStack:
+    def _made(cls, settings: Settings, indices: Sequence[int], like: Weights | None, training: bool) -> BlockStack:
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new.settings = other.settings
-        new._build(indices, like=other)
-        return new.train(other.training)
+        new.settings = settings
+        new._build(indices, like)
+        return new.train(training)
 
     @classmethod
     def from_blocks(cls, blocks: Iterable[Block]) -> BlockStack:
@@ -72,12 +73,12 @@ class BlockStack(nn.Module):
             for name, p, q in zip(NAMES, block.weights(), blocks[0].weights(), strict=True):
                 if p.requires_grad != q.requires_grad or p.dtype != q.dtype:
                     raise ValueError(
-                        f"{name} of block {n} is {p.dtype}, requires_grad {p.requires_grad}, that of block 0 {q.dtype}, "
-                        f"{q.requires_grad}: a stack has both in common; use an nn.ModuleList of the blocks"
+                        f"{name} of block {n} is {p.dtype} with requires_grad {p.requires_grad}, that of block 0 "
+                        f"{q.dtype} with {q.requires_grad}: a stack has both in common; use an nn.ModuleList of blocks"
                     )
         if not blocks:
             raise ValueError("from_blocks got no blocks")
-        stack = cls._like(blocks[0], range(len(blocks)))
+        stack = cls._made(blocks[0].settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
         with torch.no_grad():
             for stacked, rows in zip(stack.weights(), zip(*(b.weights() for b in blocks), strict=True), strict=True):
                 torch.stack(rows, out=stacked)
@@ -98,7 +99,7 @@ class BlockStack(nn.Module):
 
     def select(self, indices: Sequence[int]) -> BlockStack:
         """A stack of copies of some of the rows."""
-        part = self._like(self, [self.indices[i] for i in indices])
+        part = self._made(self.settings, [self.indices[i] for i in indices], self.weights(), self.training)
         with torch.no_grad():
             for p, q in zip(part.weights(), self.weights(), strict=True):
                 p.copy_(q[list(indices)])

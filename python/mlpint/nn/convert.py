@@ -1,0 +1,157 @@
+"""Weights of the transformers library's GPT-2, BERT and ViT, to and from a BlockStack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .settings import Settings, Weights
+from .stack import BlockStack
+
+# Where each linear map or LayerNorm is found in a layer; the names of either version of the library.
+_PLACES = {
+    "GPT2Block": {
+        "ln1": ("ln_1",),
+        "qkv": ("attn.c_attn",),
+        "proj": ("attn.c_proj",),
+        "ln2": ("ln_2",),
+        "up": ("mlp.c_fc",),
+        "down": ("mlp.c_proj",),
+    },
+    "BertLayer": {
+        "ln1": ("attention.output.LayerNorm",),
+        "qkv": ("attention.self.query attention.self.key attention.self.value",),
+        "proj": ("attention.output.dense",),
+        "ln2": ("output.LayerNorm",),
+        "up": ("intermediate.dense",),
+        "down": ("output.dense",),
+    },
+    "ViTLayer": {
+        "ln1": ("layernorm_before",),
+        "qkv": (
+            "attention.q_proj attention.k_proj attention.v_proj",
+            "attention.attention.query attention.attention.key attention.attention.value",
+        ),
+        "proj": ("attention.o_proj", "attention.output.dense"),
+        "ln2": ("layernorm_after",),
+        "up": ("mlp.fc1", "intermediate.dense"),
+        "down": ("mlp.fc2", "output.dense"),
+    },
+}
+_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def from_transformers(model: nn.Module) -> BlockStack:
+    """The layers of a GPT-2, BERT or ViT model as a stack with copies of their weights; they compute the same.
+
+    Right-padded batches are given by ``lengths``; in the places of padding the states are not those of the library,
+    whose padded queries attend to all keys.
+
+    Args:
+        model: with or without a head.
+
+    Raises:
+        ValueError: a model that is none of these, or a variant of one that blocks do not compute.
+    """
+    layers = _layers(model)
+    stack = BlockStack._made(_settings(model), range(len(layers)), None, model.training)
+    first = next(layers[0].parameters())
+    stack.to(first.device, first.dtype)
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            for name, stacked in zip(Weights._fields, stack.weights(), strict=True):
+                for theirs, ours in _pairs(layer, name, stacked[i]):
+                    ours.copy_(theirs) if theirs is not None else ours.zero_()
+    if not getattr(model.config, "qkv_bias", True):
+        stack.qkv_bias.requires_grad_(False)  # zero, and stays so
+    return stack
+
+
+def to_transformers(stack: BlockStack, model: nn.Module) -> None:
+    """Copies a stack's weights into the layers of a model that it could have come from.
+
+    Raises:
+        ValueError: the model's layers are others, in number or in what they compute.
+    """
+    layers, settings = _layers(model), _settings(model)
+    if len(layers) != len(stack) or settings != stack.settings:
+        raise ValueError(
+            f"the model has {len(layers)} layers with {settings}, the stack {len(stack)} with {stack.settings}"
+        )
+    if not getattr(model.config, "qkv_bias", True) and bool(stack.qkv_bias.detach().any()):
+        raise ValueError("the stack has learnt a qkv_bias and the model has none: make the model with qkv_bias=True")
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            for name, stacked in zip(Weights._fields, stack.weights(), strict=True):
+                for theirs, ours in _pairs(layer, name, stacked[i]):
+                    if theirs is not None:
+                        theirs.copy_(ours)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    layers = [m for m in model.modules() if type(m).__name__ in _PLACES]
+    if not layers or len({type(m).__name__ for m in layers}) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has no layers of the kinds {', '.join(_PLACES)}, or several: only GPT-2, BERT and "
+            "ViT can be converted; any other stack of layers can be parallelized as it is"
+        )
+    return layers
+
+
+def _settings(model: nn.Module) -> Settings:
+    config, kind = model.config, type(_layers(model)[0]).__name__
+    refused = {"add_cross_attention": False, "position_embedding_type": "absolute"}
+    if kind == "GPT2Block":
+        refused |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for name, needed in refused.items():
+        if getattr(config, name, needed) != needed:
+            raise ValueError(f"{name} = {getattr(config, name)!r}: blocks compute {name} = {needed!r} only")
+    act = config.activation_function if kind == "GPT2Block" else config.hidden_act
+    if act not in _GELU:
+        raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _GELU))}")
+    if kind == "GPT2Block":
+        return Settings(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.n_inner or 4 * config.hidden_size,
+            gelu=_GELU[act],
+            eps=config.layer_norm_epsilon,
+            dropout=config.resid_pdrop,
+            attention_dropout=config.attn_pdrop,
+        )
+    return Settings(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        attention="causal" if getattr(config, "is_decoder", False) else "full",
+        norm="post" if kind == "BertLayer" else "pre",
+        gelu=_GELU[act],
+        eps=config.layer_norm_eps,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+    )
+
+
+def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
+    """A layer's own tensors (None: it has no such bias) and the views of a stack's row that correspond to them."""
+    part, kind = name.split("_")
+    paths = _found(layer, part)
+    for path, ours in zip(paths, row.chunk(len(paths)), strict=True):
+        module = layer.get_submodule(path)
+        theirs = getattr(module, kind)
+        # GPT-2's Conv1D is a linear map with its weight transposed.
+        yield (theirs.t() if type(module).__name__ == "Conv1D" and kind == "weight" else theirs), ours
+
+
+def _found(layer: nn.Module, part: str) -> list[str]:
+    for choice in _PLACES[type(layer).__name__][part]:
+        try:
+            for path in choice.split():
+                layer.get_submodule(path)
+        except AttributeError:
+            continue
+        return choice.split()
+    raise ValueError(f"{type(layer).__name__} is laid out in another way than is known: there is no {part} in it")
