@@ -1,0 +1,387 @@
+"""LayerNorm, linear map and activation in one kernel: QKV, and the FFN's way up with its GELU.
+
+`ln_linear` keeps nothing; `ln_linear_train` also returns what a backward pass needs. J layers run in one launch.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch
+from .common import (
+    Launch,
+    activate,
+    check,
+    check_activation,
+    check_dense,
+    dot,
+    input_precision,
+    round_to,
+    tile_of,
+    to_float,
+)
+
+GELU_APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}  # torch's names
+WIDEST_ROW = 256  # channels of a row that is held whole
+
+
+@triton.jit
+def normalise_rows(row, columns, D, eps):
+    """Mean and 1/std of whole rows, [BM, BK] with BK >= D and zeros beyond D; float32."""
+    mean = tl.sum(row, 1) / D
+    centred = tl.where((columns < D)[None, :], row - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    return mean, rstd
+
+
+@triton.jit
+def stream_statistics(x, row_mask, D, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and 1/std [BM] of rows at pointers x [BM, 1], read in blocks of BLOCK_K columns.
+
+    Blocks are merged by Chan, Golub and LeVeque's update: no cancellation where a row's mean is far from zero.
+    """
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        mask = row_mask[:, None] & (columns < D)[None, :]
+        block = to_float(tl.load(x + columns[None, :], mask=mask, other=0.0))  # [BM, BK]
+        count = tl.minimum(D - start, BLOCK_K).to(tl.float32)
+        block_mean = tl.sum(block, 1) / count
+        centred = tl.where((columns < D)[None, :], block - block_mean[:, None], 0.0)
+        delta = block_mean - mean
+        share = count / (start + count)
+        mean += delta * share
+        squares += tl.sum(centred * centred, 1) + delta * delta * (share * start)
+    return mean, tl.rsqrt(squares / D + eps)
+
+
+@triton.jit
+def store_tile(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION: tl.constexpr, TRAIN: tl.constexpr):
+    """Bias, activation and rounding of an accumulator [BM, BN]; y and pre_activation point to one layer's [M, N]."""
+    acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    if TRAIN and ACTIVATION != "none":
+        tl.store(pre_activation + at, round_to(acc, y.dtype.element_ty), mask=mask)
+    tl.store(y + at, round_to(activate(acc, ACTIVATION), y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def ln_linear_fwd_kernel(
+    x,  # [J, M, D]
+    ln_weight,  # [J, D]
+    ln_bias,  # [J, D]
+    weight,  # [J, N, D]
+    bias,  # [J, N]
+    y,  # [J, M, N]
+    pre_activation,  # [J, M, N]; y itself where none is kept
+    mean_out,  # [J, M], float32; None where TRAIN is false, like rstd_out
+    rstd_out,  # [J, M], float32
+    x_layer,
+    x_row,
+    ln_weight_layer,
+    ln_bias_layer,
+    weight_layer,
+    weight_row,
+    bias_layer,
+    M,
+    N,
+    D,
+    eps,
+    ACTIVATION: tl.constexpr,
+    TRAIN: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """For any D: rows are read twice, for their statistics and, normalised on the fly, for the product."""
+    layer, pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < M
+    x_rows = x + layer * x_layer + rows.to(tl.int64)[:, None] * x_row
+    weight_rows = weight + layer * weight_layer + columns.to(tl.int64)[None, :] * weight_row
+    mean, rstd = stream_statistics(x_rows, row_mask, D, eps, BLOCK_M, BLOCK_K)
+    if TRAIN:
+        first = pid_n == 0
+        tl.store(mean_out + layer * M + rows, mean, mask=row_mask & first)
+        tl.store(rstd_out + layer * M + rows, rstd, mask=row_mask & first)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_mask = k < D
+        a = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
+        scale = to_float(tl.load(ln_weight + layer * ln_weight_layer + k, mask=k_mask, other=0.0))
+        shift = to_float(tl.load(ln_bias + layer * ln_bias_layer + k, mask=k_mask, other=0.0))
+        a = (a - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+        w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
+        acc = dot(round_to(a, x.dtype.element_ty), w, acc, INPUT_PRECISION)
+    at = layer * M * N
+    store_tile(acc, bias + layer * bias_layer, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
+
+
+@triton.jit
+def ln_linear_rows_fwd_kernel(
+    x,  # [J, M, D]
+    ln_weight,  # [J, D]
+    ln_bias,  # [J, D]
+    weight,  # [J, N, D]
+    bias,  # [J, N]
+    y,  # [J, M, N]
+    pre_activation,  # [J, M, N]; y itself where none is kept
+    mean_out,  # [J, M], float32; None where TRAIN is false, like rstd_out
+    rstd_out,  # [J, M], float32
+    x_layer,
+    x_row,
+    ln_weight_layer,
+    ln_bias_layer,
+    weight_layer,
+    weight_row,
+    bias_layer,
+    M,
+    N,
+    D,
+    eps,
+    ACTIVATION: tl.constexpr,
+    TRAIN: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """For narrow D, at most BLOCK_K: rows are read and normalised once, and serve TILES tiles of columns."""
+    layer, pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N * TILES, GROUP_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < M
+    k = tl.arange(0, BLOCK_K)
+    k_mask = k < D
+    x_rows = x + layer * x_layer + rows.to(tl.int64)[:, None] * x_row
+    row = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
+    mean, rstd = normalise_rows(row, k, D, eps)
+    if TRAIN:
+        first = pid_n == 0
+        tl.store(mean_out + layer * M + rows, mean, mask=row_mask & first)
+        tl.store(rstd_out + layer * M + rows, rstd, mask=row_mask & first)
+    scale = to_float(tl.load(ln_weight + layer * ln_weight_layer + k, mask=k_mask, other=0.0))
+    shift = to_float(tl.load(ln_bias + layer * ln_bias_layer + k, mask=k_mask, other=0.0))
+    a = (row - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+    a = round_to(a, x.dtype.element_ty)
+
+    at = layer * M * N
+    for tile in range(0, TILES):
+        columns = (pid_n * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_rows = weight + layer * weight_layer + columns.to(tl.int64)[None, :] * weight_row
+        w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
+        acc = dot(a, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
+        store_tile(acc, bias + layer * bias_layer, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
+
+
+def ln_linear_reference(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """What :func:`ln_linear` does, in plain PyTorch."""
+    return _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)[0]
+
+
+def ln_linear_train_reference(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`ln_linear_train` does, in plain PyTorch."""
+    y, pre_activation = _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)
+    wide = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(wide, -1, correction=0)
+    kept = x.new_empty(0) if activation == "none" else pre_activation
+    return y, mean, torch.rsqrt(variance + eps), kept
+
+
+def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
+    check_activation(activation)
+    normal = [F.layer_norm(x[j], x.shape[-1:], ln_weight[j], ln_bias[j], eps) for j in range(len(x))]
+    linear = torch.stack([F.linear(normal[j], weight[j], bias[j]) for j in range(len(x))])
+    return linear if activation == "none" else F.gelu(linear, approximate=GELU_APPROXIMATION[activation]), linear
+
+
+def default_config(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """The configuration of a launch for which no tuned one is known."""
+    if dtype == torch.float32:
+        return _streamed(64, 64, 32, 8, 2)
+    return _rows(64, 64, 2, 4, 2) if d <= WIDEST_ROW else _streamed(64, 128, 64, 4, 3)
+
+
+def configs(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, int]]:
+    """Candidates to tune over. Those with TILES hold whole rows, for that many tiles of columns."""
+    if dtype == torch.float32:
+        exact = [(32, 32, 32, 4, 3), (32, 64, 32, 4, 3), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
+        return [_streamed(*c) for c in exact]
+    streamed = [(32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]
+    if d > WIDEST_ROW:
+        return [_streamed(*c) for c in (*streamed, (64, 256, 64, 8, 3))]
+    rows = [(32, 64, 2, 4, 2), (64, 64, 1, 4, 1), (64, 64, 2, 4, 2), (64, 64, 4, 4, 2)]
+    rows += [(64, 128, 4, 8, 2), (128, 64, 4, 8, 2)]
+    return [_rows(*c) for c in rows] + [_streamed(*c) for c in streamed]
+
+
+def _streamed(m, n, k, warps, stages):
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+
+
+def _rows(m, n, tiles, warps, stages):
+    return {"BLOCK_M": m, "BLOCK_N": n, "TILES": tiles, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+
+
+def launch_of(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str,
+    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    config: dict[str, int],
+) -> Launch:
+    """The launch that fills outputs = (y, mean, rstd, pre_activation); without the last three, it is forward-only."""
+    (layers, m, d), n = x.shape, weight.shape[1]
+    if "TILES" in config and d > WIDEST_ROW:  # tuned for a narrower network
+        config = default_config(d, x.dtype)
+    whole_rows = "TILES" in config
+    if whole_rows:
+        config = config | {"BLOCK_K": max(16, triton.next_power_of_2(d))}
+    y, mean, rstd, pre_activation = outputs
+    if pre_activation is None or activation == "none":
+        pre_activation = y
+    return Launch(
+        ln_linear_rows_fwd_kernel if whole_rows else ln_linear_fwd_kernel,
+        (layers * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"] * config.get("TILES", 1)),),
+        (
+            *(x, ln_weight, ln_bias, weight, bias, y, pre_activation, mean, rstd),
+            *(x.stride(0), x.stride(1), ln_weight.stride(0), ln_bias.stride(0)),
+            *(weight.stride(0), weight.stride(1), bias.stride(0), m, n, d, float(eps)),
+        ),
+        {"ACTIVATION": activation, "TRAIN": mean is not None, "INPUT_PRECISION": input_precision(), **config},
+    )
+
+
+def _check(x, ln_weight, ln_bias, weight, bias, activation):
+    if x.ndim != 3 or weight.ndim != 3:
+        raise ValueError(f"x has {x.ndim} dimensions and weight {weight.ndim}, expected [J, M, D] and [J, N, D]")
+    (layers, _, d), n = x.shape, weight.shape[1]
+    check_activation(activation)
+    check_dense("x", x)
+    check("ln_weight", ln_weight, (layers, d), like=x)
+    check("ln_bias", ln_bias, (layers, d), like=x)
+    check("weight", weight, (layers, n, d), like=x)
+    check("bias", bias, (layers, n), like=x)
+
+
+def _config(x: Tensor) -> dict[str, int]:
+    layers, m, d = x.shape
+    return dispatch.config("ln_linear", d, m, layers, x.dtype, x.device) or default_config(d, x.dtype)
+
+
+@torch.library.custom_op("mlpint::ln_linear", mutates_args=())
+def ln_linear(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """activation(LayerNorm(x) @ weight^T + bias) of J independent layers, nothing kept for a backward pass.
+
+    Args:
+        x: [J, M, D], float32, bfloat16 or float16. Like all tensors, any strides but 1 in the last dimension.
+        ln_weight, ln_bias: [J, D].
+        weight: [J, N, D], as torch.nn.Linear has it. Strided views of stacked parameters are read in place.
+        bias: [J, N].
+        eps: added to the variance.
+        activation: "none", "gelu_tanh" or "gelu" (exact).
+
+    Returns:
+        [J, M, N] of x's dtype. Statistics, products and activation are in float32.
+
+    Raises:
+        ValueError: a shape, dtype or stride that does not fit.
+    """
+    _check(x, ln_weight, ln_bias, weight, bias, activation)
+    y = x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
+    if y.numel():
+        outputs = (y, None, None, None)
+        launch_of(x, ln_weight, ln_bias, weight, bias, eps, activation, outputs, _config(x)).run()
+    return y
+
+
+@ln_linear.register_fake
+def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
+
+
+@torch.library.custom_op("mlpint::ln_linear_train", mutates_args=())
+def ln_linear_train(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`ln_linear` that keeps what a backward pass needs.
+
+    Returns:
+        y [J, M, N]; mean and 1/std of the rows, [J, M], float32; the activation's argument [J, M, N] of x's dtype,
+        empty for activation "none", where it is y.
+    """
+    _check(x, ln_weight, ln_bias, weight, bias, activation)
+    outputs = _train_outputs(x, weight, activation)
+    if outputs[0].numel():
+        launch_of(x, ln_weight, ln_bias, weight, bias, eps, activation, outputs, _config(x)).run()
+    return outputs
+
+
+@ln_linear_train.register_fake
+def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
+    return _train_outputs(x, weight, activation)
+
+
+def _train_outputs(x, weight, activation):
+    (layers, m, _), n = x.shape, weight.shape[1]
+    y = x.new_empty(layers, m, n)
+    mean, rstd = (x.new_empty(layers, m, dtype=torch.float32) for _ in range(2))
+    return y, mean, rstd, x.new_empty(0) if activation == "none" else torch.empty_like(y)
+
+
+def aot_launches(candidates: bool = False):
+    """Launches for mlpint.kernels.aot: both families, both kernels."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for d in (256, 1024):
+            layers, m, n = 2, 512, 4 * d
+            x, y = (torch.empty(layers, m, size, dtype=dtype, device="meta") for size in (d, n))
+            norm, bias = (torch.empty(layers, size, dtype=dtype, device="meta") for size in (d, n))
+            weight = torch.empty(layers, n, d, dtype=dtype, device="meta")
+            mean = torch.empty(layers, m, device="meta")
+            for config in configs(d, dtype) if candidates else [default_config(d, dtype)]:
+                for outputs in ((y, mean, mean, y), (y, None, None, None)):
+                    yield launch_of(x, norm, norm, weight, bias, 1e-5, "gelu_tanh", outputs, config)
