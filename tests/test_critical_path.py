@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlpint import MGRIT, propagators
+from mlpint.plan import plan
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "critical_path.py"
 
@@ -35,3 +36,14 @@ def test_critical_path(benchmark, layout, coarse, iterations, cfactor, depth, ra
     options = MGRIT(2, cfactor, *iterations, coarse=coarse)
     units = benchmark.step_units(depth, ranks, options, layout)
     assert 3 * depth / ranks <= units <= benchmark.formula(depth, ranks, options, layout)
+
+
+@pytest.mark.parametrize("iterations", [(1, 1), (2, 1), (2, 2), (1, 0), (0, 1)])
+@pytest.mark.parametrize(
+    ("layout", "coarse", "cfactor", "ranks"),
+    [("block", "fitted", 4, 4), ("block", "sum", 4, 2), ("block", "sum", 8, 4), ("cyclic", "sum", 4, 4)],
+)
+def test_plan_prices_what_is_counted(benchmark, layout, coarse, iterations, cfactor, ranks):
+    options = MGRIT(2, cfactor, *iterations, coarse=coarse)
+    units = benchmark.step_units(64, ranks, options, layout)
+    assert plan(64, ranks, options, layout=layout).layer_parallel == pytest.approx(units, rel=0.12)

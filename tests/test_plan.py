@@ -39,6 +39,13 @@ def test_more_ranks_than_intervals_do_not_help():
     assert plan(32, 100, options).layer_parallel == plan(32, 8, options).layer_parallel
 
 
+@pytest.mark.parametrize(("coarse", "ranks", "why"), [("injection", 4, "coarse = 'sum'"), ("sum", 3, "ranks = 3")])
+def test_layouts_that_cannot_be(capsys, coarse, ranks, why):
+    arguments = f"plan --layers 32 --ranks {ranks} --layout cyclic --coarse {coarse}"
+    assert cli.main(arguments.split()) != 0
+    assert why in capsys.readouterr().err
+
+
 def test_command(capsys):
     arguments = (
         "plan --layers 32 --ranks 2 --open-layers 0 --close-layers 0 --forward-iters 1 --backward-iters 1".split()

@@ -32,8 +32,13 @@ class Plan:
         return min(costs, key=costs.__getitem__)
 
 
-def plan(layers: int, ranks: int, options: MGRIT, *, buffers: int = 0, microbatches: int = 1) -> Plan:
-    """The cost of each way for generic modules (blocks without a split backward) and coarse steps of one layer.
+def plan(
+    layers: int, ranks: int, options: MGRIT, *, buffers: int = 0, microbatches: int = 1, layout: str = "block"
+) -> Plan:
+    """The cost of each way for generic modules (blocks without a split backward).
+
+    A coarse step costs one layer, also with the small products of ``scaled`` and ``fitted``; that of ``sum`` costs all
+    the layers it spans, at once in the cyclic layout, one after the other in the block layout.
 
     Args:
         layers: N, buffer layers included.
@@ -41,23 +46,54 @@ def plan(layers: int, ranks: int, options: MGRIT, *, buffers: int = 0, microbatc
         options: of the solver.
         buffers: open and close layers, swept serially.
         microbatches: slices of the batch that the pipeline streams.
+        layout: ``"block"`` or ``"cyclic"``.
+
+    Raises:
+        ValueError: a layout that these options or ranks do not allow.
     """
+    if layout == "cyclic" and not options.exact:
+        if options.coarse != "sum" or options.levels > 2 or options.relaxation != "F":
+            raise ValueError(f"layout = 'cyclic' is for coarse = 'sum', 2 levels and F-relaxation, not {options}")
+        if ranks % options.cfactor and options.cfactor % ranks:
+            raise ValueError(
+                f"layout = 'cyclic': ranks = {ranks} must divide cfactor = {options.cfactor} or be a multiple of it"
+            )
     p = min(ranks, layers)
     pipeline = 3 * layers * ((1 - 1 / p) / microbatches + 1 / p)
     depth = layers - buffers
-    p = min(ranks, -(-depth // options.cfactor) if options.levels > 1 else depth)
     cost = 3.0 * buffers
     for direction, least in (("forward", 1), ("backward", 2)):
-        iterations = options.iterations(direction)
-        if iterations == 0:
+        if options.iterations(direction) == 0:
             cost += least * depth
-            continue
-        sweeps = iterations + least - 1 + (iterations - 1 if options.relaxation == "FCF" else 0)
-        # A rank starts its sweep as soon as the coarse chain has passed it, so the chain counts for the others only.
-        cost += _chain(depth, options) * (1 - 1 / p) + sweeps * depth / p
-        if direction == "backward":  # at C-points the last sweep repeats the input-vjp that the chain has taken
-            cost += depth / options.cfactor / p
+        elif layout == "cyclic":
+            cost += _cyclic(depth, ranks, options, direction, least)
+        else:
+            cost += _block(depth, ranks, options, direction, least)
     return Plan(3.0 * layers, pipeline, cost)
+
+
+def _block(depth: int, ranks: int, options: MGRIT, direction: str, least: int) -> float:
+    p = min(ranks, -(-depth // options.cfactor) if options.levels > 1 else depth)
+    iterations, fcf = options.iterations(direction), options.relaxation == "FCF"
+    sweeps = iterations + least - 1 + (iterations - 1 if fcf else 0)
+    # A rank starts its sweep as soon as the coarse chain has passed it, so the chain counts for the others only.
+    cost = _chain(depth, options) * (1 - 1 / p) + sweeps * depth / p
+    if direction == "backward":  # at C-points the last sweep repeats the input-vjp that the chain has taken
+        cost += depth / options.cfactor / p
+    if options.coarse == "sum":
+        # Of the layers that a coarse step spans the fine sweep uses one again. A rank waits for the first chain of all;
+        # each further iteration takes its own steps twice, at the old states and at the new ones.
+        others = depth * (1 - 1 / options.cfactor)
+        cost += others + (iterations - 1) * 2 * others / p
+    return cost
+
+
+def _cyclic(depth: int, ranks: int, options: MGRIT, direction: str, least: int) -> float:
+    """The coarse chain at one layer a step, then the fine sweep as a pipeline over the group that has to fill."""
+    group = min(ranks, options.cfactor)
+    fill = ((group - 1) * least - 0.5) * options.cfactor / group
+    further = (options.iterations(direction) - 1) * 2 * depth / ranks
+    return depth / group + least * depth / ranks + fill + further
 
 
 def _chain(depth: int, options: MGRIT) -> float:
