@@ -15,6 +15,17 @@ import torch
 
 from . import tuned_files
 
+# What is dispatched: an operation each.
+OPERATIONS = (
+    "ln_linear",
+    "linear_axpy",
+    "mlp",
+    "attention",
+    "attention_backward",
+    "ln_backward_add",
+    "axpby_norm",
+    "average",
+)
 OLDEST = (8, 0)  # compute capability of the oldest GPUs the kernels are compiled and checked for
 
 

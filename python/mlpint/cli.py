@@ -1,4 +1,4 @@
-"""The ``mlpint`` command: train, plan, report, info."""
+"""The ``mlpint`` command: train, plan, bench, tune, report, info."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 import torch
 
 from . import launchers
+from .bench.command import add_flags as bench_flags
 from .checkpoint import Checkpoint, open_checkpoint
 from .comm import init
 from .config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
 from .data import Corpus, load
 from .errors import ConfigError, UserError
 from .fields import parsed
+from .tune import add_flags as tune_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +95,24 @@ def _parser() -> _Parser:
         _add_flag(plan, KEYS[name])
     plan.set_defaults(run=_plan)
 
+    bench = commands.add_parser(
+        "bench",
+        help="time kernels and blocks against plain PyTorch",
+        description="Checks the accuracy of kernels and blocks, times them against plain PyTorch and writes a CSV file "
+        "and plots. Reads what mlpint tune has written and never tunes itself.",
+    )
+    bench_flags(bench)
+    bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest launch configuration of each kernel on this GPU",
+        description="Times every candidate configuration of every kernel, and plain PyTorch beside them, and writes the "
+        "fastest of each shape to the file that dispatch reads on this device.",
+    )
+    tune_flags(tune)
+    tune.set_defaults(run=_tune)
+
     report = commands.add_parser("report", help="draw the loss curves of several runs into one picture")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its metrics.jsonl")
     report.add_argument("--out", default="loss.png", metavar="PNG", help="the picture (default loss.png)")
@@ -166,7 +186,7 @@ def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: 
         )
 
 
-_NOT_PLANNED = ("tolerance", "coarse", "layout", "serial_microbatches", "recompute")
+_NOT_PLANNED = ("tolerance", "serial_microbatches", "recompute", "control", "control_target", "control_every")
 _PLAN_KEYS = tuple(f.name for f in dataclasses.fields(SolverConfig) if f.name not in _NOT_PLANNED)
 
 
@@ -179,14 +199,20 @@ def _plan(options: argparse.Namespace) -> None:
             raise ConfigError(f"{name} = {getattr(options, name)}: must be an integer of at least 1")
     solver, layers = config.solver, config.model.layers
     mgrit = solver.mgrit()
-    found = plan(
-        layers,
-        options.ranks,
-        mgrit,
-        buffers=solver.open_layers + solver.close_layers,
-        microbatches=options.microbatches,
-    )
+    buffers = solver.open_layers + solver.close_layers
+    try:
+        found = plan(
+            layers,
+            options.ranks,
+            mgrit,
+            buffers=buffers,
+            microbatches=options.microbatches,
+            layout=solver.layout,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     mode = f"MGRIT ({mgrit.forward_iters},{mgrit.backward_iters}), cfactor {mgrit.cfactor}, {mgrit.levels} levels"
+    mode += f", {mgrit.coarse}" + (", cyclic layout" if solver.layout == "cyclic" else "")
     rows = {
         "serial": (found.serial, "exact gradients"),
         "pipeline": (found.pipeline, f"exact gradients, {options.microbatches} microbatches"),
@@ -196,6 +222,18 @@ def _plan(options: argparse.Namespace) -> None:
     for name, (cost, note) in rows.items():
         print(f"  {name.replace('_', '-'):<15}{cost:>8.1f}  speed-up {found.serial / cost:>5.2f}  {note}")
     print(f"fastest: {found.fastest.replace('_', '-')}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench.command import run
+
+    run(options)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from .tune import run
+
+    run(options)
 
 
 def _report(options: argparse.Namespace) -> None:

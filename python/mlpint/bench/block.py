@@ -1,0 +1,86 @@
+"""The case of a whole block: x + h F(x); see cases.py."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..nn import attention as attn
+from ..nn import pre_norm
+from ..nn.call import Call as BlockCall
+from ..nn.settings import Settings, Weights
+from .attention import plain_attention
+from .cases import BACKWARD, FORWARD, FULL, Case, Inputs, Random, Tensors
+from .shapes import Shape
+from .timing import Call
+
+
+class Block(Case):
+    """J pre-LN transformer blocks on J batches."""
+
+    name, modes, masked = "block", (FORWARD, BACKWARD, FULL), True
+    wanted = ("x", *Weights._fields)
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        d, f = shape.d, shape.ffn
+        weights = Weights(
+            *r.norm(d), *r.linear(3 * d, d), *r.linear(d, d), *r.norm(d), *r.linear(f, d), *r.linear(d, f)
+        )
+        return {
+            "x": r.normal(shape.batch, shape.sequence, d),
+            "grad": r.normal(shape.batch, shape.sequence, d),
+            **weights._asdict(),
+            "lengths": r.lengths() if shape.mask == "padded" else None,
+            "causal": shape.mask == "causal",
+            "heads": shape.heads,
+            "h": 1.0,
+        }
+
+    def plain(self, one: Inputs) -> Tensors:
+        x = one["x"]
+        b, t, d = x.shape
+        n = F.layer_norm(x, (d,), one["ln1_weight"], one["ln1_bias"])
+        qkv = F.linear(n, one["qkv_weight"], one["qkv_bias"])
+        q, k, v = qkv.view(b, t, 3, one["heads"], -1).permute(2, 0, 3, 1, 4)
+        o = plain_attention(q, k, v, one["causal"], one["lengths"]).transpose(1, 2).reshape(b, t, d)
+        y = x + F.linear(o, one["proj_weight"], one["proj_bias"])
+        n = F.layer_norm(y, (d,), one["ln2_weight"], one["ln2_bias"])
+        a = F.gelu(F.linear(n, one["up_weight"], one["up_bias"]), approximate="tanh")
+        out = y + F.linear(a, one["down_weight"], one["down_bias"])
+        return (out if one["h"] == 1 else torch.lerp(x, out, one["h"]),)
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        """mlpint.nn's step; which path its operations take is dispatch's to say."""
+        j, b, t, d = every["x"].shape
+        lengths = every["lengths"]
+        settings = Settings(d, every["heads"], every["up_bias"].shape[-1], "causal" if every["causal"] else "full")
+        padding = None if lengths is None else attn.Padding(lengths[0], t)
+        call = BlockCall(settings, b, padding, None, every["h"])
+        w = Weights(*(every[name] for name in Weights._fields))
+        x, grad = (every[name].view(j, b * t, d) for name in ("x", "grad"))
+        if mode == FORWARD:
+            return lambda: (pre_norm.forward(call, w, x).view(j, b, t, d),)
+
+        def backward(saved: Tensors) -> Tensors:
+            dx, inner = pre_norm.input_vjp(call, w, saved, grad)
+            into = Weights(*(torch.empty_like(p) for p in w))
+            pre_norm.weight_vjp(call, w, saved, inner, into)
+            return dx.view(j, b, t, d), *into
+
+        if mode == FULL:
+            return lambda: backward(pre_norm.forward_train(call, w, x)[1])
+        saved = pre_norm.forward_train(call, w, x)[1]
+        return lambda: backward(saved)
+
+    kernel = batched
+
+    def key(self, shape: Shape, mode: str) -> None:
+        return None
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        m, d = shape.m, shape.d
+        products = 2.0 * m * (4 * d**2 + 2 * d * shape.ffn)
+        attended = 4.0 * m * shape.sequence * d * (0.5 if shape.mask == "causal" else 1.0)
+        times = {FORWARD: (1.0, 1.0), BACKWARD: (2.0, 2.5), FULL: (3.0, 3.5)}[mode]
+        return shape.j * (products * times[0] + attended * times[1])

@@ -1,0 +1,295 @@
+"""The cases of single operations, in the order of a block's step; see cases.py."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..nn import ops
+from .cases import BACKWARD, Case, Inputs, Key, Random, Tensors
+from .shapes import Shape
+from .timing import Call
+
+EPS = 1e-5
+H = 0.5  # a step size that no kernel can leave out
+
+
+class LnLinear(Case):
+    """LayerNorm and the FFN's way up with its GELU."""
+
+    name = op = "ln_linear"
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        (ln_weight, ln_bias), (weight, bias) = r.norm(shape.d), r.linear(shape.ffn, shape.d)
+        return {"x": r.normal(shape.m, shape.d), "ln_weight": ln_weight, "ln_bias": ln_bias, "w": weight, "b": bias}
+
+    def plain(self, one: Inputs) -> Tensors:
+        x = F.layer_norm(one["x"], one["x"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
+        return (F.gelu(F.linear(x, one["w"], one["b"]), approximate="tanh"),)
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        return lambda: (ops.ln_linear(*every.values(), EPS, "gelu_tanh"),)
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.ln_linear import ln_linear
+
+        return lambda: (ln_linear(*every.values(), EPS, "gelu_tanh"),)
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 2.0 * shape.j * shape.m * shape.d * shape.ffn
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.ln_linear import configs
+
+        return configs(shape.d, shape.dtype)
+
+
+class LnLinearTrain(LnLinear):
+    """The same, keeping what a backward needs."""
+
+    name = "ln_linear_train"
+
+    def plain(self, one: Inputs) -> Tensors:
+        x, mean, rstd = torch.native_layer_norm(one["x"], one["x"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
+        pre = F.linear(x, one["w"], one["b"])
+        return F.gelu(pre, approximate="tanh"), mean.squeeze(-1), rstd.squeeze(-1), pre
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        return lambda: ops.ln_linear_train(*every.values(), EPS, "gelu_tanh")
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.ln_linear import ln_linear_train
+
+        return lambda: ln_linear_train(*every.values(), EPS, "gelu_tanh")
+
+
+class LinearAxpy(Case):
+    """The FFN's way down onto the residual stream."""
+
+    name = op = "linear_axpy"
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        weight, bias = r.linear(shape.d, shape.ffn)
+        x, y = r.normal(shape.m, shape.d), r.normal(shape.m, shape.d)
+        return {"a": r.normal(shape.m, shape.ffn), "w": weight, "b": bias, "y": y, "x": x}
+
+    def plain(self, one: Inputs) -> Tensors:
+        return (torch.lerp(one["x"], one["y"] + F.linear(one["a"], one["w"], one["b"]), H),)
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        return lambda: (ops.linear_axpy(*every.values(), H),)
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.linear_axpy import linear_axpy
+
+        return lambda: (linear_axpy(*every.values(), H),)
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 2.0 * shape.j * shape.m * shape.d * shape.ffn
+
+    def key(self, shape: Shape, mode: str) -> Key:
+        return Key(self.op, shape.ffn, shape.m, shape.j)
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.linear_axpy import configs
+
+        return configs(shape.ffn, shape.dtype)
+
+
+class Projection(LinearAxpy):
+    """The attention's projection onto the residual stream."""
+
+    name = "linear_axpy_projection"
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        weight, bias = r.linear(shape.d, shape.d)
+        x = r.normal(shape.m, shape.d)
+        return {"a": r.normal(shape.m, shape.d), "w": weight, "b": bias, "y": x, "x": x}
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 2.0 * shape.j * shape.m * shape.d**2
+
+    def key(self, shape: Shape, mode: str) -> Key:
+        return Key(self.op, shape.d, shape.m, shape.j)
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.linear_axpy import configs
+
+        return configs(shape.d, shape.dtype)
+
+
+class Mlp(Case):
+    """The whole second half of the step; forward only."""
+
+    name = op = "mlp"
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        norm, up, down = r.norm(shape.d), r.linear(shape.ffn, shape.d), r.linear(shape.d, shape.ffn)
+        names = ("y", "x", "ln_weight", "ln_bias", "w1", "b1", "w2", "b2")
+        return dict(
+            zip(names, (r.normal(shape.m, shape.d), r.normal(shape.m, shape.d), *norm, *up, *down), strict=True)
+        )
+
+    def plain(self, one: Inputs) -> Tensors:
+        n = F.layer_norm(one["y"], one["y"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
+        a = F.gelu(F.linear(n, one["w1"], one["b1"]), approximate="tanh")
+        return (torch.lerp(one["x"], one["y"] + F.linear(a, one["w2"], one["b2"]), H),)
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        y, x, ln_weight, ln_bias, w1, b1, w2, b2 = every.values()
+
+        def call() -> Tensors:
+            # By way of dispatch: the rival of the one kernel is what the step would do without it.
+            return (ops.linear_axpy(ops.ln_linear(y, ln_weight, ln_bias, w1, b1, EPS, "gelu_tanh"), w2, b2, y, x, H),)
+
+        return call
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.mlp import mlp
+
+        return lambda: (mlp(*every.values(), H, EPS, "gelu_tanh"),)
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 4.0 * shape.j * shape.m * shape.d * shape.ffn
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.mlp import configs
+
+        return configs(shape.d, shape.dtype) if shape.d <= 256 else []
+
+
+class LnBackward(Case):
+    """Backward of a LayerNorm plus the residual path's gradient."""
+
+    name, op, modes = "ln_backward", "ln_backward_add", (BACKWARD,)
+    wanted = ("x", "weight", "bias")
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        weight, bias = r.norm(shape.d)
+        x, grad, residual = (r.normal(shape.m, shape.d) for _ in range(3))
+        return {"x": x, "weight": weight, "bias": bias, "grad": grad, "residual": residual}
+
+    def plain(self, one: Inputs) -> Tensors:
+        x = F.layer_norm(one["x"], one["x"].shape[-1:], one["weight"], one["bias"], EPS)
+        return (x,)
+
+    def finished(self, grads: Tensors, one: Inputs) -> Tensors:
+        return grads[0] + one["residual"], *grads[1:]
+
+    def _saved(self, every: Inputs) -> Tensors:
+        _, mean, rstd = torch.native_layer_norm(every["x"], every["x"].shape[-1:], None, None, EPS)
+        return mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        mean, rstd = self._saved(every)
+        x, weight, bias, grad, residual = every.values()
+
+        def call() -> Tensors:
+            dx = ops.ln_backward_add(grad, x, mean.to(x.dtype), rstd.to(x.dtype), weight, residual)
+            into = torch.empty_like(weight), torch.empty_like(bias)
+            ops.ln_weight_grads(grad, x, mean, rstd, *into)
+            return dx, *into
+
+        return call
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.ln_backward import ln_backward_add
+
+        mean, rstd = self._saved(every)
+        return lambda: ln_backward_add(every["grad"], every["x"], mean, rstd, every["weight"], every["residual"])
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 12.0 * shape.j * shape.m * shape.d
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.ln_backward import configs
+
+        return configs(shape.d, shape.m, shape.j)
+
+
+class AxpbyNorm(Case):
+    """Sum of two scaled states and its squared norm."""
+
+    name = op = "axpby_norm"
+    A, B = 0.5, -1.25
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        r = Random(shape, device)
+        return {"x": r.normal(shape.m, shape.d), "y": r.normal(shape.m, shape.d)}
+
+    def plain(self, one: Inputs) -> Tensors:
+        out = self.A * one["x"] + self.B * one["y"]
+        return out, torch.linalg.vector_norm(out, dtype=out.dtype if out.dtype == torch.float64 else torch.float32) ** 2
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        return lambda: self.plain(every)
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.axpby import axpby_norm
+
+        return lambda: axpby_norm(self.A, every["x"], self.B, every["y"])
+
+    def comparable(self, results: Tensors, every: Inputs) -> Tensors:
+        return results[0], results[1].sum()  # a layer at a time, or all at once
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 5.0 * shape.j * shape.m * shape.d
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.axpby import configs
+
+        return configs()
+
+
+class Average(Case):
+    """Prolongation of all parameters of J blocks; M does not matter."""
+
+    name = op = "average"
+    DELTA = 0.25
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        from ..nn.settings import Settings
+
+        r = Random(shape, device)
+        sizes = Settings(shape.d, shape.heads, shape.ffn).shapes()
+        return {
+            "fine": [r.parameter(*size, scale=1.0) for size in sizes],
+            "coarse": [r.normal(*size) for size in sizes],
+        }
+
+    def plain(self, one: Inputs) -> Tensors:
+        torch._foreach_lerp_(one["fine"], one["coarse"], self.DELTA)
+        return tuple(one["fine"])
+
+    def batched(self, every: Inputs, mode: str) -> Call:
+        return lambda: self.plain(every)
+
+    def kernel(self, every: Inputs, mode: str) -> Call:
+        from ..kernels.average import average_
+
+        # The stack behind the strided views, as the multilevel cycle holds it.
+        stacked = [
+            t.as_strided((2 * len(t) - 1, *t.shape[1:]), (t.stride(0) // 2, *t.stride()[1:])) for t in every["fine"]
+        ]
+
+        def call() -> Tensors:
+            average_(stacked, every["coarse"], slice(0, None, 2), self.DELTA)
+            return tuple(every["fine"])
+
+        return call
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return 3.0 * shape.j * (12 * shape.d**2 + 13 * shape.d)
+
+    def key(self, shape: Shape, mode: str) -> Key:
+        return Key(self.op, shape.d, 4 * shape.d, shape.j)
+
+    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
+        from ..kernels.average import configs
+
+        return configs()

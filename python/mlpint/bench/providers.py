@@ -1,0 +1,112 @@
+"""Who computes a case: plain PyTorch in three ways, batched PyTorch, and mlpint's kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch._functorch import config as functorch_config
+
+from ..kernels import dispatch
+from ..kernels.dispatch import Choice
+from .cases import FORWARD, Case, Inputs, Tensors, differentiated, layer, tensors
+from .shapes import Shape
+from .timing import Call
+
+EAGER, COMPILE, COMPILE_GRAPH, BADDBMM, OURS, TRITON = (
+    "eager",
+    "compile",
+    "compile_graph",
+    "baddbmm",
+    "ours",
+    "triton",
+)
+ALL = {
+    EAGER: "J calls of plain PyTorch",
+    COMPILE: "torch.compile of these",
+    COMPILE_GRAPH: "that, replayed as a CUDA graph",
+    BADDBMM: "mlpint.nn's batched plain PyTorch",
+    OURS: "mlpint, by the path that dispatch chooses",
+    TRITON: "mlpint's kernels, whatever dispatch says",
+}
+DEFAULT = (EAGER, COMPILE, COMPILE_GRAPH, BADDBMM, OURS)
+
+
+def left_out(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot run on a device; None if it can."""
+    if device.type == "cuda":
+        return None if provider != TRITON or dispatch.triton_is_installed() else "Triton is not installed"
+    if provider == COMPILE_GRAPH:
+        return "CUDA graphs need a GPU"
+    if provider == OURS:
+        return "without a GPU mlpint takes its torch path, which is baddbmm"
+    if provider == TRITON and not _interpreting():
+        return "Triton kernels need a GPU, or TRITON_INTERPRET=1"
+    return None
+
+
+def _interpreting() -> bool:
+    if not dispatch.triton_is_installed():
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def make(provider: str, case: Case, shape: Shape, every: Inputs, mode: str) -> Call:
+    """The call of a provider; see :func:`joined` for its results."""
+    if provider in (EAGER, COMPILE, COMPILE_GRAPH):
+        return looped(case, every, mode, compiled=provider != EAGER)
+    if provider == OURS:
+        return (case.kernel if _takes_kernel(case, shape, every, mode) else case.batched)(every, mode)
+    build, path = (case.batched, "torch") if provider == BADDBMM else (case.kernel, "triton")
+    with taking(path):
+        inner = build(every, mode)
+
+    def call() -> object:
+        with taking(path):
+            return inner()
+
+    return call
+
+
+def taking(path: str) -> AbstractContextManager[None]:
+    """Inside, all operations take this path, kernels with their default configurations."""
+    return dispatch.forced({op: Choice(path, None, "the benchmark says so") for op in dispatch.OPERATIONS})
+
+
+def _takes_kernel(case: Case, shape: Shape, every: Inputs, mode: str) -> bool:
+    key = case.key(shape, mode)
+    if key is None:  # the operations of a block ask for themselves
+        return True
+    device = tensors(every)[0].device
+    found = dispatch.choose(key.op, d=key.d, m=key.m, j=key.j, dtype=shape.dtype, device=device)
+    return found.path == "triton"
+
+
+def looped(case: Case, every: Inputs, mode: str, compiled: bool = False) -> Call:
+    """J calls of the plain form, one a layer."""
+    count = len(tensors(every)[0])
+    function = torch.compile(case.plain, dynamic=False) if compiled else case.plain
+    ones = [layer(every, n) for n in range(count)]
+    if mode == FORWARD:
+
+        def call() -> list[Tensors]:
+            with torch.no_grad():
+                return [function(one) for one in ones]
+
+        return call
+    # Timing a compiled backward alone runs it again and again on what one forward has saved.
+    with functorch_config.patch(donated_buffer=False) if compiled else nullcontext():
+        calls = [differentiated(case, function, one, mode) for one in ones]
+        if compiled:
+            for each in calls:
+                each()
+    return lambda: [each() for each in calls]
+
+
+def joined(results: object) -> Tensors:
+    """The results of a call: J tuples stacked, or a tuple of tensors [J, ...] as it is."""
+    if isinstance(results, list):
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return tuple(results)
