@@ -1,0 +1,322 @@
+"""Self-attention with an online softmax, batched over layers, sequences and heads: forward, for padded batches too.
+
+Where `lengths` are given, tokens at and beyond a sequence's length do not exist: they are never read, their outputs and
+gradients are zero. The backward is in :mod:`attention_backward`.
+
+Source: Dao et al., FlashAttention (arXiv:2205.14135, 2307.08691).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch
+from .common import Launch, check, check_dense, dot, input_precision, round_to
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+WIDEST = 128  # head dimension
+
+
+@triton.jit
+def head_of(pointer, strides, head, B, H):
+    """Where head number `head` of J x B x H starts."""
+    j, b, h = head // (B * H), head // H % B, head % H
+    return pointer + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def length_of(lengths, strides, head, B, H, T, LENGTHS: tl.constexpr):
+    """Tokens of the sequence that a head belongs to."""
+    n = T
+    if LENGTHS:
+        j, b = head // (B * H), head // H % B
+        n = tl.load(lengths + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1])
+        n = tl.minimum(tl.maximum(n, 0), T)
+    return n
+
+
+@triton.jit
+def tile_at(base, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(addresses, mask) of a tile [BLOCK, BLOCK_D] of one head: tokens from `start`, those before `limit`."""
+    tokens = start + tl.arange(0, BLOCK).to(tl.int64)
+    channels = tl.arange(0, BLOCK_D)
+    mask = (tokens < limit)[:, None]
+    if HEAD < BLOCK_D:
+        mask = mask & (channels < HEAD)[None, :]
+    else:
+        mask = mask & (channels < BLOCK_D)[None, :]
+    return base + tokens[:, None] * stride + channels[None, :], mask
+
+
+@triton.jit
+def _attend(
+    acc,  # [BM, BD]
+    top,  # [BM], largest score so far
+    total,  # [BM], sum of 2^(score - top)
+    q,  # [BM, BD]
+    k,
+    v,
+    k_stride,
+    v_stride,
+    scale,  # with log2(e): scores are exponents of 2
+    tokens,  # [BM], of the queries
+    first,
+    last,
+    n,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Attend to the keys from `first` to `last`; without MASK every query sees all of them."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    for start in range(first, last, BLOCK_N):
+        at, mask = tile_at(k, k_stride, start, n, HEAD, BLOCK_N, BLOCK_D)
+        keys = tl.load(at, mask=mask, other=0.0)  # [BN, BD]
+        scores = scale * dot(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), acc.dtype), INPUT_PRECISION)
+        if MASK:
+            others = start + tl.arange(0, BLOCK_N)  # [BN]
+            seen = (others < n)[None, :]
+            if CAUSAL:
+                seen = seen & (tokens[:, None] >= others[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        at, mask = tile_at(v, v_stride, start, n, HEAD, BLOCK_N, BLOCK_D)
+        values = tl.load(at, mask=mask, other=0.0)  # [BN, BD]
+        acc = dot(round_to(p, values.dtype), values, acc * shrink[:, None], INPUT_PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+    return acc, top, total
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q,  # [J, B, H, T, HEAD]
+    k,
+    v,
+    o,
+    lse,  # [J, B, H, T], dense
+    lengths,  # [J, B]
+    q_strides,  # (J, B, H, T)
+    k_strides,
+    v_strides,
+    o_strides,
+    length_strides,
+    scale,
+    B,
+    H,
+    T,
+    HEAD: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last queries have most to do
+    start = block * BLOCK_M
+    n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
+    at, mask = tile_at(head_of(q, q_strides, head, B, H), q_strides[3], start, n, HEAD, BLOCK_M, BLOCK_D)
+    queries = tl.load(at, mask=mask, other=0.0)  # [BM, BD]
+    tokens = start + tl.arange(0, BLOCK_M)  # [BM]
+
+    acc_type: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_D), acc_type)
+    top = tl.full((BLOCK_M,), float("-inf"), acc_type)
+    total = tl.zeros((BLOCK_M,), acc_type)
+    k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
+    last = tl.where(start < n, n, 0)
+    full = last // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        last = tl.minimum(last, start + BLOCK_M)
+        full = tl.minimum(last, start + 1) // BLOCK_N * BLOCK_N
+    scale = scale * LOG2_E
+    acc, top, total = _attend(
+        acc, top, total, queries, k_head, v_head, k_strides[3], v_strides[3], scale, tokens, 0, full, n,
+        False, CAUSAL, HEAD, BLOCK_N, INPUT_PRECISION,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, queries, k_head, v_head, k_strides[3], v_strides[3], scale, tokens, full, last, n,
+        True, CAUSAL, HEAD, BLOCK_N, INPUT_PRECISION,
+    )  # fmt: skip
+
+    real = tokens < n
+    acc = tl.where(real[:, None], acc / tl.where(real, total, 1.0)[:, None], 0.0)
+    at, mask = tile_at(head_of(o, o_strides, head, B, H), o_strides[3], start, T, HEAD, BLOCK_M, BLOCK_D)
+    tl.store(at, round_to(acc, o.dtype.element_ty), mask=mask)
+    if LSE:
+        value = tl.where(real, (top + tl.log2(tl.where(real, total, 1.0))) / LOG2_E, 0.0)
+        tl.store(lse + head.to(tl.int64) * T + tokens, value, mask=tokens < T)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of :func:`attention_train`, in plain PyTorch; differentiable."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    token = torch.arange(q.shape[3], device=q.device)
+    real = torch.ones_like(token, dtype=torch.bool).expand(*q.shape[:2], 1, -1)  # [J, B, 1, T]
+    if lengths is not None:
+        real = (token < lengths[..., None]).expand(*q.shape[:2], -1)[:, :, None]
+    seen = real[..., None, :] & real[..., None]  # [J, B, 1, T, T]
+    if causal:
+        seen = seen & (token[:, None] >= token)
+    q, k, v = (torch.where(real[..., None], x, 0) for x in (q, k, v))
+    scores = scale * (q @ k.mT).to(wide)
+    lse = torch.where(seen, scores, -torch.inf).masked_fill(~real[..., None], 0).logsumexp(-1)
+    p = torch.where(seen, (scores - lse[..., None]).exp(), 0)
+    return p.to(v.dtype) @ v, torch.where(real, lse, 0)
+
+
+def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+
+
+def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    """Candidates to tune over."""
+    return [default_config(head, tokens, dtype)]
+
+
+@torch.library.custom_op("mlpint::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of each head, forward only.
+
+    Args:
+        q, k, v: [J, B, H, T, head dimension <= 128], alike; any strides but the last, e.g. views of [J, B, T, 3, H, hd].
+        causal: a token sees itself and what is before it.
+        lengths: int32 [J, B] or [B] on the device, or None: tokens of each sequence; values beyond 0..T count as 0 or T.
+        scale: of the scores, usually 1 / sqrt(head dimension).
+
+    Returns:
+        [J, B, H, T, head dimension], a view of dense [J, B, T, H, head dimension]; zero where there is no token.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts that do not fit.
+    """
+    return _forward(q, k, v, causal, lengths, scale, save=False)[0]
+
+
+@torch.library.custom_op("mlpint::attention_train", mutates_args=())
+def attention_train(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and what its backward needs: (o, lse).
+
+    `lse` [J, B, H, T], float32 (float64 where q is): logarithm of the sum of exponentials of a query's scores, zero where
+    there is no token.
+    """
+    return _forward(q, k, v, causal, lengths, scale, save=True)
+
+
+@attention.register_fake
+def _(q, k, v, causal, lengths, scale):
+    return empty_heads(q)
+
+
+@attention_train.register_fake
+def _(q, k, v, causal, lengths, scale):
+    return empty_heads(q), q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def empty_heads(q: Tensor) -> Tensor:
+    """[J, B, H, T, hd], a view of new dense [J, B, T, H, hd]: what the next linear layer reads."""
+    j, b, h, t, d = q.shape
+    return q.new_empty(j, b, t, h, d).transpose(2, 3)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    if q.dim() != 5 or q.shape[4] > WIDEST:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {WIDEST}]")
+    check_dense("q", q)
+    check("k", k, tuple(q.shape), like=q)
+    check("v", v, tuple(q.shape), like=q)
+    if lengths is None:
+        return
+    expected = f"int32 [{q.shape[0]}, {q.shape[1]}] or [{q.shape[1]}] on {q.device}"
+    if lengths.dtype != torch.int32 or lengths.device != q.device or lengths.shape not in (q.shape[:2], q.shape[1:2]):
+        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
+
+
+def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:
+    """The constexpr parameters that the launch configuration does not decide."""
+    return {
+        "HEAD": q.shape[4],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[4])),
+        "CAUSAL": causal,
+        "LENGTHS": lengths is not None,
+        "INPUT_PRECISION": input_precision(),
+    }
+
+
+def length_strides(lengths: Tensor | None) -> tuple[int, int]:
+    """(J, B); sequences of all layers are equally long where `lengths` is [B]."""
+    if lengths is None:
+        return 0, 0
+    return (0, *lengths.stride())[-2:]
+
+
+def config_of(op: str, q: Tensor, default) -> dict[str, int]:
+    """The tuned configuration: d is the padded head dimension, m the tokens of a sequence, j the heads of all layers."""
+    j, b, h, t, d = q.shape
+    return dispatch.config(op, max(16, triton.next_power_of_2(d)), t, j * b * h, q.dtype, q.device) or default(
+        d, t, q.dtype
+    )
+
+
+def _forward(q, k, v, causal, lengths, scale, save) -> tuple[Tensor, Tensor | None]:
+    check_heads(q, k, v, lengths)
+    o = empty_heads(q)
+    lse = q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32)) if save else None
+    if q.numel():
+        launch_of(q, k, v, o, lse, causal, lengths, scale, config_of("attention", q, default_config)).run()
+    return o, lse
+
+
+def launch_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+    config: dict[str, int],
+) -> Launch:
+    j, b, h, t, _ = q.shape
+    return Launch(
+        attention_fwd_kernel,
+        (triton.cdiv(t, config["BLOCK_M"]) * j * b * h,),
+        (
+            *(q, k, v, o, lse, lengths),
+            *(x.stride()[:4] for x in (q, k, v, o)),
+            *(length_strides(lengths), scale, b, h, t),
+        ),
+        constants(q, causal, lengths) | {"LSE": lse is not None} | config,
+    )
+
+
+def aot_launches(candidates: bool = False) -> Iterator[Launch]:
+    """What `mlpint.kernels.aot` compiles."""
+    j, b, h, t = 4, 3, 5, 512
+    for dtype in (torch.bfloat16, torch.float32):
+        for head in (32, 64, 80, 128):
+            q, k, v = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
+            lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
+            for causal, save, padded in ((True, True, False), (False, False, True)):
+                for config in configs(head, t, dtype) if candidates else [default_config(head, t, dtype)]:
+                    shape = (lse if save else None, causal, lengths if padded else None)
+                    yield launch_of(q, k, v, q, *shape, 0.125, config)

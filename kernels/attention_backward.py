@@ -1,0 +1,358 @@
+"""Backward of :mod:`attention`: one kernel for the keys' and values' gradients, one for the queries'.
+
+Each program owns a block of keys (or of queries) and walks over the other side, so that nothing is added up by more than
+one program and the result is the same every time. The forward's `lse` gives the probabilities again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import (
+    LOG2_E,
+    check_heads,
+    config_of,
+    constants,
+    empty_heads,
+    head_of,
+    length_of,
+    length_strides,
+    tile_at,
+)
+from .common import Launch, check, dot, round_to, to_float
+
+
+@triton.jit
+def attention_bwd_delta_kernel(
+    o,  # [J, B, H, T, HEAD]
+    do,
+    delta,  # [J, B, H, T], dense
+    lengths,  # [J, B]
+    o_strides,  # (J, B, H, T)
+    do_strides,
+    length_strides,
+    B,
+    H,
+    T,
+    HEAD: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """delta = sum(o do) of each query: what the softmax's backward subtracts."""
+    blocks = tl.cdiv(T, BLOCK)
+    head = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK
+    n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
+    at, mask = tile_at(head_of(o, o_strides, head, B, H), o_strides[3], start, n, HEAD, BLOCK, BLOCK_D)
+    os = to_float(tl.load(at, mask=mask, other=0.0))  # [BLOCK, BD]
+    at, mask = tile_at(head_of(do, do_strides, head, B, H), do_strides[3], start, n, HEAD, BLOCK, BLOCK_D)
+    dos = to_float(tl.load(at, mask=mask, other=0.0))
+    tokens = start + tl.arange(0, BLOCK)
+    tl.store(delta + head.to(tl.int64) * T + tokens, tl.sum(os * dos, 1), mask=tokens < T)
+
+
+@triton.jit
+def attention_bwd_dkdv_kernel(
+    q,  # [J, B, H, T, HEAD]
+    k,
+    v,
+    do,
+    lse,  # [J, B, H, T], dense
+    delta,
+    dk,
+    dv,
+    lengths,  # [J, B]
+    q_strides,  # (J, B, H, T)
+    k_strides,
+    v_strides,
+    do_strides,
+    out_strides,  # of dk and dv
+    length_strides,
+    scale,
+    B,
+    H,
+    T,
+    HEAD: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,  # keys
+    BLOCK_OTHER: tl.constexpr,  # queries
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_OWN)
+    head = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK_OWN
+    n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
+    at, mask = tile_at(head_of(k, k_strides, head, B, H), k_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
+    keys = tl.load(at, mask=mask, other=0.0)  # [own, BD]
+    at, mask = tile_at(head_of(v, v_strides, head, B, H), v_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
+    values = tl.load(at, mask=mask, other=0.0)
+    tokens = start + tl.arange(0, BLOCK_OWN)
+
+    acc: tl.constexpr = lse.dtype.element_ty
+    dks = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
+    dvs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
+    q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
+    statistics = head.to(tl.int64) * T
+    first = 0
+    if CAUSAL:
+        first = start // BLOCK_OTHER * BLOCK_OTHER
+    # Queries that do not exist are zero rows and change nothing; keys that do not exist are left out at the end.
+    for other in range(first, tl.where(start < n, n, 0), BLOCK_OTHER):
+        others = other + tl.arange(0, BLOCK_OTHER)  # [other]
+        at, mask = tile_at(q_head, q_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
+        queries = tl.load(at, mask=mask, other=0.0)  # [other, BD]
+        at, mask = tile_at(do_head, do_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
+        dos = tl.load(at, mask=mask, other=0.0)  # [other, BD]
+        sums = tl.load(lse + statistics + others, mask=others < n, other=0.0)
+        deltas = tl.load(delta + statistics + others, mask=others < n, other=0.0)
+        zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
+        scores = dot(keys, tl.trans(queries), zeros, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[None, :]
+        if CAUSAL:
+            scores = tl.where(others[None, :] >= tokens[:, None], scores, float("-inf"))
+        p = tl.exp2(scores)  # [own, other]
+        dvs = dot(round_to(p, dos.dtype), dos, dvs, INPUT_PRECISION)
+        ds = p * (dot(values, tl.trans(dos), zeros, INPUT_PRECISION) - deltas[None, :])
+        dks = dot(round_to(ds, queries.dtype), queries, dks, INPUT_PRECISION)
+
+    real = (tokens < n)[:, None]
+    at, mask = tile_at(head_of(dk, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
+    tl.store(at, round_to(tl.where(real, dks * scale, 0.0), dk.dtype.element_ty), mask=mask)
+    at, mask = tile_at(head_of(dv, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
+    tl.store(at, round_to(tl.where(real, dvs, 0.0), dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q,  # [J, B, H, T, HEAD]
+    k,
+    v,
+    do,
+    lse,  # [J, B, H, T], dense
+    delta,
+    dq,
+    lengths,  # [J, B]
+    q_strides,  # (J, B, H, T)
+    k_strides,
+    v_strides,
+    do_strides,
+    out_strides,
+    length_strides,
+    scale,
+    B,
+    H,
+    T,
+    HEAD: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,  # queries
+    BLOCK_OTHER: tl.constexpr,  # keys
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_OWN)
+    head = tl.program_id(0) // blocks
+    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_OWN
+    n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
+    at, mask = tile_at(head_of(q, q_strides, head, B, H), q_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
+    queries = tl.load(at, mask=mask, other=0.0)  # [own, BD]
+    at, mask = tile_at(head_of(do, do_strides, head, B, H), do_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
+    dos = tl.load(at, mask=mask, other=0.0)
+    tokens = start + tl.arange(0, BLOCK_OWN)
+    statistics = head.to(tl.int64) * T + tokens
+    sums = tl.load(lse + statistics, mask=tokens < n, other=0.0)
+    deltas = tl.load(delta + statistics, mask=tokens < n, other=0.0)
+
+    acc: tl.constexpr = lse.dtype.element_ty
+    dqs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
+    k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
+    last = tl.where(start < n, n, 0)
+    if CAUSAL:
+        last = tl.minimum(last, start + BLOCK_OWN)
+    for other in range(0, last, BLOCK_OTHER):
+        at, mask = tile_at(k_head, k_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
+        keys = tl.load(at, mask=mask, other=0.0)  # [other, BD]
+        at, mask = tile_at(v_head, v_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
+        values = tl.load(at, mask=mask, other=0.0)
+        zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
+        scores = dot(queries, tl.trans(keys), zeros, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[:, None]
+        others = other + tl.arange(0, BLOCK_OTHER)
+        seen = (others < n)[None, :]  # 2^-lse of a key that does not exist may overflow
+        if CAUSAL:
+            seen = seen & (tokens[:, None] >= others[None, :])
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))  # [own, other]
+        ds = p * (dot(dos, tl.trans(values), zeros, INPUT_PRECISION) - deltas[:, None])
+        dqs = dot(round_to(ds, keys.dtype), keys, dqs, INPUT_PRECISION)
+
+    at, mask = tile_at(head_of(dq, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
+    dqs = tl.where((tokens < n)[:, None], dqs * scale, 0.0)
+    tl.store(at, round_to(dqs, dq.dtype.element_ty), mask=mask)
+
+
+def attention_backward_reference(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`attention_backward` does, in plain PyTorch."""
+    wide, token = lse.dtype, torch.arange(q.shape[3], device=q.device)
+    real = torch.ones_like(lse[:, :, :1], dtype=torch.bool)  # [J, B, 1, T]
+    if lengths is not None:
+        real = (token < lengths[..., None]).expand(*q.shape[:2], -1)[:, :, None]
+    seen = real[..., None, :] & real[..., None]  # [J, B, 1, T, T]
+    if causal:
+        seen = seen & (token[:, None] >= token)
+    do, q, k, v, o = (torch.where(real[..., None], x, 0) for x in (do, q, k, v, o))
+    p = torch.where(seen, (scale * (q @ k.mT).to(wide) - lse[..., None]).exp(), 0)
+    delta = (o.to(wide) * do.to(wide)).sum(-1, keepdim=True)
+    ds = (p * ((do @ v.mT).to(wide) - delta)).to(q.dtype)
+    return (ds @ k).mul(scale), (ds.mT @ q).mul(scale), p.to(q.dtype).mT @ do
+
+
+def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    return {"BLOCK_OWN": 64, "BLOCK_OTHER": 32, "num_warps": 4, "num_stages": 2}
+
+
+def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    """Candidates to tune over."""
+    return [default_config(head, tokens, dtype)]
+
+
+@torch.library.custom_op("mlpint::attention_backward", mutates_args=())
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of :func:`attention.attention_train`, given its arguments and results and the gradient of `o`.
+
+    Returns:
+        (dq, dk, dv), each [J, B, H, T, head dimension], views of dense [J, B, T, H, head dimension]; zero where there is
+        no token.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts that do not fit.
+    """
+    dq, dk, dv = (empty_heads(q) for _ in range(3))
+    _backward(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("mlpint::attention_backward_packed", mutates_args=())
+def attention_backward_packed(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """:func:`attention_backward` into one tensor, [J, B, T, 3, H, head dimension]: dq, dk, dv as a QKV projection has them."""
+    out = _empty_packed(q)
+    _backward(do, q, k, v, o, lse, causal, lengths, scale, *out.transpose(2, 4).unbind(3))
+    return out
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, o, lse, causal, lengths, scale):
+    return empty_heads(q), empty_heads(q), empty_heads(q)
+
+
+@attention_backward_packed.register_fake
+def _(do, q, k, v, o, lse, causal, lengths, scale):
+    return _empty_packed(q)
+
+
+def _empty_packed(q: Tensor) -> Tensor:
+    j, b, h, t, d = q.shape
+    return q.new_empty(j, b, t, 3, h, d)
+
+
+def _backward(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv) -> None:
+    check_heads(q, k, v, lengths)
+    check("do", do, tuple(q.shape), like=q)
+    check("o", o, tuple(q.shape), like=q)
+    if lse.shape != q.shape[:4] or not lse.is_contiguous():
+        raise ValueError(f"lse is {list(lse.shape)} with strides {lse.stride()}, expected attention_train's result")
+    if q.numel():
+        config = config_of("attention_backward", q, default_config)
+        for launch in launches(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv, config):
+            launch.run()
+
+
+def launches(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    config: dict[str, int],
+) -> Iterator[Launch]:
+    """The three launches; dk and dv have the same strides."""
+    j, b, h, t, _ = q.shape
+    heads = j * b * h
+    constexprs = constants(q, causal, lengths)
+    delta = torch.empty_like(lse)
+    shape = {name: constexprs[name] for name in ("HEAD", "BLOCK_D", "LENGTHS")}
+    do_strides, padding = do.stride()[:4], length_strides(lengths)
+    yield Launch(
+        attention_bwd_delta_kernel,
+        (triton.cdiv(t, 64) * heads,),
+        (o, do, delta, lengths, o.stride()[:4], do_strides, padding, b, h, t),
+        shape | {"BLOCK": 64, "num_warps": 4},
+    )
+    programs = (triton.cdiv(t, config["BLOCK_OWN"]) * heads,)
+    strides = (*(x.stride()[:4] for x in (q, k, v)), do_strides)
+    yield Launch(
+        attention_bwd_dkdv_kernel,
+        programs,
+        (q, k, v, do, lse, delta, dk, dv, lengths, *strides, dk.stride()[:4], padding, scale, b, h, t),
+        constexprs | config,
+    )
+    yield Launch(
+        attention_bwd_dq_kernel,
+        programs,
+        (q, k, v, do, lse, delta, dq, lengths, *strides, dq.stride()[:4], padding, scale, b, h, t),
+        constexprs | config,
+    )
+
+
+def aot_launches(candidates: bool = False) -> Iterator[Launch]:
+    """What `mlpint.kernels.aot` compiles."""
+    j, b, h, t = 4, 3, 5, 512
+    for dtype in (torch.bfloat16, torch.float32):
+        for head in (32, 64, 80, 128):
+            q, k, v = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
+            lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
+            for causal, padding in ((True, None), (False, lengths)):
+                for config in configs(head, t, dtype) if candidates else [default_config(head, t, dtype)]:
+                    yield from launches(q, q, k, v, q, lse, causal, padding, 0.125, q, k, v, config)
