@@ -6,6 +6,7 @@ from . import testing
 from .clip import clip_grad_norm_
 from .comm import Comm, init
 from .error_control import ErrorControl
+from .graphs import capture
 from .layer_parallel import LayerParallel
 from .options import MGRIT
 from .parallelize import parallelize
@@ -21,6 +22,7 @@ __all__ = [
     "ErrorControl",
     "LayerParallel",
     "MGRIT",
+    "capture",
     "check_replicas",
     "clip_grad_norm_",
     "init",

@@ -27,6 +27,7 @@ from .clip import stacks_of
 from .comm import Comm
 from .errors import CheckpointError, UserError
 from .joint import jointly
+from .nn.stack import named_rows
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{8}")
@@ -194,7 +195,7 @@ def load(
     def read() -> None:
         wanted = list(targets)
         if optimizer is not None:
-            own = {f"optimizer.{name}" for name, _ in model.named_parameters()}
+            own = {f"optimizer.{name}" for name, _, _ in named_rows(model)}
             wanted += [name for name in found.tensors if name.rpartition(".")[0] in own]
         wanted += [name for name in found.tensors if name.startswith("learnt.")]
         values.update(found.read(wanted))
@@ -218,8 +219,8 @@ def load(
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {f"model.{name}": tensor.detach() for name, tensor in named}
+    found = {f"model.{name}": _row(p.detach(), row) for name, p, row in named_rows(model)}
+    return found | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}
 
 
 def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -229,22 +230,31 @@ def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
     return {
-        f"optimizer.{name}.{key}": value
-        for name, parameter in model.named_parameters()
+        f"optimizer.{name}.{key}": _row(value, row) if value.shape == parameter.shape else value.clone()
+        for name, parameter, row in named_rows(model)
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items()
         if isinstance(value, torch.Tensor)
     }
 
 
+def _row(tensor: torch.Tensor, row: int | None) -> torch.Tensor:
+    return tensor if row is None else tensor[row]
+
+
 def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, torch.Tensor]) -> None:
     optimizer.state.clear()
-    parameters = dict(model.named_parameters())
+    parameters = {name: (parameter, row) for name, parameter, row in named_rows(model)}
     for name, value in values.items():
         parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
-        parameter = parameters[parameter_name]
+        parameter, row = parameters[parameter_name]
+        state = optimizer.state[parameter]
         # AdamW counts its steps in host memory; what has the parameter's shape lives beside the parameter.
-        place = parameter.device if value.shape == parameter.shape and value.dim() else value.device
-        optimizer.state[parameter][key] = value.to(place)
+        if value.dim() == 0 or value.shape != _row(parameter, row).shape:
+            state[key] = value
+        elif row is None:
+            state[key] = value.to(parameter.device)
+        else:
+            state.setdefault(key, torch.empty_like(parameter, dtype=value.dtype))[row].copy_(value)
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def _parser() -> _Parser:
     tune = commands.add_parser(
         "tune",
         help="find the fastest launch configuration of each kernel on this GPU",
-        description="Times every candidate configuration of every kernel, and plain PyTorch beside them, and writes the "
-        "fastest of each shape to the file that dispatch reads on this device.",
+        description="Times every candidate configuration of every kernel, and plain PyTorch beside them, and writes "
+        "the fastest of each shape to the file that dispatch reads on this device.",
     )
     tune_flags(tune)
     tune.set_defaults(run=_tune)

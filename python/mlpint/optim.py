@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from .config import OptimizerConfig
+from .nn.stack import named_rows
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (its first beta is 0.9) or SGD over the parameters that this rank holds; only matrices decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Of stacked parameters what counts is one layer's row.
+    matrices = {p: p.dim() - (row is not None) >= 2 for _, p, row in named_rows(model) if p.requires_grad}
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, is_matrix in matrices.items() if is_matrix], "weight_decay": config.weight_decay},
+        {"params": [p for p, is_matrix in matrices.items() if not is_matrix], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))

@@ -1,4 +1,4 @@
-"""``mlpint tune``: the fastest launch configuration of each kernel and shape, and whether plain PyTorch is faster still.
+"""``mlpint tune``: the fastest launch configuration of each kernel and shape, or that plain PyTorch is faster.
 
 Each candidate must be as accurate as plain PyTorch before it is timed. The result is a JSON file for this device, which
 :mod:`mlpint.kernels.dispatch` reads; ``mlpint bench`` and training never tune.
@@ -50,14 +50,9 @@ def add_flags(parser: Any) -> None:
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu times torch alone (default cuda)"
     )
-    parser.add_argument("--kernels", metavar="A,B", help=", ".join(KERNELS))
-    for name, text in {
-        "d": "widths",
-        "m": "rows of a layer",
-        "j": "layers at once",
-        "dtypes": ", ".join(DTYPES),
-    }.items():
-        parser.add_argument(f"--{name}", metavar="A,B", help=text)
+    lists = {"kernels": KERNELS, "d": ["widths"], "m": ["rows of a layer"], "j": ["layers at once"], "dtypes": DTYPES}
+    for name, texts in lists.items():
+        parser.add_argument(f"--{name}", metavar="A,B", help=", ".join(texts))
     parser.add_argument("--seconds", type=float, default=0.02, metavar="S", help="per candidate (default 0.02)")
     parser.add_argument(
         "--out", metavar="JSON", help="default: where dispatch looks, $MLPINT_TUNED or the user's cache"

@@ -20,7 +20,7 @@ from .timing import Timing
 
 @dataclass(frozen=True)
 class Row:
-    """One timing. ``extra_benchmark_config_str`` is JSON: the rest of the shape, operations, bytes, per cent of roofline."""
+    """One timing. ``extra_benchmark_config_str`` is JSON: shape, operations, bytes, % of the roofline."""
 
     kernel_name: str
     kernel_provider: str

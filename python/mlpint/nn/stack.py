@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -182,3 +182,17 @@ class BlockStack(nn.Module):
         self.load_rows(state_dict, prefix, missing, errors)
         known = {f"{n}.{name}" for n in self.indices for name in NAMES}
         unexpected.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known)
+
+
+def named_rows(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    """Parameters by the names they have where no blocks are stacked: (name, parameter, row of it or None for all)."""
+    stacks = {path: m for path, m in model.named_modules() if isinstance(m, BlockStack)}
+    for name, parameter in model.named_parameters():
+        path, _, field = name.rpartition(".")
+        if path not in stacks:
+            yield name, parameter, None
+            continue
+        stack = stacks[path]
+        outer = path.rpartition(".")[0] if stack.saved_by_owner else path
+        for i, n in enumerate(stack.indices):
+            yield f"{outer}.{n}.{NAMES[Weights._fields.index(field)]}".removeprefix("."), parameter, i
