@@ -1,7 +1,7 @@
 """Self-attention with an online softmax, batched over layers, sequences and heads: forward, for padded batches too.
 
 Where `lengths` are given, tokens at and beyond a sequence's length do not exist: they are never read, their outputs and
-gradients are zero. The backward is in :mod:`attention_backward`.
+gradients are zero. The backward's kernels are in :mod:`attention_backward`.
 
 Source: Dao et al., FlashAttention (arXiv:2205.14135, 2307.08691).
 """
@@ -15,42 +15,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dispatch
-from .common import Launch, check, check_dense, dot, input_precision, round_to
+from .attention_backward import attention_backward, attention_backward_packed
+from .attention_backward import configs as backward_configs
+from .attention_tiles import (
+    LOG2_E,
+    aot_cases,
+    check_heads,
+    config_of,
+    constants,
+    empty_heads,
+    head_of,
+    length_of,
+    length_strides,
+    load_tile,
+    padded_head,
+    store_tile,
+)
+from .common import Launch, dot, round_to
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-WIDEST = 128  # head dimension
-
-
-@triton.jit
-def head_of(pointer, strides, head, B, H):
-    """Where head number `head` of J x B x H starts."""
-    j, b, h = head // (B * H), head // H % B, head % H
-    return pointer + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
-
-
-@triton.jit
-def length_of(lengths, strides, head, B, H, T, LENGTHS: tl.constexpr):
-    """Tokens of the sequence that a head belongs to."""
-    n = T
-    if LENGTHS:
-        j, b = head // (B * H), head // H % B
-        n = tl.load(lengths + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1])
-        n = tl.minimum(tl.maximum(n, 0), T)
-    return n
-
-
-@triton.jit
-def tile_at(base, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(addresses, mask) of a tile [BLOCK, BLOCK_D] of one head: tokens from `start`, those before `limit`."""
-    tokens = start + tl.arange(0, BLOCK).to(tl.int64)
-    channels = tl.arange(0, BLOCK_D)
-    mask = (tokens < limit)[:, None]
-    if HEAD < BLOCK_D:
-        mask = mask & (channels < HEAD)[None, :]
-    else:
-        mask = mask & (channels < BLOCK_D)[None, :]
-    return base + tokens[:, None] * stride + channels[None, :], mask
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_backward_packed",
+    "attention_reference",
+    "attention_train",
+    "backward_configs",
+    "configs",
+    "default_config",
+]
 
 
 @triton.jit
@@ -78,8 +70,7 @@ def _attend(
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
     for start in range(first, last, BLOCK_N):
-        at, mask = tile_at(k, k_stride, start, n, HEAD, BLOCK_N, BLOCK_D)
-        keys = tl.load(at, mask=mask, other=0.0)  # [BN, BD]
+        keys = load_tile(k, k_stride, start, n, HEAD, BLOCK_N, BLOCK_D)  # [BN, BD]
         scores = scale * dot(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), acc.dtype), INPUT_PRECISION)
         if MASK:
             others = start + tl.arange(0, BLOCK_N)  # [BN]
@@ -90,8 +81,7 @@ def _attend(
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
-        at, mask = tile_at(v, v_stride, start, n, HEAD, BLOCK_N, BLOCK_D)
-        values = tl.load(at, mask=mask, other=0.0)  # [BN, BD]
+        values = load_tile(v, v_stride, start, n, HEAD, BLOCK_N, BLOCK_D)  # [BN, BD]
         acc = dot(round_to(p, values.dtype), values, acc * shrink[:, None], INPUT_PRECISION)
         total = total * shrink + tl.sum(p, 1)
         top = higher
@@ -129,8 +119,8 @@ def attention_fwd_kernel(
     block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last queries have most to do
     start = block * BLOCK_M
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
-    at, mask = tile_at(head_of(q, q_strides, head, B, H), q_strides[3], start, n, HEAD, BLOCK_M, BLOCK_D)
-    queries = tl.load(at, mask=mask, other=0.0)  # [BM, BD]
+    q_head = head_of(q, q_strides, head, B, H)
+    queries = load_tile(q_head, q_strides[3], start, n, HEAD, BLOCK_M, BLOCK_D)  # [BM, BD]
     tokens = start + tl.arange(0, BLOCK_M)  # [BM]
 
     acc_type: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
@@ -155,8 +145,7 @@ def attention_fwd_kernel(
 
     real = tokens < n
     acc = tl.where(real[:, None], acc / tl.where(real, total, 1.0)[:, None], 0.0)
-    at, mask = tile_at(head_of(o, o_strides, head, B, H), o_strides[3], start, T, HEAD, BLOCK_M, BLOCK_D)
-    tl.store(at, round_to(acc, o.dtype.element_ty), mask=mask)
+    store_tile(head_of(o, o_strides, head, B, H), o_strides[3], start, T, acc, HEAD)
     if LSE:
         value = tl.where(real, (top + tl.log2(tl.where(real, total, 1.0))) / LOG2_E, 0.0)
         tl.store(lse + head.to(tl.int64) * T + tokens, value, mask=tokens < T)
@@ -182,12 +171,26 @@ def attention_reference(
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    """For heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
+    if dtype.itemsize > 2:
+        return _config(*((32, 32, 4, 2) if head <= 64 else (32, 16, 8, 2)))
+    block = min(64, max(16, triton.next_power_of_2(tokens)))
+    return _config(block, 32 if head <= 32 else 64, 4, 2)
 
 
 def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    """Candidates to tune over."""
-    return [default_config(head, tokens, dtype)]
+    """Candidates to tune over; arguments as for :func:`default_config`."""
+    if dtype.itemsize > 2:
+        sizes = [(16, 16, 4, 2), (32, 16, 4 if head <= 64 else 8, 2)] + [(32, 32, 4, 2)] * (head <= 64)
+    else:
+        sizes = [(16, 32, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
+    longest = max(16, triton.next_power_of_2(tokens))
+    found = [default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest]
+    return [c for i, c in enumerate(found) if c not in found[:i]]
+
+
+def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 @torch.library.custom_op("mlpint::attention", mutates_args=())
@@ -195,9 +198,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | N
     """softmax(scale q k^T) v of each head, forward only.
 
     Args:
-        q, k, v: [J, B, H, T, head dimension <= 128], alike; any strides but the last, e.g. views of [J, B, T, 3, H, hd].
+        q, k, v: [J, B, H, T, head dimension <= 128], alike; any strides but the last, e.g. of [J, B, T, 3, H, hd].
         causal: a token sees itself and what is before it.
-        lengths: int32 [J, B] or [B] on the device, or None: tokens of each sequence; values beyond 0..T count as 0 or T.
+        lengths: tokens of each sequence, int32 [J, B] or [B] on the device; outside 0..T they count as 0 or T.
         scale: of the scores, usually 1 / sqrt(head dimension).
 
     Returns:
@@ -215,8 +218,8 @@ def attention_train(
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention`, and what its backward needs: (o, lse).
 
-    `lse` [J, B, H, T], float32 (float64 where q is): logarithm of the sum of exponentials of a query's scores, zero where
-    there is no token.
+    `lse` [J, B, H, T], float32 (float64 where q is): logarithm of the sum of exponentials of a query's scores, zero
+    where there is no token.
     """
     return _forward(q, k, v, causal, lengths, scale, save=True)
 
@@ -229,51 +232,6 @@ def _(q, k, v, causal, lengths, scale):
 @attention_train.register_fake
 def _(q, k, v, causal, lengths, scale):
     return empty_heads(q), q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def empty_heads(q: Tensor) -> Tensor:
-    """[J, B, H, T, hd], a view of new dense [J, B, T, H, hd]: what the next linear layer reads."""
-    j, b, h, t, d = q.shape
-    return q.new_empty(j, b, t, h, d).transpose(2, 3)
-
-
-def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-    if q.dim() != 5 or q.shape[4] > WIDEST:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {WIDEST}]")
-    check_dense("q", q)
-    check("k", k, tuple(q.shape), like=q)
-    check("v", v, tuple(q.shape), like=q)
-    if lengths is None:
-        return
-    expected = f"int32 [{q.shape[0]}, {q.shape[1]}] or [{q.shape[1]}] on {q.device}"
-    if lengths.dtype != torch.int32 or lengths.device != q.device or lengths.shape not in (q.shape[:2], q.shape[1:2]):
-        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
-
-
-def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:
-    """The constexpr parameters that the launch configuration does not decide."""
-    return {
-        "HEAD": q.shape[4],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[4])),
-        "CAUSAL": causal,
-        "LENGTHS": lengths is not None,
-        "INPUT_PRECISION": input_precision(),
-    }
-
-
-def length_strides(lengths: Tensor | None) -> tuple[int, int]:
-    """(J, B); sequences of all layers are equally long where `lengths` is [B]."""
-    if lengths is None:
-        return 0, 0
-    return (0, *lengths.stride())[-2:]
-
-
-def config_of(op: str, q: Tensor, default) -> dict[str, int]:
-    """The tuned configuration: d is the padded head dimension, m the tokens of a sequence, j the heads of all layers."""
-    j, b, h, t, d = q.shape
-    return dispatch.config(op, max(16, triton.next_power_of_2(d)), t, j * b * h, q.dtype, q.device) or default(
-        d, t, q.dtype
-    )
 
 
 def _forward(q, k, v, causal, lengths, scale, save) -> tuple[Tensor, Tensor | None]:
@@ -311,12 +269,7 @@ def launch_of(
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
     """What `mlpint.kernels.aot` compiles."""
-    j, b, h, t = 4, 3, 5, 512
-    for dtype in (torch.bfloat16, torch.float32):
-        for head in (32, 64, 80, 128):
-            q, k, v = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
-            lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
-            for causal, save, padded in ((True, True, False), (False, False, True)):
-                for config in configs(head, t, dtype) if candidates else [default_config(head, t, dtype)]:
-                    shape = (lse if save else None, causal, lengths if padded else None)
-                    yield launch_of(q, k, v, q, *shape, 0.125, config)
+    for (q, k, v), lse, causal, lengths in aot_cases():
+        head, tokens = padded_head(q), q.shape[3]
+        for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
+            yield launch_of(q, k, v, q, lse if causal else None, causal, lengths, 0.125, config)

@@ -1,7 +1,7 @@
 """Backward of :mod:`attention`: one kernel for the keys' and values' gradients, one for the queries'.
 
-Each program owns a block of keys (or of queries) and walks over the other side, so that nothing is added up by more than
-one program and the result is the same every time. The forward's `lse` gives the probabilities again.
+Each program owns a block of keys (or of queries) and walks over the other side, so that nothing is added up by more
+than one program and the result is the same every time. The forward's `lse` gives the probabilities again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
+from .attention_tiles import (
     LOG2_E,
+    aot_cases,
     check_heads,
     config_of,
     constants,
@@ -22,7 +23,9 @@ from .attention import (
     head_of,
     length_of,
     length_strides,
-    tile_at,
+    load_tile,
+    padded_head,
+    store_tile,
 )
 from .common import Launch, check, dot, round_to, to_float
 
@@ -49,12 +52,11 @@ def attention_bwd_delta_kernel(
     head = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
-    at, mask = tile_at(head_of(o, o_strides, head, B, H), o_strides[3], start, n, HEAD, BLOCK, BLOCK_D)
-    os = to_float(tl.load(at, mask=mask, other=0.0))  # [BLOCK, BD]
-    at, mask = tile_at(head_of(do, do_strides, head, B, H), do_strides[3], start, n, HEAD, BLOCK, BLOCK_D)
-    dos = to_float(tl.load(at, mask=mask, other=0.0))
+    o_head, do_head = head_of(o, o_strides, head, B, H), head_of(do, do_strides, head, B, H)
+    outputs = to_float(load_tile(o_head, o_strides[3], start, n, HEAD, BLOCK, BLOCK_D))  # [BLOCK, BD]
+    grads = to_float(load_tile(do_head, do_strides[3], start, n, HEAD, BLOCK, BLOCK_D))
     tokens = start + tl.arange(0, BLOCK)
-    tl.store(delta + head.to(tl.int64) * T + tokens, tl.sum(os * dos, 1), mask=tokens < T)
+    tl.store(delta + head.to(tl.int64) * T + tokens, tl.sum(outputs * grads, 1), mask=tokens < T)
 
 
 @triton.jit
@@ -90,16 +92,15 @@ def attention_bwd_dkdv_kernel(
     head = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK_OWN
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
-    at, mask = tile_at(head_of(k, k_strides, head, B, H), k_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
-    keys = tl.load(at, mask=mask, other=0.0)  # [own, BD]
-    at, mask = tile_at(head_of(v, v_strides, head, B, H), v_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
-    values = tl.load(at, mask=mask, other=0.0)
+    q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
+    k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
+    keys = load_tile(k_head, k_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)  # [own, BD]
+    values = load_tile(v_head, v_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
     tokens = start + tl.arange(0, BLOCK_OWN)
 
     acc: tl.constexpr = lse.dtype.element_ty
     dks = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
     dvs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
-    q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
     statistics = head.to(tl.int64) * T
     first = 0
     if CAUSAL:
@@ -107,10 +108,8 @@ def attention_bwd_dkdv_kernel(
     # Queries that do not exist are zero rows and change nothing; keys that do not exist are left out at the end.
     for other in range(first, tl.where(start < n, n, 0), BLOCK_OTHER):
         others = other + tl.arange(0, BLOCK_OTHER)  # [other]
-        at, mask = tile_at(q_head, q_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
-        queries = tl.load(at, mask=mask, other=0.0)  # [other, BD]
-        at, mask = tile_at(do_head, do_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
-        dos = tl.load(at, mask=mask, other=0.0)  # [other, BD]
+        queries = load_tile(q_head, q_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
+        dos = load_tile(do_head, do_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
         sums = tl.load(lse + statistics + others, mask=others < n, other=0.0)
         deltas = tl.load(delta + statistics + others, mask=others < n, other=0.0)
         zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
@@ -123,10 +122,9 @@ def attention_bwd_dkdv_kernel(
         dks = dot(round_to(ds, queries.dtype), queries, dks, INPUT_PRECISION)
 
     real = (tokens < n)[:, None]
-    at, mask = tile_at(head_of(dk, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
-    tl.store(at, round_to(tl.where(real, dks * scale, 0.0), dk.dtype.element_ty), mask=mask)
-    at, mask = tile_at(head_of(dv, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
-    tl.store(at, round_to(tl.where(real, dvs, 0.0), dv.dtype.element_ty), mask=mask)
+    dk_head, dv_head = head_of(dk, out_strides, head, B, H), head_of(dv, out_strides, head, B, H)
+    store_tile(dk_head, out_strides[3], start, T, tl.where(real, dks * scale, 0.0), HEAD)
+    store_tile(dv_head, out_strides[3], start, T, tl.where(real, dvs, 0.0), HEAD)
 
 
 @triton.jit
@@ -161,10 +159,10 @@ def attention_bwd_dq_kernel(
     head = tl.program_id(0) // blocks
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_OWN
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
-    at, mask = tile_at(head_of(q, q_strides, head, B, H), q_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
-    queries = tl.load(at, mask=mask, other=0.0)  # [own, BD]
-    at, mask = tile_at(head_of(do, do_strides, head, B, H), do_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
-    dos = tl.load(at, mask=mask, other=0.0)
+    q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
+    k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
+    queries = load_tile(q_head, q_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)  # [own, BD]
+    dos = load_tile(do_head, do_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
     tokens = start + tl.arange(0, BLOCK_OWN)
     statistics = head.to(tl.int64) * T + tokens
     sums = tl.load(lse + statistics, mask=tokens < n, other=0.0)
@@ -172,15 +170,12 @@ def attention_bwd_dq_kernel(
 
     acc: tl.constexpr = lse.dtype.element_ty
     dqs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
-    k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
     last = tl.where(start < n, n, 0)
     if CAUSAL:
         last = tl.minimum(last, start + BLOCK_OWN)
     for other in range(0, last, BLOCK_OTHER):
-        at, mask = tile_at(k_head, k_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
-        keys = tl.load(at, mask=mask, other=0.0)  # [other, BD]
-        at, mask = tile_at(v_head, v_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
-        values = tl.load(at, mask=mask, other=0.0)
+        keys = load_tile(k_head, k_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
+        values = load_tile(v_head, v_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
         zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
         scores = dot(queries, tl.trans(keys), zeros, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[:, None]
         others = other + tl.arange(0, BLOCK_OTHER)
@@ -191,9 +186,8 @@ def attention_bwd_dq_kernel(
         ds = p * (dot(dos, tl.trans(values), zeros, INPUT_PRECISION) - deltas[:, None])
         dqs = dot(round_to(ds, keys.dtype), keys, dqs, INPUT_PRECISION)
 
-    at, mask = tile_at(head_of(dq, out_strides, head, B, H), out_strides[3], start, T, HEAD, BLOCK_OWN, BLOCK_D)
     dqs = tl.where((tokens < n)[:, None], dqs * scale, 0.0)
-    tl.store(at, round_to(dqs, dq.dtype.element_ty), mask=mask)
+    store_tile(head_of(dq, out_strides, head, B, H), out_strides[3], start, T, dqs, HEAD)
 
 
 def attention_backward_reference(
@@ -223,12 +217,28 @@ def attention_backward_reference(
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    return {"BLOCK_OWN": 64, "BLOCK_OTHER": 32, "num_warps": 4, "num_stages": 2}
+    """For heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
+    if dtype.itemsize > 2:
+        return _config(*((32, 32, 4, 1) if head <= 64 else (16, 16, 4, 2)))
+    if tokens <= 32:
+        return _config(max(16, triton.next_power_of_2(tokens)), 32, 4, 2)
+    return _config(*((64, 32, 4, 2) if head <= 64 else (64, 64, 8, 2)))
 
 
 def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    """Candidates to tune over."""
-    return [default_config(head, tokens, dtype)]
+    """Candidates to tune over; arguments as for :func:`default_config`."""
+    if dtype.itemsize > 2:
+        sizes = [(16, 16, 4, 2)] + [(32, 16, 4, 1), (32, 32, 4, 1)] * (head <= 64)
+    else:
+        sizes = [(16, 32, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)]
+        sizes += [(64, 64, 4, 2), (128, 64, 8, 2)] * (head <= 32) + [(64, 64, 8, 2)] * (head > 32)
+    longest = max(16, triton.next_power_of_2(tokens))
+    found = [default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest]
+    return [c for i, c in enumerate(found) if c not in found[:i]]
+
+
+def _config(own: int, other: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_OWN": own, "BLOCK_OTHER": other, "num_warps": warps, "num_stages": stages}
 
 
 @torch.library.custom_op("mlpint::attention_backward", mutates_args=())
@@ -246,8 +256,8 @@ def attention_backward(
     """Backward of :func:`attention.attention_train`, given its arguments and results and the gradient of `o`.
 
     Returns:
-        (dq, dk, dv), each [J, B, H, T, head dimension], views of dense [J, B, T, H, head dimension]; zero where there is
-        no token.
+        (dq, dk, dv), each [J, B, H, T, head dimension], views of dense [J, B, T, H, head dimension]; zero where
+        there is no token.
 
     Raises:
         ValueError: shapes, dtypes or layouts that do not fit.
@@ -269,7 +279,7 @@ def attention_backward_packed(
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """:func:`attention_backward` into one tensor, [J, B, T, 3, H, head dimension]: dq, dk, dv as a QKV projection has them."""
+    """:func:`attention_backward` into one tensor [J, B, T, 3, H, head dimension], as a QKV projection has them."""
     out = _empty_packed(q)
     _backward(do, q, k, v, o, lse, causal, lengths, scale, *out.transpose(2, 4).unbind(3))
     return out
@@ -348,11 +358,7 @@ def launches(
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
     """What `mlpint.kernels.aot` compiles."""
-    j, b, h, t = 4, 3, 5, 512
-    for dtype in (torch.bfloat16, torch.float32):
-        for head in (32, 64, 80, 128):
-            q, k, v = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
-            lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
-            for causal, padding in ((True, None), (False, lengths)):
-                for config in configs(head, t, dtype) if candidates else [default_config(head, t, dtype)]:
-                    yield from launches(q, q, k, v, q, lse, causal, padding, 0.125, q, k, v, config)
+    for (q, k, v), lse, causal, lengths in aot_cases():
+        head, tokens = padded_head(q), q.shape[3]
+        for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
+            yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config)

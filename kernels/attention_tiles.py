@@ -1,0 +1,119 @@
+"""What the attention kernels share: where heads and tiles lie, how long a sequence is, checks and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch
+from .common import check, check_dense, input_precision, round_to
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+WIDEST = 128  # head dimension
+
+
+@triton.jit
+def head_of(pointer, strides, head, B, H):
+    """Where head number `head` of J x B x H starts."""
+    j, b, h = head // (B * H), head // H % B, head % H
+    return pointer + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def length_of(lengths, strides, head, B, H, T, LENGTHS: tl.constexpr):
+    """Tokens of the sequence that a head belongs to."""
+    n = T
+    if LENGTHS:
+        j, b = head // (B * H), head // H % B
+        n = tl.load(lengths + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1])
+        n = tl.minimum(tl.maximum(n, 0), T)
+    return n
+
+
+@triton.jit
+def tile_at(head, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(addresses, mask) of a tile [BLOCK, BLOCK_D] of one head: tokens from `start`, those before `limit`."""
+    tokens = start + tl.arange(0, BLOCK).to(tl.int64)
+    channels = tl.arange(0, BLOCK_D)
+    mask = (tokens < limit)[:, None]
+    if HEAD < BLOCK_D:
+        mask = mask & (channels < HEAD)[None, :]
+    return head + tokens[:, None] * stride + channels[None, :], mask
+
+
+@triton.jit
+def load_tile(head, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D], zero at and beyond `limit`."""
+    at, mask = tile_at(head, stride, start, limit, HEAD, BLOCK, BLOCK_D)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(head, stride, start, limit, values, HEAD: tl.constexpr):
+    """Store values [BLOCK, BLOCK_D], those before `limit`."""
+    at, mask = tile_at(head, stride, start, limit, HEAD, values.shape[0], values.shape[1])
+    tl.store(at, round_to(values, head.dtype.element_ty), mask=mask)
+
+
+def empty_heads(q: Tensor) -> Tensor:
+    """[J, B, H, T, hd], a view of new dense [J, B, T, H, hd]: what the next linear layer reads."""
+    j, b, h, t, d = q.shape
+    return q.new_empty(j, b, t, h, d).transpose(2, 3)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    if q.dim() != 5 or q.shape[4] > WIDEST:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {WIDEST}]")
+    check_dense("q", q)
+    check("k", k, tuple(q.shape), like=q)
+    check("v", v, tuple(q.shape), like=q)
+    if lengths is None:
+        return
+    expected = f"int32 [{q.shape[0]}, {q.shape[1]}] or [{q.shape[1]}] on {q.device}"
+    if lengths.dtype != torch.int32 or lengths.device != q.device or lengths.shape not in (q.shape[:2], q.shape[1:2]):
+        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
+
+
+def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:
+    """The constexpr parameters that the launch configuration does not decide."""
+    return {
+        "HEAD": q.shape[4],
+        "BLOCK_D": padded_head(q),
+        "CAUSAL": causal,
+        "LENGTHS": lengths is not None,
+        "INPUT_PRECISION": input_precision(),
+    }
+
+
+def length_strides(lengths: Tensor | None) -> tuple[int, int]:
+    """(J, B); sequences of all layers are equally long where `lengths` is [B]."""
+    if lengths is None:
+        return 0, 0
+    return (0, *lengths.stride())[-2:]
+
+
+def config_of(op: str, q: Tensor, default: Callable[[int, int, torch.dtype], dict[str, int]]) -> dict[str, int]:
+    """The launch configuration: d is the padded head dimension, m the tokens of a sequence, j all layers' heads."""
+    j, b, h, t, _ = q.shape
+    width = padded_head(q)
+    return dispatch.config(op, width, t, j * b * h, q.dtype, q.device) or default(width, t, q.dtype)
+
+
+def padded_head(q: Tensor) -> int:
+    """Head dimension as tiles have it: a power of 2, and enough for a matrix instruction."""
+    return max(16, triton.next_power_of_2(q.shape[4]))
+
+
+def aot_cases() -> Iterator[tuple[tuple[Tensor, ...], Tensor, bool, Tensor | None]]:
+    """((q, k, v), lse, causal, lengths) on the meta device, for `mlpint.kernels.aot`."""
+    j, b, h, t = 4, 3, 5, 512
+    wide, narrow = torch.float32, torch.bfloat16
+    cases = [(narrow, head, causal) for head in (32, 64, 80, 128) for causal in (True, False)]
+    for dtype, head, causal in [*cases, (wide, 64, True), (wide, 128, False)]:
+        heads = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
+        lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
+        yield heads, lse, causal, None if causal else lengths
