@@ -68,7 +68,8 @@ class Attention(Case):
         return lambda: backward(saved)
 
     def kernel(self, every: Inputs, mode: str) -> Call:
-        from ..kernels.attention import attention, attention_backward, attention_train
+        from ..kernels.attention import attention, attention_train
+        from ..kernels.attention_backward import attention_backward
 
         qkv = every["qkv"]
         batch, heads, causal, _, scale = self._shape(every)
@@ -110,7 +111,8 @@ class Attention(Case):
         return max(16, 1 << (shape.d // shape.heads - 1).bit_length())
 
     def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
-        from ..kernels import attention
-
-        found = attention.configs if mode == FORWARD else attention.backward_configs
-        return found(self._width(shape), shape.sequence, shape.dtype)
+        if mode == FORWARD:
+            from ..kernels.attention import configs
+        else:
+            from ..kernels.attention_backward import configs
+        return configs(self._width(shape), shape.sequence, shape.dtype)

@@ -58,7 +58,7 @@ def make(provider: str, case: Case, shape: Shape, every: Inputs, mode: str) -> C
     if provider in (EAGER, COMPILE, COMPILE_GRAPH):
         return looped(case, every, mode, compiled=provider != EAGER)
     if provider == OURS:
-        return (case.kernel if _takes_kernel(case, shape, every, mode) else case.batched)(every, mode)
+        return (case.kernel if takes_kernel(case, shape, tensors(every)[0].device, mode) else case.batched)(every, mode)
     build, path = (case.batched, "torch") if provider == BADDBMM else (case.kernel, "triton")
     with taking(path):
         inner = build(every, mode)
@@ -75,11 +75,11 @@ def taking(path: str) -> AbstractContextManager[None]:
     return dispatch.forced({op: Choice(path, None, "the benchmark says so") for op in dispatch.OPERATIONS})
 
 
-def _takes_kernel(case: Case, shape: Shape, every: Inputs, mode: str) -> bool:
+def takes_kernel(case: Case, shape: Shape, device: torch.device, mode: str) -> bool:
+    """Whether dispatch chooses the Triton kernel; true for a block, whose operations ask for themselves."""
     key = case.key(shape, mode)
-    if key is None:  # the operations of a block ask for themselves
+    if key is None:
         return True
-    device = tensors(every)[0].device
     found = dispatch.choose(key.op, d=key.d, m=key.m, j=key.j, dtype=shape.dtype, device=device)
     return found.path == "triton"
 
