@@ -2,3 +2,7 @@
 
 Installed as `mlpint.kernels`. Importing the package itself imports no Triton and needs no GPU.
 """
+
+from .explanation import explain
+
+__all__ = ["explain"]
