@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ def add_flags(parser: Any) -> None:
     lists = {"kernels": KERNELS, "d": ["widths"], "m": ["rows of a layer"], "j": ["layers at once"], "dtypes": DTYPES}
     for name, texts in lists.items():
         parser.add_argument(f"--{name}", metavar="A,B", help=", ".join(texts))
+    parser.add_argument("--suite", default="full", choices=("full", "figures"), help="figures: what its table times")
     parser.add_argument("--seconds", type=float, default=0.02, metavar="S", help="per candidate (default 0.02)")
     parser.add_argument(
         "--out", metavar="JSON", help="default: where dispatch looks, $MLPINT_TUNED or the user's cache"
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: no GPU, flags that do not fit, or a file that cannot be used.
     """
     from .bench.command import chosen, grid_of
+    from .bench.figures import tuned_shapes
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -82,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     tuner = Tuner(device, timing.Effort(options.seconds, 5, 100))
     print(f"{name}: {path}", flush=True)
     for kernel in kernels:
-        for line in tuner.tune(CASES[kernel], grid):
+        shapes = tuned_shapes(kernel) if options.suite == "figures" else grid.shapes(CASES[kernel].masked)
+        for line in tuner.tune(CASES[kernel], shapes):
             print(line, flush=True)
         # Of the same shape the newer entry holds.
         merged = {_identity(e): e for e in (*known, *tuner.entries)}
@@ -130,10 +133,10 @@ class Tuner:
     effort: timing.Effort
     entries: list[Entry] = field(default_factory=list)
 
-    def tune(self, case: Case, grid: Grid) -> Iterator[str]:
-        """One kernel in all shapes and modes; lines for people on the way."""
-        done = {_identity(entry) for entry in self.entries}
-        for shape in grid.shapes(case.masked):
+    def tune(self, case: Case, shapes: Iterable[Shape]) -> Iterator[str]:
+        """One kernel in all its modes; lines for people on the way. What is the same to dispatch is tuned once."""
+        for shape in shapes:
+            done = {_identity(entry) for entry in self.entries}
             for mode in (m for m in case.modes if m != "full"):
                 key = case.key(shape, mode)
                 dtype = str(shape.dtype).removeprefix("torch.")

@@ -138,6 +138,20 @@ def run(device: torch.device, small: bool, out: Path, seconds: float | None) -> 
     print(f"written: {out / 'figures.csv'}")
 
 
+def tuned_shapes(kernel: str) -> Iterator[Shape]:
+    """The shapes of one kernel that the figures time: what ``mlpint tune --suite figures`` tunes."""
+    s = H200
+    if kernel == "average":
+        yield Shape(s.average_d, 1, 1, s.average_j, "causal", torch.float32)
+        return
+    for d, batch, _ in s.blocks:
+        yield Shape(d, batch, s.sequence, 1, "causal", s.dtype)
+    for d, batch, _ in s.batched:
+        yield Shape(d, batch, s.sequence, s.j, "causal", s.dtype)
+    for j in (1, *(s.layers // cfactor for cfactor in s.cfactors)):
+        yield Shape(s.step_d, 1, s.sequence, j, "causal", s.dtype)
+
+
 def figures(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
     """All of them, one after the other. One that fails is a line with its error and does not stop the others."""
     j, t, dtype = sizes.j, sizes.sequence, sizes.dtype
@@ -238,7 +252,10 @@ def _steps(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
 
 def _step(clock: Clock, stack: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     if clock.device.type == "cuda":
-        return clock.replays(capture(stack, x).replay)
+        captured = capture(stack, x)
+        captured(x).backward(torch.randn_like(x))  # products of zeros would be faster than those of a training step
+        stack.zero_grad()
+        return clock.replays(captured.replay)
 
     def call() -> None:
         stack(x.requires_grad_()).backward(x.detach())
