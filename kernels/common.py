@@ -47,7 +47,7 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in acc's type (float32; float64 of float64). `INPUT_PRECISION` concerns float32 operands alone."""
+    """acc + a @ b, accumulated in acc's type: float32, or float64 of float64. `INPUT_PRECISION` is for float32."""
     if INTERPRETED:
         acc = tl.dot(to_float(a), to_float(b), acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
