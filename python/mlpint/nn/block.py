@@ -74,8 +74,10 @@ class Block(nn.Module):
             dropout if attention_dropout is None else attention_dropout,
             step_size,
         )
-        self._add_parts()
-        initialize(self.weights(), depth)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # where torch's own initialisation costs nothing and draws no random numbers
+            self._add_parts()
+        initialize(self.to_empty(device=device).weights(), depth)
 
     @classmethod
     def _of(cls, settings: Settings) -> Block:
