@@ -107,11 +107,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         problems.append(f"{stack} bytes of stack: smaller blocks or more warps")
     if shared > SHARED_MEMORY[capability]:
         problems.append(f"{shared} bytes of shared memory, sm_{capability} has {SHARED_MEMORY[capability]}")
-    for rows, dtype in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*", compiled.asm["ttir"]):
-        if dtype in ("bf16", "f16"):
-            wanted = "wgmma" if capability == 90 and int(rows) >= WGMMA_ROWS else "mma.sync"
-            if wanted not in instructions:
-                problems.append(f"a {dtype} dot of {rows} rows without {wanted}")
+    problems += missing_instructions(compiled.asm["ttir"], instructions, capability)
     pointers = [t for t in types.values() if isinstance(t, str) and t.startswith("*")]
     return Compiled(
         name=launch.kernel.__name__,
@@ -124,6 +120,16 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         instructions=instructions,
         problems=tuple(problems),
     )
+
+
+def missing_instructions(ttir: str, instructions: tuple[str, ...], capability: int) -> list[str]:
+    """The dots of 16-bit operands in Triton's IR that tensor cores do not do, or on sm_90 not by warpgroups."""
+    missing = []
+    for rows, dtype in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*", ttir):
+        wanted = "wgmma" if capability == 90 and int(rows) >= WGMMA_ROWS else "mma.sync"
+        if dtype in ("bf16", "f16") and wanted not in instructions:
+            missing.append(f"a {dtype} dot of {rows} rows without {wanted}")
+    return missing
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
