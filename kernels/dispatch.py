@@ -26,6 +26,7 @@ OPERATIONS = (
     "axpby_norm",
     "average",
 )
+WIDEST = {"mlp": 256}  # channels that a kernel can hold, where that is bounded
 OLDEST = (8, 0)  # compute capability of the oldest GPUs the kernels are compiled and checked for
 
 
@@ -61,6 +62,8 @@ def choose(op: str, *, d: int, m: int, j: int, dtype: torch.dtype, device: torch
     Raises:
         TunedFileError: the file of tuned configurations is broken or of another architecture.
     """
+    if d > WIDEST.get(op, d):
+        return Choice("torch", None, f"the kernel holds rows of at most {WIDEST[op]} channels, not {d}")
     if op in _forced:
         return _forced[op]
     device = torch.device(device)

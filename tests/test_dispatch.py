@@ -92,6 +92,12 @@ def test_nearest_within_limits(gpu):
     assert chosen(m=4096, j=2).config == {"BLOCK_M": 64} and chosen(m=1024, j=8).path == "torch"
 
 
+def test_an_entry_serves_no_width_that_its_kernel_cannot_hold(gpu):
+    write(gpu, entry(op="mlp"))
+    assert chosen(op="mlp").path == "triton" and chosen(op="mlp", d=320).path == "torch"
+    assert "at most 256 channels, not 320" in chosen(op="mlp", d=320).why
+
+
 def test_width_weighs_more_than_rows(gpu):
     write(gpu, entry(d=256, m=8192, BLOCK_M=1), entry(d=384, m=4096, BLOCK_M=2))
     assert chosen(d=384, m=8192).config == {"BLOCK_M": 2}
