@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
 from . import dropout
+from .kernels import kernel
 
 _MASKED = -1e30  # added to scores of padded keys: finite, so that a row without any key stays finite too
 
@@ -45,6 +47,9 @@ def attention(
     qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
 ) -> torch.Tensor:
     """Softmax attention of [J, B T, 3 D], nothing saved -> [J, B T, D]. Padded queries give 0."""
+    module = _kernel("attention", qkv, batch, heads, len(qkv))
+    if module:
+        return _tokens(module.attention(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale))
     q, k, v = split_heads(qkv, batch, heads)
     bias = _bias(len(qkv), causal, padding, qkv.dtype)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
@@ -55,7 +60,12 @@ def attention_train(
     qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`attention`, with what its backward needs beside qkv and the output: [J, B, H, T] log-sum-exp on the
-    CPU; elsewhere nothing, [J, 0], since the backward evaluates it again."""
+    CPU and where the kernels are taken; elsewhere nothing, [J, 0], since the backward evaluates it again."""
+    if _trains_by_kernels(qkv, batch, heads):
+        from ..kernels.attention import attention_train as train
+
+        o, lse = train(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale)
+        return _tokens(o), lse
     if qkv.device.type != "cpu":
         return attention(qkv, batch, heads, causal, padding, scale), qkv.new_empty(len(qkv), 0)
     q, k, v = split_heads(qkv, batch, heads)
@@ -79,6 +89,14 @@ def attention_backward(
 ) -> torch.Tensor:
     """Gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
     j, m, d = o.shape
+    if _trains_by_kernels(qkv, batch, heads):
+        from ..kernels.attention_backward import attention_backward_packed
+
+        do, o = (t.view(j, batch, m // batch, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
+        found = attention_backward_packed(
+            do, *_per_layer(qkv, batch, heads), o, lse.contiguous(), causal, _lengths(padding), scale
+        )
+        return found.view(j, m, 3 * d)
     bias = _bias(j, causal, padding, qkv.dtype)
     grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
     if qkv.device.type == "cpu":
@@ -142,6 +160,32 @@ def dropout_attention_backward(
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
     return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in (dq, dk, dv)], -1)
+
+
+def _kernel(op: str, qkv: torch.Tensor, batch: int, heads: int, j: int) -> ModuleType | None:
+    _, m, width = qkv.shape
+    head = max(16, 1 << (width // 3 // heads - 1).bit_length())  # as tiles have it
+    return kernel(op, head, m // batch, j * batch * heads, qkv)
+
+
+def _trains_by_kernels(qkv: torch.Tensor, batch: int, heads: int) -> bool:
+    """The same for any number of layers at once: what one grouping of layers saves another one reads."""
+    return all(_kernel(op, qkv, batch, heads, 1) for op in ("attention", "attention_backward"))
+
+
+def _per_layer(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
+    """Views q, k, v [J, B, H, T, hd], as the kernels take them."""
+    j, m, width = qkv.shape
+    return qkv.view(j, batch, m // batch, 3, heads, width // 3 // heads).permute(3, 0, 1, 4, 2, 5).unbind(0)
+
+
+def _tokens(o: torch.Tensor) -> torch.Tensor:
+    """[J, B, H, T, hd] -> [J, B T, D]."""
+    return o.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def _lengths(padding: Padding | None) -> torch.Tensor | None:
+    return None if padding is None else padding.lengths.to(torch.int32)
 
 
 def _bias(j: int, causal: bool, padding: Padding | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ class Call:
         self.keys = keys
         self.eps = settings.eps
         self.activation = "gelu_tanh" if settings.gelu == "tanh" else "gelu"
+        self.drops = keys is not None and settings.dropout > 0
         self._drops_attention = keys is not None and settings.attention_dropout > 0
         self._shape = (batch, settings.heads, settings.causal, padding, settings.scale)
 
@@ -52,7 +53,7 @@ class Call:
         place: int,
     ) -> torch.Tensor:
         """x + h ((y - x) + drop(a W^T + b))."""
-        if self.keys is None or not self.settings.dropout:
+        if not self.drops:
             return ops.linear_axpy(a, weight, bias, y, x, h)
         return ops.residual_add(self.dropped(ops.linear(a, weight, bias), place), y, x, h)
 

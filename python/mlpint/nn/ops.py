@@ -1,4 +1,4 @@
-"""The operations that J independent blocks are made of, in plain torch, for any device.
+"""The operations that J independent blocks are made of: plain torch for any device, or kernels where they are chosen.
 
 All carry a leading dimension J: activations [J, M, D] with M = batch x sequence, weights [J, out, in] as strided views
 of stacked storage. At J = 1 torch's unbatched operations are the faster ones and are taken. Nothing here is recorded
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from .kernels import kernel
+from .settings import Weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -149,6 +152,9 @@ def ln_linear(
     activation: str,
 ) -> torch.Tensor:
     """activation(LN(x) W^T + b), nothing saved."""
+    module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
+    if module:
+        return module.ln_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
     return activate(linear(ln(x, ln_weight, ln_bias, eps)[0], weight, bias), activation)
 
 
@@ -161,7 +167,13 @@ def ln_linear_train(
     eps: float,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`ln_linear`, with what its backward needs: (y, mean, rstd, pre-activation)."""
+    """As :func:`ln_linear`, with what its backward needs: (y, mean, rstd, pre-activation).
+
+    Without an activation the kernel leaves the last one empty.
+    """
+    module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
+    if module:
+        return module.ln_linear_train(x, ln_weight, ln_bias, weight, bias, eps, activation)
     normalized, mean, rstd = ln(x, ln_weight, ln_bias, eps)
     pre = linear(normalized, weight, bias)
     return activate(pre, activation), mean, rstd, pre
@@ -171,4 +183,17 @@ def linear_axpy(
     a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float
 ) -> torch.Tensor:
     """x + h ((y - x) + a W^T + b)."""
+    module = kernel("linear_axpy", a.shape[2], a.shape[1], len(a), a, weight, x)
+    if module:
+        return module.linear_axpy(a, weight, bias, y, x, h)
     return residual_add(linear(a, weight, bias), y, x, h)
+
+
+def mlp(y: torch.Tensor, x: torch.Tensor, w: Weights, h: float, eps: float, activation: str) -> torch.Tensor:
+    """x + h ((y - x) + W2 activation(W1 LN2(y))), nothing saved."""
+    module = kernel("mlp", y.shape[2], y.shape[1], len(y), y, w.ln2_weight, w.up_weight)
+    if module:
+        parts = (w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, w.down_weight, w.down_bias)
+        return module.mlp(y, x, *parts, h, eps, activation)
+    a = ln_linear(y, w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, eps, activation)
+    return linear_axpy(a, w.down_weight, w.down_bias, y, x, h)

@@ -22,6 +22,8 @@ def forward(call: Call, w: Weights, x: torch.Tensor) -> torch.Tensor:
     """One step, nothing saved."""
     qkv = ops.ln_linear(x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, call.eps, "none")
     y = call.onto_stream(call.attention(qkv), w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
+    if not call.drops:
+        return ops.mlp(y, x, w, call.h, call.eps, call.activation)
     a = ops.ln_linear(y, w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, call.eps, call.activation)
     return call.onto_stream(a, w.down_weight, w.down_bias, y, x, call.h, FFN)
 

@@ -1,0 +1,26 @@
+"""Where the Triton kernels stand in for an operation."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from ..kernels import dispatch
+
+
+def kernel(op: str, d: int, m: int, j: int, x: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
+    """The module with the kernel of an operation; None where plain PyTorch is to be taken.
+
+    Args:
+        d, m, j: width, rows of one layer and layers, as :func:`mlpint.kernels.dispatch.choose` has them.
+        x: what it is taken of.
+        others: tensors that the kernel takes only in x's dtype; under autocast they differ.
+    """
+    if x.device.type == "cpu" and not dispatch._forced:  # kernels run there only where a test says so
+        return None
+    choice = dispatch.choose(op, d=d, m=m, j=j, dtype=x.dtype, device=x.device)
+    if choice.path != "triton" or any(t.dtype != x.dtype for t in others):
+        return None
+    return importlib.import_module(f"..kernels.{op}", __package__)
