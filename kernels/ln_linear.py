@@ -231,7 +231,7 @@ def default_config(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[st
 def configs(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, int]]:
     """Candidates to tune over. Those with TILES hold whole rows, for that many tiles of columns."""
     if dtype == torch.float32:
-        exact = [(32, 32, 32, 4, 3), (32, 64, 32, 4, 3), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
+        exact = [(32, 32, 32, 4, 3), (32, 64, 32, 8, 3), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
         return [_streamed(*c) for c in exact]
     streamed = [(32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]
     if d > WIDEST_ROW:

@@ -46,6 +46,7 @@ def gate(*arguments):
     return result.stdout
 
 
+@pytest.mark.timeout(900)  # a minute and a half of one core
 def test_every_kernel_in_its_default_configuration():
     out = gate()
     for family in ("ln_linear_fwd_kernel", "ln_linear_rows_fwd_kernel", "linear_axpy_fwd_kernel", "mlp_fwd_kernel"):
