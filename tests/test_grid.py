@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlpint._core import Grid, Partition
 
 steps_, cfactors, levels_ = st.integers(1, 200), st.integers(2, 20), st.integers(1, 6)
