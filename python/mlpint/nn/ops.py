@@ -186,7 +186,14 @@ def linear_axpy(
     module = kernel("linear_axpy", a.shape[2], a.shape[1], len(a), a, weight, x)
     if module:
         return module.linear_axpy(a, weight, bias, y, x, h)
-    return residual_add(linear(a, weight, bias), y, x, h)
+    if not a.dtype == weight.dtype == y.dtype:
+        return residual_add(linear(a, weight, bias), y, x, h)
+    total = y + bias.unsqueeze(1)  # in whose memory the product is then added up: a pass less than bias first, y last
+    if len(a) == 1:
+        total[0].addmm_(a[0], weight[0].t())
+    else:
+        total.baddbmm_(a, weight.transpose(1, 2))
+    return total if h == 1 else torch.lerp(x, total, h)
 
 
 def mlp(y: torch.Tensor, x: torch.Tensor, w: Weights, h: float, eps: float, activation: str) -> torch.Tensor:
