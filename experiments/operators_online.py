@@ -40,7 +40,7 @@ def main() -> None:
         for step in range(args.steps + 1):
             if step % args.check == 0:
                 record = {"setting": setting, "control": args.control, "layers": args.layers, "seed": args.seed}
-                record |= {"beta2": args.beta2, "step": step, "val_loss": trainer.validate()}
+                record |= {"beta2": args.beta2, "step": step, "val_loss": trainer.validate()["loss"]}
                 record |= gradient_quality(trainer) | indicators(trainer)
                 record |= {"mode": trainer.mode, "exact_steps": exact_steps, "seconds": training}
                 write(args.out, record, comm)

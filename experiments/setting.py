@@ -18,9 +18,9 @@ from mlpint import MGRIT
 from mlpint.comm import Comm
 from mlpint.compare import exact
 from mlpint.config import TrainConfig
-from mlpint.data import load
 from mlpint.gauges import GradientGauge, ResidualGauge
 from mlpint.rehearsal import Rehearsal
+from mlpint.tasks import make
 from mlpint.trainer import Trainer
 
 BUFFERS = 4
@@ -55,7 +55,8 @@ def trainer_of(setting: str, args: argparse.Namespace, comm: Comm, **values: Any
         "forward_iters": options.forward_iters,
         "backward_iters": options.backward_iters,
     }
-    return Trainer(TrainConfig.of(values), load("", sequence=64), comm)
+    config = TrainConfig.of(values)
+    return Trainer(config, make(config), comm)
 
 
 def gradient_quality(trainer: Trainer) -> dict[str, float]:

@@ -116,10 +116,10 @@ def test_as_a_command(tmp_path):
 def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path):
     (tmp_path / "c.toml").write_text("[model]\nlayers = 6\ndim = 64\n[optimizer]\nlr = 1\n[solver]\nrecompute = true\n")
     options = cli._parser().parse_args(["train", "--config", "c.toml", "--dim", "32", "--sequence", "8"])
-    config, corpus, checkpoint = cli._prepare(cli._given(options), options.config)
+    config, task, checkpoint = cli._prepare(cli._given(options), options.config)
     assert (config.model.layers, config.model.dim, config.model.heads) == (6, 32, 4)
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
-    assert config.solver.recompute and checkpoint is None and corpus.vocabulary == 256
+    assert config.solver.recompute and checkpoint is None and task.corpus.vocabulary == 256
 
 
 def test_every_key_is_a_flag_and_keys_are_unique():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import mlpint
 from launch import run
-from mlpint import checkpoint, cli, plots
+from mlpint import checkpoint, cli, plots, tasks
 from mlpint.compare import compare
 from mlpint.config import TrainConfig
 from mlpint.data import Batches, load
@@ -222,7 +222,7 @@ def test_bf16(tmp_path):
 
 def make_trainer(**values):
     config = TrainConfig.of(SMALL | values)
-    return Trainer(config, load("", 16), mlpint.Comm.of(None))
+    return Trainer(config, tasks.make(config), mlpint.Comm.of(None))
 
 
 def test_comparison():
@@ -237,7 +237,7 @@ def test_comparison():
 
     plain = GPT(256, 16, layers=10, dim=16, heads=2)
     plain.load_state_dict(weights)
-    inputs, targets = trainer.batches.train(5)
+    inputs, targets = trainer.task.train(5)
     F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()
     trainer.forward_backward(5, 0, 5)
     exact = torch.cat([p.grad.flatten() for p in plain.parameters()])

@@ -16,9 +16,9 @@ from .bench.command import add_flags as bench_flags
 from .checkpoint import Checkpoint, open_checkpoint
 from .comm import init
 from .config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
-from .data import Corpus, load
 from .errors import ConfigError, UserError
 from .fields import parsed
+from .tasks import Task, make
 from .tune import add_flags as tune_flags
 
 
@@ -69,9 +69,10 @@ def _parser() -> _Parser:
 
     train = commands.add_parser(
         "train",
-        help="train a GPT, alone or under mpirun or torchrun",
-        description="Trains a byte-level GPT, layer-parallel over the ranks of mpirun or torchrun. Every flag is also "
-        "a key of the TOML file; flags go before the file, the file before the checkpoint of --resume.",
+        help="train a transformer, alone or under mpirun or torchrun",
+        description="Trains a transformer, by default a byte-level GPT, layer-parallel over the ranks of mpirun or "
+        "torchrun. Every flag is also a key of the TOML file; flags go before the file, the "
+        "file before the checkpoint of --resume.",
     )
     train.add_argument(
         "--config", metavar="FILE", help="TOML file with tables " + ", ".join(f"[{s}]" for s in SECTIONS)
@@ -154,14 +155,14 @@ def _train(options: argparse.Namespace) -> None:
     # Files may be missing or different on one machine only: from here on an error on one rank is an error on all.
     prepared: list[Any] = []
     jointly(comm, lambda: prepared.extend(_prepare(flags, options.config)))
-    config, corpus, checkpoint = prepared
+    config, task, checkpoint = prepared
     if config.run.threads or comm.size > 1:
         torch.set_num_threads(config.run.threads or 1)
-    train(config, corpus, comm, checkpoint)
+    train(config, task, comm, checkpoint)
 
 
-def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainConfig, Corpus, Checkpoint | None]:
-    """The whole configuration, the text and the checkpoint to go on from; all that reads files before training."""
+def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainConfig, Task, Checkpoint | None]:
+    """The whole configuration, the task and the checkpoint to go on from; all that reads files before training."""
     values = {**(read_toml(config_file) if config_file else {}), **flags}
     checkpoint = open_checkpoint(values["resume"]) if values.get("resume") else None
     if checkpoint is not None:
@@ -172,11 +173,11 @@ def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainCo
         _check_resumable(config, saved, checkpoint)
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no GPU; must be auto or cpu here")
-    return config, load(config.data.data, config.data.sequence, config.model.vocabulary), checkpoint
+    return config, make(config), checkpoint
 
 
 def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    now = config.flat()
+    now, saved = config.flat(), TrainConfig.of(saved).flat()  # keys that came later have their defaults
     for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer"):
         if now[name] != saved[name]:
             raise ConfigError(f"{name} = {now[name]!r}: must be {saved[name]!r}, as in {checkpoint.path}")
@@ -186,7 +187,8 @@ def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: 
         )
 
 
-_NOT_PLANNED = ("tolerance", "serial_microbatches", "recompute", "control", "control_target", "control_every")
+_NOT_PLANNED = ("tolerance", "step_size", "serial_microbatches", "recompute")
+_NOT_PLANNED += ("control", "control_target", "control_every")
 _PLAN_KEYS = tuple(f.name for f in dataclasses.fields(SolverConfig) if f.name not in _NOT_PLANNED)
 
 

@@ -15,9 +15,12 @@ from .errors import ConfigError
 from .fields import Section, key, similar
 from .options import MGRIT
 
+TASKS = ("gpt",)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
+    task: str = key("gpt", "what is trained: " + ", ".join(TASKS), choices=TASKS)
     layers: int = key(32, "transformer layers, buffer layers included", least=1)
     dim: int = key(128, "width", least=1)
     heads: int = key(4, "attention heads", least=1)
@@ -39,6 +42,7 @@ class SolverConfig(Section):
     tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
     open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
     close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
+    step_size: float = key(1.0, "h of x + h F(x) in the parallel layers; 0: 1 / their number", least=0)
     layout: str = key("block", "block or cyclic (for coarse = sum)", choices=("block", "cyclic"))
     serial_microbatches: int = key(1, "slices of a batch that exact sweeps stream through the ranks", least=1)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
@@ -97,7 +101,7 @@ class RunConfig(Section):
     resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
     checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)
     eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
-    eval_batches: int = key(8, "batches per validation", least=1)
+    eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
     log_every: int = key(10, "steps between log lines", least=1)
     sample: int = key(200, "tokens to generate at the end; 0: none", least=0)
     compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)

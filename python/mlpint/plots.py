@@ -40,7 +40,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
         if checks[label]:
             below.plot(*zip(*checks[label], strict=True), "o-", color=color, markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     if below is not None:

@@ -20,6 +20,7 @@ from .joint import jointly
 from .ladder import describe
 from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
+from .tasks import Sample
 from .trainer import Trainer
 
 
@@ -37,6 +38,7 @@ class Report:
         self.started, self.first = time.perf_counter(), trainer.step
         self.interval: list[float] = []
         self.exact_steps = 0
+        self.per_step = self.config.data.accumulate * trainer.task.per_batch
         self.bar: Any = None
         self.metrics: Metrics | None = None
         jointly(self.comm, self._open)
@@ -54,21 +56,19 @@ class Report:
             "ranks": self.comm.size,
             "transport": self.comm.name,
             "threads": torch.get_num_threads(),
-            "data": trainer.corpus.name,
+            "data": trainer.task.name,
             "machine": machine(),
         }
         self.metrics = Metrics(
             self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
         )
-        model, data = self.config.model, self.config.data
+        model, task = self.config.model, trainer.task
         idle = f", idle ranks {trainer.blocks.idle_ranks}" if trainer.blocks.idle_ranks else ""
         self._say(
-            f"{model.layers} layers, dim {model.dim}, {model.heads} heads; {data.accumulate} x {data.batch} x "
-            f"{data.sequence} tokens a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
+            f"{model.layers} layers, dim {model.dim}, {model.heads} heads; "
+            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
         )
-        self._say(
-            f"{trainer.corpus.name}: {len(trainer.corpus.train):,} tokens, {len(trainer.corpus.validation):,} held out"
-        )
+        self._say(task.describe())
 
     def _say(self, line: str) -> None:
         if self.bar is not None:
@@ -89,26 +89,29 @@ class Report:
             logger.removeHandler(handler)
             logger.setLevel(level)
 
-    def step(self, done: int, loss: float, val_loss: float | None, norm: float, seconds: float) -> None:
+    def step(
+        self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float
+    ) -> None:
+        """Of a step that is done; ``measures`` are those of a validation after it, by name."""
         if not self.leads:
             return
-        data, run, decision = self.config.data, self.config.run, self.trainer.decision
+        run, decision = self.config.run, self.trainer.decision
+        measured = {"val_loss": None} if measures is None else {f"val_{k}": v for k, v in measures.items()}
         watched = decision is not None and decision.action != "none"
         if watched and decision.skip:  # without a loss: curves pass over it
-            self.metrics.write({"step": done, "val_loss": val_loss, "control": decision.as_dict()})
+            self.metrics.write({"step": done, **measured, "control": decision.as_dict()})
             if self.bar is not None:
                 self.bar.update()
             return
-        tokens = data.accumulate * data.batch * data.sequence
         lr = self.trainer.optimizer.param_groups[0]["lr"]
         line = {
             "step": done,
             "loss": loss,
-            "val_loss": val_loss,
+            **measured,
             "lr": lr,
             "grad_norm": norm,
             "seconds": seconds,
-            "tokens": done * tokens,
+            self.trainer.task.unit: done * self.per_step,
             "mode": self.trainer.mode,
             "iterations": self.trainer.iterations,
         }
@@ -119,20 +122,24 @@ class Report:
         self.exact_steps += self.trainer.mode == "exact"
         if self.bar is not None:
             self.bar.update()
-        if done % run.log_every == 0 or done == run.steps or val_loss is not None:
+        if done % run.log_every == 0 or done == run.steps or measures is not None:
             left = (time.perf_counter() - self.started) / (done - self.first) * (run.steps - done)
-            held_out = f"  val {val_loss:.4f}" if val_loss is not None else ""
+            held_out = "".join(
+                f"  val {value:.4f}" if name == "loss" else f" {name} {value:.4f}"
+                for name, value in (measures or {}).items()
+            )
             self._say(
                 f"step {done:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}{held_out}  {self.trainer.mode}  "
-                f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * tokens / sum(self.interval):,.0f} tokens/s  "
+                f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * self.per_step / sum(self.interval):,.0f} "
+                f"{self.trainer.task.unit}/s  "
                 f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
             )
             self.interval.clear()
 
-    def close(self, sample: tuple[str, str] | None, comparison: Comparison | None) -> None:
+    def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
         jointly(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
 
-    def _close(self, sample: tuple[str, str] | None, comparison: Comparison | None) -> None:
+    def _close(self, sample: Sample | None, comparison: Comparison | None) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -143,8 +150,8 @@ class Report:
         label, control = describe(self.config.solver.mgrit()), self.trainer.control
         loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
         if sample is not None:
-            (self.directory / "sample.txt").write_text("".join(sample), encoding="utf-8")
-            self._say(f"\n--- sample: {sample[0]!r} goes on ---\n{sample[1]}\n---\n")
+            (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
+            self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
         if control is not None and control.history:
             checks = [d for d in control.history if d.measured is not None]
             changes, steps = sum(d.after != d.before for d in control.history), self.config.run.steps - self.first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -12,19 +11,19 @@ import torch
 from .checkpoint import Checkpoint
 from .comm import Comm
 from .config import TrainConfig
-from .data import Corpus
 from .errors import ConfigError
 from .joint import jointly
 from .report import Report
+from .tasks import Task
 from .trainer import Trainer
 
 
-def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
-    """Trains a GPT and writes the run's directory: metrics.jsonl, loss.png, sample.txt, checkpoints. Collective.
+def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
+    """Trains a model and writes the run's directory: metrics.jsonl, loss.png, sample.txt, checkpoints. Collective.
 
     Args:
         config: what to do.
-        corpus: the text, the same on every rank.
+        task: what is trained, with the same data on every rank.
         comm: the ranks.
         checkpoint: to go on from.
 
@@ -37,9 +36,9 @@ def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoin
     """
     if config.run.device == "cpu":
         comm.device = torch.device("cpu")
-    _agree(config, corpus, comm)
+    _agree(config, task, comm)
     try:
-        trainer = Trainer(config, corpus, comm)
+        trainer = Trainer(config, task, comm)
     except ValueError as error:  # what the number of ranks does not allow, alike on all of them
         raise ConfigError(str(error)) from None
     if checkpoint is not None:
@@ -53,8 +52,8 @@ def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoin
             seconds = time.perf_counter() - started
             done = step + 1
             due = config.run.eval_every and done % config.run.eval_every == 0
-            val_loss = trainer.validate() if due or done == config.run.steps else None
-            report.step(done, loss, val_loss, norm, seconds)
+            measures = trainer.validate() if due or done == config.run.steps else None
+            report.step(done, loss, measures, norm, seconds)
             every = config.run.checkpoint_every
             if every and (done % every == 0 or done == config.run.steps):
                 trainer.save(directory / "checkpoints")
@@ -62,14 +61,10 @@ def train(config: TrainConfig, corpus: Corpus, comm: Comm, checkpoint: Checkpoin
     return directory
 
 
-def _agree(config: TrainConfig, corpus: Corpus, comm: Comm) -> None:
-    ends = [
-        part.tobytes() for tokens in (corpus.train, corpus.validation) for part in (tokens[:65536], tokens[-65536:])
-    ]
-    text = f"{len(corpus.train)} + {len(corpus.validation)} tokens, digest {zlib.crc32(b''.join(ends)):08x}"
+def _agree(config: TrainConfig, task: Task, comm: Comm) -> None:
     values = {name: repr(value) for name, value in config.flat().items()}
     try:
-        comm.vote({**values, "text": text, "torch": torch.__version__}, "the training run")
+        comm.vote({**values, "training data": task.digest(), "torch": torch.__version__}, "the training run")
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

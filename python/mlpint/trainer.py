@@ -1,4 +1,4 @@
-"""A GPT with its optimiser and its place in the data, and what is done with them in a training run."""
+"""A model with its optimiser and its place in the data, and what is done with them in a training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from . import checkpoint as checkpoints
 from . import random
@@ -15,19 +14,17 @@ from .clip import clip_grad_norm_
 from .comm import Comm
 from .compare import Comparison, compare, exact
 from .config import TrainConfig
-from .data import Batches, Corpus
 from .decision import Decision
 from .error_control import ErrorControl
 from .errors import ConfigError, TrainingError
 from .ladder import describe
 from .layer_parallel import LayerParallel
-from .models import GPT
 from .optim import learning_rate, make_optimizer
-from .sample import generate
+from .tasks import Sample, Task
 
 
 class Trainer:
-    """A model, its optimiser and its place in the data.
+    """A task's model, its optimiser and its place in the data.
 
     Attributes:
         step: optimiser steps done.
@@ -38,17 +35,16 @@ class Trainer:
         model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, comm: Comm) -> None:
-        self.config, self.corpus, self.comm, self.device = config, corpus, comm, comm.device
-        model, solver, data = config.model, config.solver, config.data
+    def __init__(self, config: TrainConfig, task: Task, comm: Comm) -> None:
+        self.config, self.task, self.comm, self.device = config, task, comm, comm.device
+        solver = config.solver
         torch.manual_seed(config.run.seed)  # every rank builds the same model
-        self.model = GPT(
-            corpus.vocabulary, data.sequence, model.layers, model.dim, model.heads, model.dropout, model.tied
-        )
+        self.model = task.model()
         self.model.blocks = self.blocks = LayerParallel(
             self.model.blocks,
             solver.mgrit(),
             comm=comm,
+            step_size=solver.step_size or 1 / (len(self.model.blocks) - solver.open_layers - solver.close_layers),
             open_layers=solver.open_layers,
             close_layers=solver.close_layers,
             layout=solver.layout,
@@ -59,7 +55,6 @@ class Trainer:
             self.blocks.solver(direction)  # raises here what it would raise in the first step
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.batches = Batches(corpus, data.sequence, data.batch, config.run.seed, self.device)
         self.step = self.position = 0
         self.iterations: dict[str, int] = {}
         self.mode = describe(self.blocks.options)
@@ -70,17 +65,16 @@ class Trainer:
                 self.blocks, measure=solver.control, target=solver.control_target or None, every=solver.control_every
             )
 
-    def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats per token."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16")
 
     def training_loss(self, step: int, microbatch: int, position: int) -> torch.Tensor:
         """Of a microbatch. Random numbers depend on the arguments alone."""
         self.blocks.dropout_key(step, microbatch)
         torch.manual_seed(random.key(self.config.run.seed, step, microbatch, self.config.model.layers))
-        return self.loss(*self.batches.train(position))
+        batch = tuple(t.to(self.device) for t in self.task.train(position))
+        with self.autocast():
+            return self.task.loss(self.model, batch)
 
     def forward_backward(self, step: int, microbatch: int, position: int) -> float:
         """Adds a microbatch's gradients; returns its loss."""
@@ -123,28 +117,23 @@ class Trainer:
         self.step, self.position = self.step + 1, self.position + self.config.data.accumulate
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Loss of the exact network on held-out text."""
-        count = self.config.run.eval_batches
+    def validate(self) -> dict[str, float]:
+        """Loss and the task's other measures of the exact network on held-out data."""
+        count = self.config.run.eval_batches or self.task.held_out_batches
         self.model.eval()
-        with exact(self.blocks):
-            losses = [float(self.loss(*self.batches.validation(i, count))) for i in range(count)]
+        with exact(self.blocks), self.autocast():
+            found = self.task.validate(self.model, count, self.device, self.comm)
         self.model.train()
-        return sum(losses) / count
+        return found
 
-    def sample(self) -> tuple[str, str] | None:
-        """A prompt from the held-out text and how the exact network goes on; None if no sample is wanted."""
-        run, sequence = self.config.run, self.config.data.sequence
-        if not run.sample:
-            return None
-        prompt = self.corpus.validation[: min(32, sequence)].tolist()
+    @torch.no_grad()
+    def sample(self) -> Sample | None:
+        """What the exact network has learnt, to be looked at; None if no sample is wanted."""
         self.model.eval()
         with exact(self.blocks):
-            tokens = generate(
-                self.model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=self.comm, device=self.device
-            )
+            sample = self.task.sample(self.model, self.device, self.comm)
         self.model.train()
-        return self.corpus.decode(prompt), self.corpus.decode(tokens)
+        return sample
 
     def compare(self) -> Comparison | None:
         """Layer-parallel against exact on the next batches; None if it is not wanted or there is only one way."""
@@ -158,11 +147,19 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
+        info["task"] = self.task.identity()
         if self.control is not None:
             info["control"] = self.control.state_dict()
         checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, comm=self.comm)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        saved = checkpoint.info.get("task", {})
+        for name, value in self.task.identity().items():
+            if value != saved.get(name, value):
+                raise ConfigError(
+                    f"{self.task.name}: {name} is {value}, that of {checkpoint.path} is {saved[name]}; "
+                    "go on with the data that the run began with"
+                )
         checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
         if self.control is None:

@@ -1,0 +1,19 @@
+"""What ``mlpint train`` can train: one file a task, chosen by the key ``task``."""
+
+from ..config import TrainConfig
+from .base import Batch, Sample, Task
+from .gpt import GPTTask
+
+_TASKS: dict[str, type[Task]] = {"gpt": GPTTask}
+
+
+def make(config: TrainConfig) -> Task:
+    """The task of a configuration, its data read.
+
+    Raises:
+        UserError: data that cannot be read or does not fit; names the file.
+    """
+    return _TASKS[config.model.task](config)
+
+
+__all__ = ["Batch", "Sample", "Task", "make"]
