@@ -119,10 +119,9 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and the task's other measures of the exact network on held-out data."""
-        count = self.config.run.eval_batches or self.task.held_out_batches
         self.model.eval()
         with exact(self.blocks), self.autocast():
-            found = self.task.validate(self.model, count, self.device, self.comm)
+            found = self.task.validate(self.model, self.device, self.comm)
         self.model.train()
         return found
 

@@ -17,13 +17,20 @@ class Batches:
         sequence: tokens per sequence.
         batch: sequences per batch.
         seed: of the order.
-        device: where the batches are put.
+        shard, shards: data-parallel groups train on parts of the text that do not overlap: which one of how many.
+
+    Raises:
+        DataError: too little text for so many shards.
     """
 
     def __init__(
-        self, corpus: Corpus, sequence: int, batch: int, seed: int, device: torch.device | str = "cpu"
+        self, corpus: Corpus, sequence: int, batch: int, seed: int, shard: int = 0, shards: int = 1
     ) -> None:
-        self.corpus, self.sequence, self.batch, self.seed, self.device = corpus, sequence, batch, seed, device
+        self.corpus, self.sequence, self.batch, self.seed = corpus, sequence, batch, seed
+        length = len(corpus.train)
+        self.part = corpus.train[length * shard // shards : length * (shard + 1) // shards]
+        if len(self.part) <= sequence:
+            raise DataError(f"{corpus.name}: {length} tokens are too few for {shards} data shards of {sequence} each")
 
     def train(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch number ``position``: inputs and targets, both [batch, sequence] int64, at random places of the text.
@@ -31,8 +38,8 @@ class Batches:
         The places come from a counter-based generator (Philox, Salmon et al., SC 2011): no state to save or to share.
         """
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, position]))
-        starts = generator.integers(len(self.corpus.train) - self.sequence, size=self.batch)
-        return self._cut(self.corpus.train, starts)
+        starts = generator.integers(len(self.part) - self.sequence, size=self.batch)
+        return self._cut(self.part, starts)
 
     def validation(self, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch ``index`` of ``count`` that spread evenly over the held-out text, always at the same places."""
@@ -47,5 +54,5 @@ class Batches:
                 f"{self.corpus.name}: token {windows.max()} is outside the vocabulary of {self.corpus.vocabulary}; "
                 "give a larger --vocabulary"
             )
-        pairs = torch.from_numpy(windows).to(self.device)
+        pairs = torch.from_numpy(windows)
         return pairs[:, :-1], pairs[:, 1:]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
 from .embedded import embedded_text
+from .files import read, visible_files
 
 GPT2_VOCABULARY = 50257
 
@@ -87,19 +86,9 @@ def _tokens(path: Path) -> np.ndarray:
 
 def _text(path: Path) -> bytes:
     if not path.is_dir():
-        return _read(path)
-    visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    texts = (_read(p) for p in sorted(visible) if p.is_file())
+        return read(path)
+    texts = (read(p) for p in visible_files(path))
     found = [text for text in texts if b"\0" not in text[:8192]]  # as git tells text from binary files
     if not found:
         raise DataError(f"{path}: the directory holds no text files")
     return b"\n".join(found)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: is not a gzip file ({error})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None

@@ -65,8 +65,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def validation(self, index: int, count: int) -> Batch:
-        """Batch ``index`` of ``count`` from the held-out data, the same each time; if ``count`` is
-        ``held_out_batches``, they go through all of it once."""
+        """Batch ``index`` of ``count`` from the held-out data, the same each time."""
+
+    def validation_batches(self, wanted: int) -> int:
+        """How many batches a validation takes if so many are wanted; 0: those that go through all held-out data."""
+        return min(wanted or self.held_out_batches, self.held_out_batches)
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -76,9 +79,10 @@ class Task(abc.ABC):
         """By name, a sum over the batch and what it is to be divided by: added up over batches before the division."""
         return {"loss": (float(self.loss(model, batch)), 1)}
 
-    def validate(self, model: nn.Module, count: int, device: torch.device, comm: Comm) -> dict[str, float]:
+    def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:
         """Measures on held-out data, by name; one of them is ``loss``. Collective; the model is in eval mode."""
         sums: dict[str, tuple[float, float]] = {}
+        count = self.validation_batches(self.config.run.eval_batches)
         for i in range(count):
             batch = tuple(t.to(device) for t in self.validation(i, count))
             for name, (value, weight) in self.measure(model, batch).items():

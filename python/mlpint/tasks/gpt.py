@@ -54,6 +54,9 @@ class GPTTask(Task):
     def train(self, position: int) -> Batch:
         return self.batches.train(position)
 
+    def validation_batches(self, wanted: int) -> int:
+        return wanted or self.held_out_batches  # more than that overlap
+
     def validation(self, index: int, count: int) -> Batch:
         return self.batches.validation(index, count)
 
