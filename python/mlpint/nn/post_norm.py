@@ -29,15 +29,16 @@ def forward_train(call: Call, w: Weights, x: torch.Tensor, attend=None) -> tuple
     s = call.onto_stream(o, w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
     y, mean1, rstd1 = ops.ln(s, w.ln1_weight, w.ln1_bias, call.eps)
     pre = ops.linear(y, w.up_weight, w.up_bias)
-    t = call.onto_stream(ops.activate(pre, call.activation), w.down_weight, w.down_bias, y, y, 1, FFN)
+    a = ops.activate(pre, call.activation)
+    t = call.onto_stream(a, w.down_weight, w.down_bias, y, y, 1, FFN)
     z, mean2, rstd2 = ops.ln(t, w.ln2_weight, w.ln2_bias, call.eps)
     out = z if call.h == 1 else torch.lerp(x, z, call.h)
-    return out, (x, qkv, o, attended, s, mean1, rstd1, y, pre, t, mean2, rstd2)
+    return out, (x, qkv, o, attended, s, mean1, rstd1, y, pre, a, t, mean2, rstd2)
 
 
 def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
     """Gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
-    _, qkv, o, attended, s, mean1, rstd1, _, pre, t, mean2, rstd2 = saved
+    _, qkv, o, attended, s, mean1, rstd1, _, pre, _, t, mean2, rstd2 = saved
     dz = grad if call.h == 1 else grad * call.h
     dt = ops.ln_backward_add(dz, t, mean2, rstd2, w.ln2_weight, None)
     d_down = call.dropped(dt, FFN).to(w.down_weight.dtype)
@@ -54,11 +55,10 @@ def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tup
 
 def weight_vjp(call: Call, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None for those not wanted."""
-    x, _, o, _, s, mean1, rstd1, y, pre, t, mean2, rstd2 = saved
+    x, _, o, _, s, mean1, rstd1, y, _, a, t, mean2, rstd2 = saved
     dz, d_down, d_pre, dy, d_proj, d_qkv = inner
     ops.ln_weight_grads(dz, t, mean2, rstd2, into.ln2_weight, into.ln2_bias)
-    act = ops.activate(pre, call.activation) if into.down_weight is not None else pre
-    ops.linear_weight_grads(d_down, act, into.down_weight, into.down_bias)
+    ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
     ops.linear_weight_grads(d_pre, y, into.up_weight, into.up_bias)
     ops.ln_weight_grads(dy, s, mean1, rstd1, into.ln1_weight, into.ln1_bias)
     ops.linear_weight_grads(d_proj, o, into.proj_weight, into.proj_bias)

@@ -39,12 +39,12 @@ def forward_train(call: Call, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor
         y, w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, call.eps, call.activation
     )
     out = call.onto_stream(a, w.down_weight, w.down_bias, y, x, call.h, FFN)
-    return out, (x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre)
+    return out, (x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre, a)
 
 
 def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
     """Gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
-    x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre = saved
+    x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre, _ = saved
     h = call.h
     scaled = grad if h == 1 else grad * h
     d_down = call.dropped(scaled, FFN).to(w.down_weight.dtype)
@@ -62,10 +62,9 @@ def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tup
 
 def weight_vjp(call: Call, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None for those not wanted."""
-    x, mean1, rstd1, _, o, _, y, mean2, rstd2, pre = saved
+    x, mean1, rstd1, _, o, _, y, mean2, rstd2, _, a = saved
     d_down, d_pre, d_n2, d_proj, d_qkv, d_n1 = inner
-    act = ops.activate(pre, call.activation) if into.down_weight is not None else pre
-    ops.linear_weight_grads(d_down, act, into.down_weight, into.down_bias)
+    ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
     ops.ln_linear_weight_grads(
         d_pre, d_n2, y, mean2, rstd2, w.ln2_weight, w.ln2_bias,
         (into.up_weight, into.up_bias, into.ln2_weight, into.ln2_bias),
