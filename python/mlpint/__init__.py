@@ -8,6 +8,7 @@ from .comm import Comm, init
 from .error_control import ErrorControl
 from .graphs import capture
 from .layer_parallel import LayerParallel
+from .multilevel import Multilevel
 from .options import MGRIT
 from .parallelize import parallelize
 from .replicas import check_replicas, sync_replicas
@@ -22,6 +23,7 @@ __all__ = [
     "ErrorControl",
     "LayerParallel",
     "MGRIT",
+    "Multilevel",
     "capture",
     "check_replicas",
     "clip_grad_norm_",

@@ -1,0 +1,111 @@
+"""A list of modules run as one of its coarse networks, whoever calls them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import states
+from ..layer_parallel import LayerParallel
+from ..states import State
+from .hierarchy import Network
+
+
+class ModuleRunner:
+    """Layers called one by one: by ``nn.Sequential``, or by the model's own loop over an ``nn.ModuleList``.
+
+    While a coarse network runs, a layer that is not in it hands its state on, and one that is takes a longer step.
+
+    Args:
+        layers: every layer of the fine network.
+        kept: indices of layers that every network has, with their own step size.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], kept: Sequence[int] = ()) -> None:
+        self.layers, self.kept = list(layers), frozenset(kept)
+        self._form: int | None = None  # entries of the tuple that layers return, 0 for a tensor; None: not known yet
+
+    def enter(self, network: Network) -> None:
+        active = set(network.layers)
+        for n, layer in enumerate(self.layers):
+            if n in self.kept:
+                continue
+            if "forward" in layer.__dict__:
+                raise RuntimeError(
+                    f"layer {n} has a forward of its own in place of its class's: take that back before the coarse phase"
+                )
+            if n not in active:
+                layer.__dict__["forward"] = self._passing(layer.forward)
+            elif network.stretch != 1:
+                layer.__dict__["forward"] = self._stretched(n, layer.forward, network.stretch)
+
+    def exit(self, network: Network) -> None:
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+
+    def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            state = _state(forward, args, kwargs)
+            if not isinstance(state, torch.Tensor):
+                return state
+            if self._form is None:
+                self._form = _form_of(forward, args, kwargs)
+            return (state, *[None] * (self._form - 1)) if self._form else state
+
+        return passing
+
+    def _stretched(self, n: int, forward: Callable[..., Any], stretch: float) -> Callable[..., Any]:
+        def stretched(*args: Any, **kwargs: Any) -> Any:
+            state = _state(forward, args, kwargs)
+            single = isinstance(state, torch.Tensor)
+            output = forward(*args, **kwargs)
+            old, new = ((state,), output) if single else (tuple(state), output)
+            rest: tuple[Any, ...] = ()
+            if not isinstance(new, torch.Tensor):
+                new, rest = tuple(new[: len(old)]), tuple(new[len(old) :])
+            else:
+                new = (new,)
+            if any(a.shape != b.shape for a, b in zip(old, new, strict=True)):
+                raise ValueError(
+                    f"layer {n} turned {states.describe(old)} into {states.describe(new)}: a coarse network needs "
+                    "layers that keep the shape of their state"
+                )
+            moved = states.extrapolate(State(old), State(new), stretch).tensors
+            return moved[0] if isinstance(output, torch.Tensor) else (*moved, *rest)
+
+        return stretched
+
+
+def _state(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    if args:
+        return args[0]
+    return kwargs[next(iter(inspect.signature(forward).parameters))]
+
+
+@torch.no_grad()
+def _form_of(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> int:
+    """What a layer returns for a tensor, found by calling it once, without a trace in the random numbers."""
+    device = args[0].device if args else next(iter(kwargs.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        output = forward(*args, **kwargs)
+    if not isinstance(output, tuple | list):
+        return 0
+    if any(o is not None for o in output[1:]):
+        raise ValueError(
+            f"a layer returned {len(output)} values, but a coarse network's passes on the first alone, the state; turn "
+            "off caching and the output of attentions, or let the layers take and return a tuple of all they pass on"
+        )
+    return len(output)
+
+
+def runner_of(blocks: Sequence[nn.Module] | nn.Module) -> ModuleRunner:
+    """What runs the blocks of a model as its coarse networks."""
+    if isinstance(blocks, LayerParallel):
+        if blocks.comm.size > 1 or not blocks.options.exact or blocks.stacked is not None:
+            raise NotImplementedError("multilevel training of a LayerParallel stack on several ranks")
+        return ModuleRunner(blocks.local_layers.values(), [*blocks.open_indices, *blocks.close_indices])
+    return ModuleRunner(blocks)

@@ -1,0 +1,242 @@
+"""The schedule of multilevel training over a model's blocks and the user's own optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError
+from .copies import ModuleCopies, Named
+from .hierarchy import Network, hierarchy
+from .modules import runner_of
+from .phase import Phase
+from .plan import Close, Plan, Step
+from .settings import Settings
+from .state import ParameterState
+from .steps import StepHooks
+
+
+class Multilevel:
+    """Trains a network in alternation with coarse networks made of its own blocks (arXiv 2504.18590).
+
+    The training loop stays the user's, and so does the optimiser::
+
+        multilevel = Multilevel(model.blocks, optimizer, cycles=35, coarse_steps=100)
+        for phase in multilevel.schedule(total_steps):
+            with phase:
+                loss = model(next(batches)); loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    One phase is one optimiser step. After each of the first ``cycles`` fine steps every coarse network is trained for
+    ``coarse_steps`` steps, on copies of its blocks; what lies outside the blocks (embedding, head) is shared by all
+    networks. At the end the trained blocks are averaged into the fine ones, theta <- (1 - delta) theta + delta
+    theta_coarse (equation 4 there). Between phases the model is always the fine network. A phase whose body raises
+    changes no schedule: the loop, if it goes on, gets the same step again.
+
+    Args:
+        blocks: the residual blocks, wherever they are in the model: an ``nn.Sequential``, ``nn.ModuleList`` or other
+            sequence of modules, or a :class:`mlpint.LayerParallel` stack. The open and close layers of such a stack
+            belong to every network. All blocks have parameters of the same names and shapes.
+        optimizer: owns the blocks' trainable parameters. It steps what has a gradient, and so leaves alone the blocks
+            that are not in the network that steps.
+
+    Keyword args:
+        delta: weight of the coarse blocks in the average, in [0, 1].
+        coarse_steps: steps of a coarse network each time; one number, or one for each coarse level.
+        cycles: fine steps that are followed by coarse training, at first; or ``"auto"``: as long as coarse training
+            lowers the loss by more per FLOP than fine training does, which needs ``phase.loss(loss)`` in the loop. With
+            several coarse levels a number for each of them; by default 1 below the first.
+        networks: coarse networks c of each network; of every c blocks in a row each has one.
+        levels: of the hierarchy. 3 divides the coarse networks in turn (12 -> 6 -> 3 blocks).
+        order: ``"AB"``, ``"BA"``, or ``"alternating"`` from one to the other.
+        step_size: ``"ode"``: a coarse step is c times as long, x + c F(x); ``"unit"``: x + F(x).
+        neighbours: ``"none"``; ``"average"``: trained blocks are averaged, with delta, into the blocks they stand for
+            too; ``"correction"``: delta times their change is added to these.
+        single: only the first coarse network, for ablation.
+        state: what coarse networks do with the optimiser's state for their blocks. ``"restrict"``: start from the fine
+            network's, which is averaged with theirs afterwards (:mod:`mlpint.multilevel.state`); ``"separate"``: each
+            has its own and goes on with it in the next cycle; ``"reset"``: none, and the learning rate rises over
+            ``rewarm`` steps; ``"carry"``: there is only one, which all go on with.
+        rewarm: see ``state``.
+        coherence: weight of the first-order term of MG/OPT, in [0, 1]; see :mod:`mlpint.multilevel.coherence`.
+        coarse_lr: factor of the learning rate in coarse steps.
+        clock: ``"shared"`` or ``"own"``, for ``phase.clock``.
+        data: ``"fresh"``, or ``"same"``: the coarse networks of one cycle are meant to see the same batches, by
+            ``phase.batch_index``.
+        window: cycles that ``cycles="auto"`` looks at together.
+
+    Attributes:
+        networks: by name.
+        steps_done: optimiser steps so far, on all levels.
+
+    Raises:
+        ValueError: an option out of range; a number of blocks that cannot be split evenly; blocks that differ, or that
+            share parameters; parameters that the optimiser does not own.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module] | nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **options: Any,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.settings, self.optimizer = Settings(**options), optimizer
+        self._runner = runner_of(blocks)
+        layers = [n for n in range(len(self._runner.layers)) if n not in self._runner.kept]
+        s = self.settings
+        self._fine = hierarchy(layers, s.networks, s.levels, s.step_size == "ode", s.single)
+        self.networks: dict[str, Network] = {network.name: network for network in self._fine.walk()}
+        self._parameters: Named = {n: _trainable(self._runner.layers[n]) for n in layers}
+        _check(self._runner.layers, self._parameters, optimizer)
+        self._copies: dict[str, ModuleCopies] = {}
+        self._kept: dict[str, dict[tuple[int, str], ParameterState]] = {name: {} for name in self.networks}
+        self._hooks = StepHooks(optimizer, s)
+        self._plan: Plan | None = None
+        self._events: Iterator[Step | Close] = iter(())
+        self._next: Step | None = None
+        self._inside: Phase | None = None
+        self.steps_done = 0
+
+    # --- the schedule ------------------------------------------------------------------------------------------------
+
+    def schedule(self, total_steps: int, *, batches: int | None = None) -> Iterator[Phase]:
+        """The phases of a training, one an optimiser step.
+
+        Args:
+            total_steps: fine steps in all. Those done before, by this object or by the one whose state was loaded, count.
+            batches: how many there are, if known.
+
+        Raises:
+            ValueError: more batches are needed than there are.
+        """
+        if type(total_steps) is not int or total_steps < 1:
+            raise ValueError(f"total_steps = {total_steps!r}: must be an integer of at least 1")
+        plan = Plan(self._fine, self.settings, total_steps, self._another)
+        if batches is not None and not self.settings.adaptive and plan.batches() > batches:
+            raise ValueError(
+                f"the schedule takes {plan.batches()} batches ({', '.join(map(str, plan.steps_by_level()))} steps on "
+                f"levels 0 to {self.settings.levels - 1}), the data has {batches}: lower total_steps, cycles or "
+                "coarse_steps, or go through the data several times"
+            )
+        return self._phases(plan)
+
+    def _phases(self, plan: Plan) -> Iterator[Phase]:
+        self._plan, self._events = plan, iter(plan)
+        self._advance()
+        for _ in range(self.steps_done):
+            self._advance()
+        while self._next is not None:
+            phase = self._phase(plan, self._next)
+            yield phase
+            if self._plan is not plan:
+                raise RuntimeError("another schedule of this Multilevel was begun: only the latest one goes on")
+            if not phase.entered:
+                raise RuntimeError(f"{phase} was not entered: say `with phase:` around each step")
+
+    def _phase(self, plan: Plan, step: Step) -> Phase:
+        if self.settings.clock == "shared":
+            return Phase(self, step, step.fine_step, plan.total)
+        return Phase(self, step, step.own_step, plan.steps_by_level()[step.network.level])
+
+    def _advance(self) -> list[Network]:
+        """Goes on to the next step; the networks whose training ends before it."""
+        closed = []
+        for event in self._events:
+            if isinstance(event, Step):
+                self._next = event
+                return closed
+            closed.append(event.network)
+        self._next = None
+        return closed
+
+    def _another(self, cycles: int) -> bool:
+        raise NotImplementedError
+
+    # --- a phase -----------------------------------------------------------------------------------------------------
+
+    def _enter(self, phase: Phase) -> None:
+        if self._inside is not None:
+            raise RuntimeError(f"{phase} inside {self._inside}: leave the one before the other")
+        if phase.plan is not self._next:
+            raise RuntimeError(f"{phase} is not the next step of the schedule: enter each phase once, as it comes")
+        with ExitStack() as undo:  # whatever goes wrong half way
+            for network in phase.plan.path:
+                if network.name not in self._copies:
+                    self._copies[network.name] = ModuleCopies(
+                        network, self._parameters, self.optimizer, self.settings, self._kept[network.name]
+                    )
+                self._copies[network.name].swap()
+                undo.callback(self._copies[network.name].swap)
+            if phase.plan.path:
+                self._leave_alone_others(phase.plan.network)
+                self._runner.enter(phase.plan.network)
+                self._hooks.enter(phase.plan)
+            undo.pop_all()
+        self._inside = phase
+
+    def _leave_alone_others(self, network: Network) -> None:
+        """No gradient at all for layers that are not in the network: momentum and weight decay would move them for 0."""
+        for n in self._parameters.keys() - network.layers:
+            for p in self._parameters[n].values():
+                p.grad = None
+
+    def _exit(self, phase: Phase, error: BaseException | None) -> None:
+        self._inside = None
+        path = phase.plan.path
+        if path:
+            self._hooks.exit()
+            self._runner.exit(phase.plan.network)
+        closed: list[Network] = []
+        if error is None:
+            self.steps_done += 1
+            closed = self._advance()
+        for network in reversed(path):
+            copies = self._copies[network.name]
+            copies.swap()
+            if network in closed:
+                copies.prolong()
+                if self.settings.state == "separate":
+                    self._kept[network.name] = copies.state
+                del self._copies[network.name]
+        if isinstance(error, StopIteration):
+            raise DataError(
+                f"the data ended in optimiser step {self.steps_done + 1}, phase {phase.name!r} of fine step "
+                f"{phase.fine_step + 1}: the schedule is longer than the data; lower total_steps, cycles or "
+                "coarse_steps, or go through the data several times"
+            ) from error
+
+
+def _trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def _check(layers: Sequence[nn.Module], parameters: Named, optimizer: torch.optim.Optimizer) -> None:
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    first = next(iter(parameters))
+    shapes = {name: tuple(p.shape) for name, p in parameters[first].items()}
+    owners: dict[nn.Parameter, int] = {}
+    for n, named in parameters.items():
+        found = {name: tuple(p.shape) for name, p in named.items()}
+        if found != shapes:
+            name = next(k for k in {**shapes, **found} if shapes.get(k) != found.get(k))
+            raise ValueError(
+                f"blocks {first} and {n} differ: {name!r} is {shapes.get(name, 'missing')} in one and "
+                f"{found.get(name, 'missing')} in the other; coarse networks need blocks of one shape, pass those that are"
+            )
+        for name, p in named.items():
+            if p not in owned:
+                raise ValueError(
+                    f"the optimiser does not own {name!r} of block {n}: pass the one that trains the blocks, made after "
+                    "they were put in their place, or set requires_grad=False for what is not to be trained"
+                )
+            if owners.setdefault(p, n) != n:
+                raise ValueError(
+                    f"blocks {owners[p]} and {n} share {name!r}: coarse networks train blocks apart from each other; "
+                    "give each block its own parameters"
+                )
