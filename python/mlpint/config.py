@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .fields import Section, key, similar
 from .options import MGRIT
 
-TASKS = ("gpt",)
+TASKS = ("gpt", "bert", "vit", "tagging")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,11 @@ class ModelConfig(Section):
     layers: int = key(32, "transformer layers, buffer layers included", least=1)
     dim: int = key(128, "width", least=1)
     heads: int = key(4, "attention heads", least=1)
+    ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim", least=0)
     dropout: float = key(0.0, "dropout probability", least=0, below=1)
     tied: bool = key(True, "one matrix for the token embedding and the output layer")
     vocabulary: int = key(0, "vocabulary size; 0: 256 for text, 50257 for .bin tokens", least=0)
+    patch: int = key(2, "vit: side of a patch in pixels", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,13 @@ class SolverConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    data: str = key("", "text file, .gz, directory of text, or .bin of uint16 tokens; empty: text Python carries")
-    sequence: int = key(64, "tokens per sequence", least=1)
+    data: str = key("", "training data: a file or a directory, as the task takes it; empty: what needs no download")
+    validation: str = key("", "data to validate on; empty: a tenth of the training data is held out")
+    sequence: int = key(64, "tokens per sequence; tagging: words of the longest sentence", least=1)
     batch: int = key(8, "sequences per microbatch", least=1)
+    mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)
+    image_size: int = key(0, "vit: side that images are scaled and cropped to; 0: all must be of one size", least=0)
+    augment: int = key(0, "vit: pixels by which training images are shifted at most", least=0)
     accumulate: int = key(1, "microbatches per step", least=1)
 
 

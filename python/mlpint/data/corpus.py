@@ -30,43 +30,58 @@ class Corpus:
     vocabulary: int
     name: str
 
+    @property
+    def is_text(self) -> bool:
+        """Whether tokens are bytes."""
+        return self.train.dtype == np.uint8
+
     def decode(self, tokens: list[int]) -> str:
         """Text of the tokens; token numbers where they are not bytes."""
-        if self.train.dtype == np.uint8:
+        if self.is_text:
             return bytes(token & 0xFF for token in tokens).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
 
 
-def load(path: str, sequence: int, vocabulary: int = 0) -> Corpus:
-    """Reads training text. The last tenth is held out, or a directory's ``val.bin`` if it has ``train.bin`` beside it.
+def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "") -> Corpus:
+    """Reads training text. The last tenth is held out, if ``validation`` names nothing else to validate on.
 
     Args:
         path: text file, text.gz, directory of these, ``.bin`` file of little-endian uint16 tokens (as nanoGPT writes
-            them), or a directory with ``train.bin`` and ``val.bin``. Empty: :func:`embedded_text`.
+            them), or a directory with ``train.bin`` and ``val.bin``, which is held out. Empty: :func:`embedded_text`.
         sequence: tokens per sequence; each part must hold at least one, and the token that follows it.
         vocabulary: 0 takes 256 for text and GPT-2's for ``.bin``.
+        validation: text or tokens like those of ``path``.
 
     Raises:
         DataError: naming the path, and what is wrong with it.
     """
-    where = Path(path)
-    if not path:
-        name, (train, validation) = "embedded text", _split(np.frombuffer(embedded_text(), np.uint8), sequence)
-    elif (where / "train.bin").exists() and (where / "val.bin").exists():
-        name, train, validation = path, _tokens(where / "train.bin"), _tokens(where / "val.bin")
-    elif where.suffix == ".bin":
-        name, (train, validation) = path, _split(_tokens(where), sequence)
+    where, name = Path(path), path or "embedded text"
+    pair = path and not validation and (where / "train.bin").exists() and (where / "val.bin").exists()
+    train = _tokens(where / "train.bin") if pair else _read(path)
+    if pair:
+        held_out = _tokens(where / "val.bin")
+    elif validation:
+        held_out = _read(validation)
     else:
-        name, (train, validation) = path, _split(np.frombuffer(_text(where), np.uint8), sequence)
-    if min(len(train), len(validation)) < sequence + 1:
+        train, held_out = _split(train, sequence)
+    is_text = train.dtype == np.uint8
+    if held_out.dtype != train.dtype:
+        kinds = ("text", "tokens") if is_text else ("tokens", "text")
+        raise DataError(f"{name} holds {kinds[0]} and {validation} {kinds[1]}: must be of one kind")
+    if min(len(train), len(held_out)) < sequence + 1:
         raise DataError(
-            f"{name}: {len(train)} tokens to train on and {len(validation)} held out are too few for sequence = "
+            f"{name}: {len(train)} tokens to train on and {len(held_out)} held out are too few for sequence = "
             f"{sequence}; at least {sequence + 1} of each are needed"
         )
-    is_text = train.dtype == np.uint8
     if is_text and 0 < vocabulary < 256:
         raise DataError(f"vocabulary = {vocabulary}: must be at least 256 for {name}, which is read as bytes")
-    return Corpus(train, validation, vocabulary or (256 if is_text else GPT2_VOCABULARY), name)
+    return Corpus(train, held_out, vocabulary or (256 if is_text else GPT2_VOCABULARY), name)
+
+
+def _read(path: str) -> np.ndarray:
+    if not path:
+        return np.frombuffer(embedded_text(), np.uint8)
+    return _tokens(Path(path)) if path.endswith(".bin") else np.frombuffer(_text(Path(path)), np.uint8)
 
 
 def _split(tokens: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:

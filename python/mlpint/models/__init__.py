@@ -1,5 +1,8 @@
 """Models that ``mlpint train`` trains: plain PyTorch, unaware of layer-parallel training."""
 
+from .bert import BERT
 from .gpt import GPT, Block
+from .tagger import Tagger
+from .vit import ViT
 
-__all__ = ["GPT", "Block"]
+__all__ = ["BERT", "Block", "GPT", "Tagger", "ViT"]

@@ -18,14 +18,15 @@ class Block(nn.Module):
         dropout: probability, of attention weights and of both residual increments.
         depth: number of blocks in the model: projections onto the residual stream start smaller by sqrt(2 depth).
             The layer-parallel solver relies on such small increments.
+        ffn: inner width of the second half; 0: 4 dim.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, depth: int = 1) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, depth: int = 1, ffn: int = 0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.ln1, self.ln2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up, self.down = nn.Linear(dim, ffn or 4 * dim), nn.Linear(ffn or 4 * dim, dim)
         for linear in (self.qkv, self.up, self.proj, self.down):
             onto_stream = linear in (self.proj, self.down)
             nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth) if onto_stream else 0.02)
@@ -56,16 +57,25 @@ class GPT(nn.Module):
         sequence: longest input.
         layers, dim, heads, dropout: of the blocks.
         tied: use the token embedding as the output matrix.
+        ffn: of the blocks.
     """
 
     def __init__(
-        self, vocabulary: int, sequence: int, layers: int, dim: int, heads: int, dropout: float = 0.0, tied: bool = True
+        self,
+        vocabulary: int,
+        sequence: int,
+        layers: int,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        tied: bool = True,
+        ffn: int = 0,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.tokens = nn.Embedding(vocabulary, dim)
         self.positions = nn.Embedding(sequence, dim)
-        self.blocks = nn.Sequential(*(Block(dim, heads, dropout, depth=layers) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(dim, heads, dropout, layers, ffn) for _ in range(layers)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         for module in (self.tokens, self.positions, self.head):

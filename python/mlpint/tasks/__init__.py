@@ -2,9 +2,12 @@
 
 from ..config import TrainConfig
 from .base import Batch, Sample, Task
+from .bert import BERTTask
 from .gpt import GPTTask
+from .tagging import TaggingTask
+from .vit import ViTTask
 
-_TASKS: dict[str, type[Task]] = {"gpt": GPTTask}
+_TASKS: dict[str, type[Task]] = {"gpt": GPTTask, "bert": BERTTask, "vit": ViTTask, "tagging": TaggingTask}
 
 
 def make(config: TrainConfig) -> Task:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..comm import Comm
 from ..config import TrainConfig
-from ..data import Batches, load
+from ..data import Batches, Corpus, load
 from ..models import GPT
 from ..sample import generate
 from .base import Batch, Sample, Task
@@ -22,7 +22,7 @@ class GPTTask(Task):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         data = config.data
-        self.corpus = load(data.data, data.sequence, config.model.vocabulary)
+        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation)
         self.name = self.corpus.name
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.per_batch = data.batch * data.sequence
@@ -32,9 +32,7 @@ class GPTTask(Task):
         return f"{self.name}: {len(self.corpus.train):,} tokens, {len(self.corpus.validation):,} held out"
 
     def digest(self) -> str:
-        train, validation = self.corpus.train, self.corpus.validation
-        ends = [part.tobytes() for tokens in (train, validation) for part in (tokens[:65536], tokens[-65536:])]
-        return f"{len(train)} + {len(validation)} tokens, digest {zlib.crc32(b''.join(ends)):08x}"
+        return corpus_digest(self.corpus)
 
     def identity(self) -> dict[str, str]:
         return {"vocabulary": f"{self.corpus.vocabulary} tokens"}
@@ -49,6 +47,7 @@ class GPTTask(Task):
             model.heads,
             model.dropout,
             model.tied,
+            model.ffn,
         )
 
     def train(self, position: int) -> Batch:
@@ -74,3 +73,10 @@ class GPTTask(Task):
         tokens = generate(model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=comm, device=device)
         given, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
         return Sample(f"{given!r} goes on", text, given + text)
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """What ranks compare to know that they have read the same text: its length and both of its ends."""
+    train, validation = corpus.train, corpus.validation
+    ends = [part.tobytes() for tokens in (train, validation) for part in (tokens[:65536], tokens[-65536:])]
+    return f"{len(train)} + {len(validation)} tokens, digest {zlib.crc32(b''.join(ends)):08x}"

@@ -1,0 +1,63 @@
+"""A BERT: an encoder on token and position embeddings that names masked tokens (Devlin et al., 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .encoder import encoder_blocks, normal_
+
+
+class BERT(nn.Module):
+    """Logits of the tokens that stand, or stood, at some places: [batch, sequence] int64 -> [batch, n, vocabulary].
+
+    Pre-LN blocks, as arXiv 2601.09026 has them, where the original's are post-LN. ``blocks`` may be replaced by
+    ``LayerParallel(model.blocks, ...)``.
+
+    Args:
+        vocabulary: number of tokens, special ones included.
+        sequence: longest input.
+        layers, dim, heads, ffn, dropout: of the blocks; ``ffn`` 0 is 4 dim.
+        tied: use the token embedding as the output matrix.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        sequence: int,
+        layers: int,
+        dim: int,
+        heads: int,
+        ffn: int = 0,
+        dropout: float = 0.0,
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(sequence, dim)
+        # Embeddings of unit size: next to smaller ones the first blocks' steps are large, and MGRIT's error with them.
+        self.embedding_norm = nn.LayerNorm(dim)
+        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocabulary)
+        normal_(self.tokens, self.positions, self.transform, self.head)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def encode(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The states behind the last block, normalised: [batch, sequence, dim]. ``lengths`` as in :class:`Block`."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding_norm(self.tokens(tokens) + self.positions(places))
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.norm(self.blocks(x, lengths=lengths))
+
+    def forward(
+        self, tokens: torch.Tensor, places: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits at ``places``, [batch, n] int64, of each sequence; at all of them by default."""
+        x = self.encode(tokens, lengths)
+        if places is not None:
+            x = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return self.head(self.transform_norm(F.gelu(self.transform(x), approximate="tanh")))

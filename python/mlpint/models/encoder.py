@@ -1,0 +1,31 @@
+"""What the encoders have in common: pre-LN blocks in which every place attends to every other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..nn import Block
+
+
+class Blocks(nn.ModuleList):
+    """Layers run one after the other, each given the same further arguments."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self:
+            x = block(x, lengths=lengths)
+        return x
+
+
+def encoder_blocks(layers: int, dim: int, heads: int, ffn: int, dropout: float) -> Blocks:
+    """Pre-LN blocks with full attention and GPT-2's initialisation; ``ffn`` 0 is 4 dim."""
+    settings = {"ffn": ffn or 4 * dim, "attention": "full", "dropout": dropout, "depth": layers}
+    return Blocks(Block(dim, heads, **settings) for _ in range(layers))
+
+
+def normal_(*modules: nn.Module) -> None:
+    """GPT-2's initialisation of embeddings and linear maps: normal with deviation 0.02, biases 0."""
+    for module in modules:
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,56 @@
+"""A vision transformer: an encoder on patches of an image (Dosovitskiy et al., 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .encoder import encoder_blocks, normal_
+
+
+class ViT(nn.Module):
+    """Logits of the classes, [batch, channels, height, width] -> [batch, classes].
+
+    ``blocks`` may be replaced by ``LayerParallel(model.blocks, ...)``.
+
+    Args:
+        size: (channels, height, width) of the images.
+        patch: side of a patch; divides height and width.
+        classes: number of classes.
+        layers, dim, heads, ffn, dropout: of the blocks; ``ffn`` 0 is 4 dim.
+
+    Raises:
+        ValueError: the patches do not cover the images.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        patch: int,
+        classes: int,
+        layers: int,
+        dim: int,
+        heads: int,
+        ffn: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = size
+        if height % patch or width % patch:
+            raise ValueError(f"patch = {patch}: must divide the images' size, {height} x {width}")
+        self.dropout = dropout
+        self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.empty(1, (height // patch) * (width // patch) + 1, dim))
+        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        nn.init.normal_(self.positions, std=0.02)
+        normal_(self.head)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.head(self.norm(self.blocks(x)[:, 0]))
