@@ -1,4 +1,4 @@
-"""Multilevel training written out: explicit lists of blocks, gradients by autograd.grad, optimisers by their formulas."""
+"""Multilevel training written out: lists of blocks, gradients by autograd.grad, optimisers by their formulas."""
 
 import copy
 
@@ -166,4 +166,4 @@ class Reference:
         found = dict(net.named_parameters())
         pairs = [(w.value, found[n]) for n, w in self.shared.items()]
         pairs += [(w.value, found[f"blocks.{i}.{n}"]) for i, b in enumerate(self.blocks) for n, w in b.items()]
-        return max(float((a - b).abs().max()) for a, b in pairs)
+        return max(float((a - b.detach()).abs().max()) for a, b in pairs)

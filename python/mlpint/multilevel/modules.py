@@ -36,7 +36,7 @@ class ModuleRunner:
                 continue
             if "forward" in layer.__dict__:
                 raise RuntimeError(
-                    f"layer {n} has a forward of its own in place of its class's: take that back before the coarse phase"
+                    f"layer {n} has a forward of its own in place of its class's: take that back before coarse phases"
                 )
             if n not in active:
                 layer.__dict__["forward"] = self._passing(layer.forward)

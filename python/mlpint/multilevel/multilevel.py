@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError
+from ..flops import FlopMeter
 from .copies import ModuleCopies, Named
 from .hierarchy import Network, hierarchy
 from .modules import runner_of
@@ -45,6 +45,7 @@ class Multilevel:
             that are not in the network that steps.
 
     Keyword args:
+        model: what the blocks are part of, so that :attr:`flops` counts what lies outside them too.
         delta: weight of the coarse blocks in the average, in [0, 1].
         coarse_steps: steps of a coarse network each time; one number, or one for each coarse level.
         cycles: fine steps that are followed by coarse training, at first; or ``"auto"``: as long as coarse training
@@ -71,6 +72,7 @@ class Multilevel:
 
     Attributes:
         networks: by name.
+        flops: the :class:`mlpint.flops.FlopMeter` of all phases so far.
         steps_done: optimiser steps so far, on all levels.
 
     Raises:
@@ -82,6 +84,8 @@ class Multilevel:
         self,
         blocks: Sequence[nn.Module] | nn.Module,
         optimizer: torch.optim.Optimizer,
+        *,
+        model: nn.Module | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -96,6 +100,7 @@ class Multilevel:
         _check(self._runner.layers, self._parameters, optimizer)
         self._copies: dict[str, ModuleCopies] = {}
         self._kept: dict[str, dict[tuple[int, str], ParameterState]] = {name: {} for name in self.networks}
+        self.flops = FlopMeter(blocks, model)
         self._hooks = StepHooks(optimizer, s)
         self._plan: Plan | None = None
         self._events: Iterator[Step | Close] = iter(())
@@ -109,7 +114,7 @@ class Multilevel:
         """The phases of a training, one an optimiser step.
 
         Args:
-            total_steps: fine steps in all. Those done before, by this object or by the one whose state was loaded, count.
+            total_steps: fine steps in all, those done before included, by this object or by one whose state it loaded.
             batches: how many there are, if known.
 
         Raises:
@@ -179,15 +184,18 @@ class Multilevel:
                 self._hooks.enter(phase.plan)
             undo.pop_all()
         self._inside = phase
+        self._counting = self.flops.step(phase.name, len(phase.layers) + len(self._runner.kept))
+        self._counting.__enter__()
 
     def _leave_alone_others(self, network: Network) -> None:
-        """No gradient at all for layers that are not in the network: momentum and weight decay would move them for 0."""
+        """No gradient at all for layers outside the network: with a zero, momentum and weight decay would move them."""
         for n in self._parameters.keys() - network.layers:
             for p in self._parameters[n].values():
                 p.grad = None
 
     def _exit(self, phase: Phase, error: BaseException | None) -> None:
         self._inside = None
+        self._counting.__exit__()
         path = phase.plan.path
         if path:
             self._hooks.exit()
@@ -227,13 +235,13 @@ def _check(layers: Sequence[nn.Module], parameters: Named, optimizer: torch.opti
             name = next(k for k in {**shapes, **found} if shapes.get(k) != found.get(k))
             raise ValueError(
                 f"blocks {first} and {n} differ: {name!r} is {shapes.get(name, 'missing')} in one and "
-                f"{found.get(name, 'missing')} in the other; coarse networks need blocks of one shape, pass those that are"
+                f"{found.get(name, 'missing')} in the other; coarse networks need blocks of one shape: pass only such"
             )
         for name, p in named.items():
             if p not in owned:
                 raise ValueError(
-                    f"the optimiser does not own {name!r} of block {n}: pass the one that trains the blocks, made after "
-                    "they were put in their place, or set requires_grad=False for what is not to be trained"
+                    f"the optimiser does not own {name!r} of block {n}: pass the one that trains the blocks, made "
+                    "after they were put in their place, or set requires_grad=False for what is not to be trained"
                 )
             if owners.setdefault(p, n) != n:
                 raise ValueError(

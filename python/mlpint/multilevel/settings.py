@@ -61,7 +61,7 @@ class Settings:
         object.__setattr__(self, "coarse_steps", self._by_level("coarse_steps", 1, None))
         object.__setattr__(self, "cycles", self._by_level("cycles", 0, 1))
         if self.adaptive and self.clock == "own":
-            raise ValueError("clock = 'own': needs a number of cycles, since its length is not known with cycles = 'auto'")
+            raise ValueError("clock = 'own': its length is not known with cycles = 'auto'; give a number of cycles")
 
     @property
     def adaptive(self) -> bool:

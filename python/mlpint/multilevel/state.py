@@ -56,8 +56,8 @@ def check_averaged(name: str, state: Mapping[str, Any], shape: torch.Size) -> No
             continue
         if value.shape != shape:
             raise ValueError(
-                f"the optimiser's {key!r} of {name} is {tuple(value.shape)}, the parameter {tuple(shape)}: such a state "
-                "cannot be averaged over levels; pass state='separate' or state='reset'"
+                f"the optimiser's {key!r} of {name} is {tuple(value.shape)}, the parameter {tuple(shape)}: such a "
+                "state cannot be averaged over levels; pass state='separate' or state='reset'"
             )
         if key not in _FIRST | _SECOND:
             raise ValueError(

@@ -1,0 +1,173 @@
+"""How many floating-point operations training takes: the model's, by formula where it is known, else measured once.
+
+Only products of matrices count, a multiply-add as two, as in torch's FlopCounterMode; causal attention counts in full.
+Training takes three times a forward pass: the forward itself, the gradients of inputs and those of weights. These are
+the FLOPs of the network as it is written down: activation checkpointing, and MGRIT's iterations, do more
+(``blocks.stats`` counts these).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import models
+from .layer_parallel import LayerParallel
+from .nn import Block, BlockStack
+
+_TRAINING = 3
+
+
+def transformer_block(dim: int, ffn: int, tokens: int, sequence: int) -> tuple[int, int]:
+    """Forward FLOPs of a block in its dense layers (queries, keys, values, projection, FFN) and in its attention."""
+    return 2 * tokens * (4 * dim * dim + 2 * dim * ffn), 4 * tokens * sequence * dim
+
+
+def measured(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Forward FLOPs of a call, by doing it; without a trace in gradients or random numbers."""
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    # Attention as plain products of matrices, which are counted on every device.
+    with torch.no_grad(), torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            type(module).forward(module, *args, **kwargs)
+    return counter.get_total_flops()
+
+
+class FlopMeter:
+    """Counts what training steps take, from the shapes that pass through the model.
+
+    ::
+
+        meter = FlopMeter(model.blocks, model)
+        with meter.step():
+            loss = model(inputs); loss.backward(); optimizer.step()
+
+    Forward passes without gradients, and those outside a step, are not counted.
+
+    Args:
+        blocks: the residual blocks: a sequence of modules, a BlockStack or a LayerParallel stack.
+        model: what they are part of, so that what lies outside them (head, embedding) counts too; dense layers by
+            formula, other modules with matrices as measured.
+
+    Attributes:
+        linear, attention, outside: training FLOPs so far: of the blocks' dense layers, of their attention (0 where it
+            was measured together with the dense layers, in ``linear``), and outside the blocks.
+        tokens: positions of the state so far, batch times sequence.
+        seconds: wall time of the steps.
+        steps: by name of the network.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module] | nn.Module, model: nn.Module | None = None) -> None:
+        self.linear = self.attention = self.outside = self.tokens = 0
+        self.seconds = 0.0
+        self.steps: Counter[str] = Counter()
+        self._running = 0  # blocks that run now
+        self._measured: dict[tuple, int] = {}
+        whole = isinstance(blocks, BlockStack | LayerParallel)
+        self.layers = len(blocks)
+        self._example = _example(blocks) if whole else blocks[0]
+        entrance = blocks if whole else blocks[0]
+        entrance.register_forward_pre_hook(self._block_called, with_kwargs=True)
+        if model is not None:
+            self._watch_outside(model, {id(m) for b in ([blocks] if whole else blocks) for m in b.modules()})
+
+    @property
+    def blocks(self) -> int:
+        """Training FLOPs of the blocks."""
+        return self.linear + self.attention
+
+    @property
+    def all(self) -> int:
+        """Training FLOPs of the model; of the blocks alone if no model was given."""
+        return self.blocks + self.outside
+
+    def step(self, name: str = "fine", layers: int | None = None) -> _Step:
+        """A context manager around one optimiser step of a network with so many of the blocks; all by default."""
+        return _Step(self, name, self.layers if layers is None else layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("linear", "attention", "outside", "tokens", "seconds")
+        return {name: getattr(self, name) for name in names} | {"steps": dict(self.steps)}
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`as_dict`'s counts."""
+        for name, value in values.items():
+            setattr(self, name, Counter(value) if name == "steps" else value)
+
+    # --- what the hooks call -----------------------------------------------------------------------------------------
+
+    def _block_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._running or not torch.is_grad_enabled():
+            return
+        state = args[0] if args else next(iter(kwargs.values()))
+        first = state if isinstance(state, torch.Tensor) else state[0]
+        tokens = math.prod(first.shape[:-1])
+        self.tokens += tokens
+        size = _known(self._example)
+        if size is not None:
+            linear, attention = transformer_block(*size, tokens, first.shape[-2])
+        else:
+            linear, attention = self._measure(self._example, args, kwargs), 0
+        self.linear += _TRAINING * self._running * linear
+        self.attention += _TRAINING * self._running * attention
+
+    def _watch_outside(self, model: nn.Module, inside: set[int]) -> None:
+        for module in model.modules():
+            own = any(p.dim() >= 2 for p in module._parameters.values() if p is not None)
+            if own and id(module) not in inside and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.register_forward_pre_hook(self._outside_called, with_kwargs=True)
+
+    def _outside_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._running or not torch.is_grad_enabled():
+            return
+        if isinstance(module, nn.Linear) and args:
+            self.outside += _TRAINING * 2 * math.prod(args[0].shape) * module.out_features
+        else:
+            self.outside += _TRAINING * self._measure(module, args, kwargs)
+
+    def _measure(self, module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> int:
+        if module is None:  # a rank without layers
+            return 0
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        key = (id(module), *(tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)))
+        if key not in self._measured:
+            self._measured[key] = measured(module, args, kwargs)
+        return self._measured[key]
+
+
+class _Step:
+    def __init__(self, meter: FlopMeter, name: str, layers: int) -> None:
+        self.meter, self.name, self.layers = meter, name, layers
+
+    def __enter__(self) -> None:
+        self.meter._running = self.layers
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter._running = 0
+        self.meter.seconds += time.perf_counter() - self.started
+        self.meter.steps[self.name] += 1
+
+
+def _example(blocks: BlockStack | LayerParallel) -> nn.Module | None:
+    """One of the blocks, for what all of them take."""
+    if isinstance(blocks, LayerParallel):
+        return blocks.stacked or next(iter(blocks.local_layers.values()), None)
+    return blocks
+
+
+def _known(block: nn.Module | None) -> tuple[int, int] | None:
+    """Width and FFN width of a block whose formula is known."""
+    if isinstance(block, Block | BlockStack):
+        return block.settings.dim, block.settings.ffn
+    if isinstance(block, models.gpt.Block):
+        return block.up.in_features, block.up.out_features
+    return None
