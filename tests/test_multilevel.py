@@ -1,11 +1,14 @@
 """Multilevel training against the same training written out with explicit lists of blocks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from mlpint import MGRIT, LayerParallel, Multilevel
-from reference_multilevel import Net, Reference, adamw, batches, momentum, sgd
+from mlpint.errors import DataError
+from reference_multilevel import Block, Net, Reference, adamw, batches, momentum, sgd
 
 RULES = {
     "sgd": (sgd, lambda ps, lr: torch.optim.SGD(ps, lr)),
@@ -208,3 +211,206 @@ def test_learning_rate_of_coarse_steps():
             handle.remove()
             assert optimizer.param_groups[0]["lr"] == (0.4 if phase.fine else 0.8)
     assert used == pytest.approx([0.4, *[0.2, 0.4, 0.4, 0.4] * 2, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "message"),
+    [
+        ({}, 9, "9 layers cannot be split evenly into 2 .* multiple of 2; take 8 or 10 layers"),
+        ({}, 1, "1 layers cannot be split .* take 2 layers"),
+        ({"levels": 3}, 6, "multiple of 4; take 4 or 8 layers"),
+        ({"networks": 3}, 8, "multiple of 3; take 6 or 9 layers"),
+        ({"delta": -0.1}, 8, r"delta = -0.1: must be a number in \[0, 1\]"),
+        ({"delta": 1.5}, 8, r"delta = 1.5: must be a number in \[0, 1\]"),
+        ({"delta": float("nan")}, 8, "delta = nan: must be"),
+        ({"delta": True}, 8, "delta = True: must be"),
+        ({"coarse_steps": 0}, 8, "coarse_steps = 0: must be an integer of at least 1"),
+        ({"coarse_steps": (1, 2)}, 8, r"coarse_steps = \(1, 2\): must be one number, or 1 for levels = 2"),
+        ({"cycles": -1}, 8, "cycles = -1: must be an integer of at least 0 or 'auto'"),
+        ({"cycles": (3, "auto"), "levels": 3}, 8, "cycles = .* must be an integer"),
+        ({"cycles": "auto", "clock": "own"}, 8, "clock = 'own': its length is not known"),
+        ({"networks": 1}, 8, "networks = 1: must be an integer of at least 2"),
+        ({"levels": 1}, 8, "levels = 1: must be an integer of at least 2"),
+        ({"order": "ba"}, 8, "order = 'ba': must be one of AB, BA, alternating"),
+        ({"state": "none"}, 8, "state = 'none': must be one of carry, restrict, separate, reset"),
+        ({"coarse_lr": -1}, 8, "coarse_lr = -1: must be a number of at least 0"),
+    ],
+)
+def test_bad_options(options, layers, message):
+    net = net_of(layers)
+    with pytest.raises(ValueError, match=message):
+        Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), **options)
+
+
+def test_bad_blocks_and_optimisers():
+    net = net_of(4)
+    sgd_of = lambda module: torch.optim.SGD(module.parameters(), 0.1)  # noqa: E731
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got list"):
+        Multilevel(net.blocks, list(net.parameters()))
+    with pytest.raises(ValueError, match="does not own 'up.weight' of block 0: pass the one that trains the blocks"):
+        Multilevel(net.blocks, sgd_of(net.head))
+    with pytest.raises(ValueError, match="total_steps = 0: must be an integer of at least 1"):
+        Multilevel(net.blocks, sgd_of(net)).schedule(0)
+    with pytest.raises(TypeError, match="detla"):
+        Multilevel(net.blocks, sgd_of(net), detla=0.5)
+    net.blocks[2].up = nn.Linear(4, 5)
+    net.blocks[2].down = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match=r"blocks 0 and 2 differ: 'up.weight' is \(6, 4\) in one and \(5, 4\) in the"):
+        Multilevel(net.blocks, sgd_of(net))
+    net = net_of(4)
+    net.blocks[3].up = net.blocks[1].up
+    with pytest.raises(ValueError, match="blocks 1 and 3 share 'up.weight'"):
+        Multilevel(net.blocks, sgd_of(net))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Adagrad])
+def test_a_state_that_cannot_be_averaged_is_refused_unless_it_need_not_be(optimizer):
+    net = net_of(4)
+    with pytest.raises(ValueError, match="optimiser.* of layer 1's up.weight.*pass state='separate'"):
+        run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2)
+    assert "forward" not in net.blocks[0].__dict__
+    for state in ("separate", "reset", "carry"):
+        run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2, state=state)
+
+
+def test_the_end_of_the_data_is_named():
+    net = net_of(4)
+    with pytest.raises(DataError, match="data ended in optimiser step 4, phase 'B' of fine step 1.*lower total_steps"):
+        run(net, torch.optim.SGD(net.parameters(), 0.1), 2, iter(batches(3)), cycles=1, coarse_steps=2)
+
+
+def test_phases_are_entered_once_and_in_order():
+    net = net_of(4)
+    multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), cycles=1, coarse_steps=1)
+    with pytest.raises(RuntimeError, match=r"Phase\('fine'.*was not entered"):
+        for _ in multilevel.schedule(2):
+            pass
+    phases = multilevel.schedule(2)
+    first = next(phases)
+    with first, pytest.raises(RuntimeError, match="leave the one before the other"):
+        first.__enter__()
+    with pytest.raises(RuntimeError, match="is not the next step"), first:
+        pass
+    next(multilevel.schedule(3))
+    with pytest.raises(RuntimeError, match="another schedule"):
+        next(phases)
+
+
+def test_a_step_that_raised_is_offered_again():
+    def train(failing):
+        net = net_of(4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        data, count = batches(100), 0
+        for phase in Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2).schedule(2):
+            count += 1
+            try:
+                with phase:
+                    net.loss(data[phase.batch_index]).backward()
+                    if count in failing:
+                        raise KeyError(count)
+                    optimizer.step()
+            except KeyError:
+                pass
+            optimizer.zero_grad()
+        return net.state_dict()
+
+    plain, failed = train(()), train((1, 2, 4, 6, 8))
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), failed.values(), strict=True))
+
+
+def test_hugging_face_like_loops():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block().double()
+
+        def forward(self, hidden_states, mask=None):
+            return self.block(hidden_states), None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.h:
+                x = layer(hidden_states=x, mask=None)[0]
+            return x
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, outputs, weights = torch.randn(2, 4, dtype=torch.float64), {}, {}
+    for phase in Multilevel(model.h, optimizer, cycles=1, coarse_steps=1).schedule(1):
+        with phase:
+            outputs[phase.name], weights[phase.name] = model(x), copy.deepcopy(model)
+    b = [layer.block for layer in model.h]
+
+    def twice(block, x):
+        return x + 2 * (block(x) - x)
+
+    torch.testing.assert_close(outputs["fine"], b[3](b[2](b[1](b[0](x)))))
+    torch.testing.assert_close(outputs["A"], twice(b[3], twice(b[1], x)))
+    torch.testing.assert_close(outputs["B"], twice(b[2], twice(b[0], x)))
+
+
+def test_coherence_makes_the_first_coarse_gradient_the_fine_one():
+    net = net_of(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    batch, gradients = batches(1)[0], {}
+    for phase in Multilevel(net.blocks, optimizer, cycles=2, coarse_steps=3, coherence=1.0).schedule(2):
+        with phase:
+            net.loss(batch).backward()
+            optimizer.step()
+            gradients[phase.name] = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+            optimizer.zero_grad()
+    for name, ratio in (("A", 2), ("B", 2)):
+        for key, gradient in gradients[name].items():
+            scale = ratio if "blocks" in key else 1
+            torch.testing.assert_close(gradient, scale * gradients["fine"][key], rtol=1e-10, atol=1e-14)
+    assert len(gradients["A"]) == len(gradients["B"]) == 4 + 2 * 4
+
+
+def test_coherence_averages_over_cycles():
+    net = net_of(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    data, seen, fine = batches(100), {"A": [], "B": []}, []
+    multilevel = Multilevel(net.blocks, optimizer, cycles=3, coarse_steps=2, coherence=0.5)
+    p = net.blocks[1].up.weight
+    for phase in multilevel.schedule(3):
+        with phase:
+            net.loss(data[phase.batch_index]).backward()
+            before = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+            if phase.fine:
+                fine.append(before)
+            elif phase.name == "A":
+                seen["A"].append((before, p.grad.clone()))
+            optimizer.zero_grad()
+    v, weight = 0, 0
+    for cycle in range(3):
+        (first, after), (second, after_second) = seen["A"][2 * cycle : 2 * cycle + 2]
+        v, weight = 0.9 * v + 0.1 * (first - 2 * fine[cycle]), 0.9 * weight + 0.1
+        torch.testing.assert_close(after, first - 0.5 * v / weight)
+        torch.testing.assert_close(after_second, second - 0.5 * v / weight)
+
+
+def test_cycles_end_where_fine_training_pays_more():
+    """Losses made up, falling along one slope in cycles and another in fine steps: the rule stops, or never does."""
+
+    def cycles(per_coarse, per_fine):
+        net = net_of(4)
+        multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.0), cycles="auto", coarse_steps=10)
+        loss, names = 10.0, []
+        for phase in multilevel.schedule(300):
+            with phase:
+                net.loss(batches(1)[0])
+                loss -= per_fine if phase.fine else per_coarse
+                phase.loss(torch.tensor(loss))
+            names.append(phase.name)
+        return "".join("f" if n == "fine" else n for n in names)
+
+    losing = cycles(0.001, 0.01)  # half a fine step's FLOPs
+    assert losing.count("A") == 10 * 2 * 5 and losing.endswith("f" * 260)
+    assert cycles(0.01, 0.001).count("A") > 10 * 100
+    with pytest.raises(RuntimeError, match="say phase.loss"):
+        phases(3, cycles="auto")

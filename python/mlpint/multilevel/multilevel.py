@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..flops import FlopMeter
+from .coherence import Coherence
 from .copies import ModuleCopies, Named
 from .hierarchy import Network, hierarchy
 from .modules import runner_of
@@ -19,6 +20,7 @@ from .plan import Close, Plan, Step
 from .settings import Settings
 from .state import ParameterState
 from .steps import StepHooks
+from .stopping import StoppingRule
 
 
 class Multilevel:
@@ -101,7 +103,11 @@ class Multilevel:
         self._copies: dict[str, ModuleCopies] = {}
         self._kept: dict[str, dict[tuple[int, str], ParameterState]] = {name: {} for name in self.networks}
         self.flops = FlopMeter(blocks, model)
-        self._hooks = StepHooks(optimizer, s)
+        self._coherences = self._make_coherences() if s.coherence else {}
+        self._hooks = StepHooks(optimizer, s, self._coherences)
+        self._rule = StoppingRule(s.window)
+        self._decisions: list[bool] = []  # of the rule, one a fine step
+        self._loss: torch.Tensor | float | None = None
         self._plan: Plan | None = None
         self._events: Iterator[Step | Close] = iter(())
         self._next: Step | None = None
@@ -160,8 +166,26 @@ class Multilevel:
         self._next = None
         return closed
 
-    def _another(self, cycles: int) -> bool:
-        raise NotImplementedError
+    def _another(self, fine_step: int) -> bool:
+        if fine_step == len(self._decisions):
+            if self._loss is None:
+                raise RuntimeError("cycles = 'auto' goes by the loss of fine steps: say phase.loss(loss) in each")
+            self._decisions.append(self._rule.another(self.flops.blocks, float(self._loss)))
+        return self._decisions[fine_step]
+
+    def _make_coherences(self) -> dict[str, Coherence]:
+        inside = {p for named in self._parameters.values() for p in named.values()}
+        shared = [p for group in self.optimizer.param_groups for p in group["params"] if p not in inside]
+        return {
+            name: Coherence(
+                self.settings.coherence,
+                network.ratio,
+                [p for n in network.layers for p in self._parameters.get(n, {}).values()],
+                shared,
+            )
+            for name, network in self.networks.items()
+            if network.level
+        }
 
     # --- a phase -----------------------------------------------------------------------------------------------------
 
@@ -181,7 +205,7 @@ class Multilevel:
             if phase.plan.path:
                 self._leave_alone_others(phase.plan.network)
                 self._runner.enter(phase.plan.network)
-                self._hooks.enter(phase.plan)
+            self._hooks.enter(phase.plan)
             undo.pop_all()
         self._inside = phase
         self._counting = self.flops.step(phase.name, len(phase.layers) + len(self._runner.kept))
@@ -197,12 +221,13 @@ class Multilevel:
         self._inside = None
         self._counting.__exit__()
         path = phase.plan.path
+        self._hooks.exit()
         if path:
-            self._hooks.exit()
             self._runner.exit(phase.plan.network)
         closed: list[Network] = []
         if error is None:
             self.steps_done += 1
+            self._loss = phase.value
             closed = self._advance()
         for network in reversed(path):
             copies = self._copies[network.name]

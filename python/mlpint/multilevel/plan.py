@@ -47,7 +47,7 @@ class Plan:
         fine: the hierarchy.
         settings: its options.
         total: fine steps.
-        another: says, with the number of cycles so far, whether there is another one on the finest level.
+        another: says of a fine step that has been taken whether a cycle follows, where ``cycles`` is ``"auto"``.
     """
 
     def __init__(self, fine: Network, settings: Settings, total: int, another: Callable[[int], bool]) -> None:
