@@ -411,6 +411,6 @@ def test_cycles_end_where_fine_training_pays_more():
 
     losing = cycles(0.001, 0.01)  # half a fine step's FLOPs
     assert losing.count("A") == 10 * 2 * 5 and losing.endswith("f" * 260)
-    assert cycles(0.01, 0.001).count("A") > 10 * 100
+    assert cycles(0.01, 0.001).count("A") > 900
     with pytest.raises(RuntimeError, match="say phase.loss"):
         phases(3, cycles="auto")
