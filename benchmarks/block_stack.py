@@ -4,9 +4,10 @@
     python benchmarks/block_stack.py --quick  the aim alone
 
 J layers of different intervals take one step each: once by :class:`mlpint.nn.Block`, block after block, with autograd
-for the backward; once as LayerParallel takes them from stacked parameters, as many at once as mlpint.nn.batching says.
-As in a training step all J are recorded before the first goes back. Both are timed in turn, in processor time, so that
-what else runs on the machine counts little; ratios are medians over the turns. Exits with 1 where the aim of 1.8 is missed or a choice is more than 1.05 times slower than the loop.
+for the backward; once as LayerParallel takes them from stacked parameters, as many at once as mlpint.nn.batching
+says. As in a training step all J are recorded before the first goes back. Both are timed in turn, in processor time,
+so that what else runs on the machine counts little; ratios are medians over the turns. Exits with 1 where the aim of
+1.8 is missed or a choice is more than 1.05 times slower than the loop.
 """
 
 from __future__ import annotations

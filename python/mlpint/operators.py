@@ -78,7 +78,8 @@ class LearntOperator:
             elif solution is None:
                 moved.append(torch.lerp(a, b, length))
             else:
-                moved.append(a + self._apply(solution, b - a).mul_(scale))
+                step = self._apply(solution, b - a)
+                moved.append((step if scale == 1 else step.mul_(scale)).add_(a))
         return State(moved)
 
     def _apply(self, solution: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ class LearntOperator:
         size = f.norm()
         # Every pass counts alike, however large its states or gradients; one without a finite size does not count.
         scale = torch.where(size.isfinite() & (size > 0) & y.norm().isfinite(), 1 / size, torch.zeros_like(size))
-        f, y = torch.nan_to_num(f, 0, 0, 0) * scale, torch.nan_to_num(y, 0, 0, 0) * scale
+        f, y = (t.nan_to_num_(0, 0, 0).mul_(scale) for t in (f, y))  # differences that nobody else holds
         if self.affine:
             f = torch.cat([f, scale.expand(len(f), 1)], 1)
         with torch.autocast(f.device.type, enabled=False):
