@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from mlpint import LayerParallel, parallelize
-from mlpint.huggingface import check as check_layers
+from mlpint.huggingface import stack_type
+from mlpint.nn import BlockStack
 from mlpint.replicas import check_replicas
 from scenarios import check, names
 
@@ -69,6 +70,12 @@ def large(count):
 def stack_of(model):
     (name,) = [name for name, module in model.named_modules() if isinstance(module, LayerParallel)]
     return name
+
+
+def test_block_stack():
+    model = Model(heads=[Head() for _ in range(2)])
+    model.deep = BlockStack(3, 4, 1)
+    assert stack_of(parallelize(model)) == "deep"
 
 
 def test_longest_and_largest():
@@ -221,7 +228,7 @@ def test_position_bias():
 
     model = Model(blocks=[Biased() for _ in range(3)])
     with pytest.raises(ValueError, match=r"the layers of blocks \(Biased\) hand a position bias to each other"):
-        check_layers(model, "blocks")
+        stack_type(model, "blocks")
 
 
 def test_replicas_of_a_model_without_stacks():

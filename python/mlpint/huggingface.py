@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .looped import REMEDIES, refuse
+from .looped import REMEDIES, LoopedStack, refuse
+from .position_bias import BiasedStack, hands_on_a_bias
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -19,32 +20,45 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
 
 
-def is_encoder_decoder(model: nn.Module) -> bool:
-    return any(getattr(part.config, "is_encoder_decoder", False) for part in pretrained_models(model).values())
+def encoder_and_decoder(model: nn.Module) -> list[str]:
+    """The names of both parts of an encoder-decoder model; empty for others."""
+    for part in pretrained_models(model).values():
+        if getattr(part.config, "is_encoder_decoder", False):
+            parts = part.get_encoder(), part.get_decoder()
+            names = [next((name for name, m in model.named_modules() if m is found), "") for found in parts]
+            return names if all(names) and names[0] != names[1] else []
+    return []
 
 
-def check(model: nn.Module, path: str) -> None:
-    """Raises where a stack, given by its name, cannot be replaced."""
+def stack_type(model: nn.Module, path: str) -> type[LoopedStack]:
+    """What can take the place of a stack, given by its name.
+
+    Raises:
+        ValueError: nothing can.
+    """
     layer = model.get_submodule(path)[0]
-    if "position_bias" in inspect.signature(layer.forward).parameters:
+    biased = "position_bias" in inspect.signature(layer.forward).parameters
+    if biased and not hands_on_a_bias(layer):
         raise ValueError(
-            f"the layers of {path} ({type(layer).__name__}) hand a position bias to each other beside their state, as "
-            "T5's do; a layer-parallel stack passes on the state alone, so such models cannot be parallelized"
+            f"the layers of {path} ({type(layer).__name__}) hand a position bias to each other beside their state, "
+            "and not as the T5 of transformers 5 does; a layer-parallel stack passes on the state alone, so this "
+            "one cannot be parallelized"
         )
     for prefix, part in model.named_modules():
         if _within(path, prefix) and (getattr(part, "layerdrop", 0) or 0) > 0:
             raise ValueError(
                 f"layerdrop = {part.layerdrop} in {type(part).__name__}: a layer-parallel stack drops none; set it to 0"
             )
+    return BiasedStack if biased else LoopedStack
 
 
-def prepare(model: nn.Module, path: str) -> None:
-    """After the stack was replaced: no caches by default, and a clear word where one asks for what lies inside it."""
+def prepare(model: nn.Module, paths: list[str]) -> None:
+    """After the stacks were replaced: no caches by default, and a clear word where one asks for what lies inside it."""
     for prefix, part in pretrained_models(model).items():
         for config in (part.config, getattr(part, "generation_config", None)):
             if getattr(config, "use_cache", False):
                 config.use_cache = False
-        if _within(path, prefix):
+        if any(_within(path, prefix) for path in paths):
             part.register_forward_pre_hook(_refuse_recording, with_kwargs=True)
 
 

@@ -58,9 +58,9 @@ class LoopedStack(LayerParallel):
         kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(layers[0].forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind in kinds]
-        self._outlines = [_outline(layer) for layer in layers]
-        for outline in self._outlines:
-            outline.forward = _refuse_single_call
+        self._outlines = [outline(layer) for layer in layers]
+        for single in self._outlines:
+            single.forward = _refuse_single_call
         self._some_idle = bool(self.idle_ranks)
         self._single = True
         self._form = 0  # entries of the tuple that layers return; 0: a tensor
@@ -82,8 +82,8 @@ class LoopedStack(LayerParallel):
         return self._outlines[index]
 
     def train(self, mode: bool = True) -> LoopedStack:
-        for outline in self._outlines:
-            outline.train(mode)
+        for single in self._outlines:
+            single.train(mode)
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,19 +110,19 @@ class LoopedStack(LayerParallel):
         self._form = len(output)
 
 
-def _outline(module: nn.Module) -> nn.Module:
+def outline(module: nn.Module) -> nn.Module:
     """A module with the attributes of another, no hooks, and parameters and buffers without memory."""
-    outline = copy.copy(module)
+    found = copy.copy(module)
     for name, value in module.__dict__.items():
         if name.endswith("_hooks") and isinstance(value, dict):
-            outline.__dict__[name] = type(value)()
-    outline._parameters = {
+            found.__dict__[name] = type(value)()
+    found._parameters = {
         n: p if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
         for n, p in module._parameters.items()
     }
-    outline._buffers = {n: b if b is None else b.to("meta") for n, b in module._buffers.items()}
-    outline._modules = {n: m if m is None else _outline(m) for n, m in module._modules.items()}
-    return outline
+    found._buffers = {n: b if b is None else b.to("meta") for n, b in module._buffers.items()}
+    found._modules = {n: m if m is None else outline(m) for n, m in module._modules.items()}
+    return found
 
 
 def _refuse_single_call(*args: Any, **kwargs: Any) -> NoReturn:

@@ -58,7 +58,7 @@ def compare(comm, model, call, *, options=None, layers=None, **kwargs):
         reference, changed = copy.deepcopy(model), copy.deepcopy(model)
         disturb(changed, comm)
         assert parallelize(changed, o, comm=comm, **kwargs) is changed
-        assert [stack.options for _, stack in stacks_of(changed)] == [o]
+        assert {stack.options for _, stack in stacks_of(changed)} == {o}
         check(comm, reference, changed, call, f"with {o}")
         _compare_states(reference, changed)
     return changed

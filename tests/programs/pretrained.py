@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from compare import check, compare, converged, float64
+from layers import assert_close
 from runner import run
 from torch.nn import functional as F
 from transformers import (
@@ -21,16 +22,22 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
     MarianConfig,
+    MarianModel,
     MarianMTModel,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
 
+import mlpint
 from mlpint import MGRIT, parallelize
 from mlpint.replicas import check_replicas
 
@@ -141,19 +148,93 @@ def llama(comm):
     compare(comm, model, outputs(input_ids=IDS, attention_mask=MASK, labels=IDS), layers=4)
 
 
-@float64
-def marian(comm):
-    """Encoder and decoder named, one call for each."""
-    sizes = {"d_model": 16, "encoder_layers": 4, "decoder_layers": 4, "vocab_size": 30, "max_position_embeddings": 32}
+def marian(kind=MarianMTModel, layers=(4, 3)):
+    sizes = {"d_model": 16, "encoder_layers": layers[0], "decoder_layers": layers[1], "vocab_size": 30}
     heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
-    sizes |= heads | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32) | {"dropout": 0.0}
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    reference = MarianMTModel(MarianConfig(**sizes, **tokens))
+    sizes |= heads | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32) | {"max_position_embeddings": 32}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    return kind(MarianConfig(**sizes, **tokens, dropout=0.0))
+
+
+def t5(kind=T5ForConditionalGeneration, layers=(4, 3), config=T5Config, **more):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 30}
+    sizes |= {"num_layers": layers[0], "num_decoder_layers": layers[1], "relative_attention_num_buckets": 8}
+    sizes |= {"relative_attention_max_distance": 6, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return kind(config(**sizes, **more))
+
+
+@float64
+def marian_models(comm):
+    """Encoder and decoder, by one call for both or one for each."""
+    labels = IDS.flip(1)
+    for mask in BOTH:
+        compare(comm, marian(), outputs(input_ids=IDS, attention_mask=mask, labels=labels), layers=4)
+        inputs = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": labels}
+        compare(comm, marian(MarianModel), outputs(**inputs), layers=4)
+    reference = marian()
     model = copy.deepcopy(reference)
-    _raises(ValueError, 'name one: stack="model.encoder.layers"', lambda: parallelize(model, comm=comm))
     for part in "encoder", "decoder":
         parallelize(model, converged(4), comm=comm, stack=f"model.{part}.layers")
-    check(comm, reference, model, outputs(input_ids=IDS, attention_mask=MASK, labels=IDS.flip(1)))
+    check(comm, reference, model, outputs(input_ids=IDS, attention_mask=MASK, labels=labels))
+
+
+@float64
+def t5_models(comm):
+    labels = IDS.flip(1)
+    for mask in BOTH:
+        compare(comm, t5(), outputs(input_ids=IDS, attention_mask=mask, labels=labels), layers=4)
+    compare(comm, t5(T5EncoderModel), outputs(input_ids=IDS, attention_mask=MASK), layers=4)
+    masked, exact = outputs(input_ids=IDS, attention_mask=MASK, labels=labels), [MGRIT(levels=1)]
+    compare(comm, t5(attn_implementation="eager"), masked, options=exact)
+    compare(comm, t5(UMT5ForConditionalGeneration, config=UMT5Config), masked, options=exact)  # a bias for each layer
+    batch_of_one = outputs(input_ids=IDS[:1], labels=labels[:1])
+    compare(comm, t5(), batch_of_one, options=exact, serial_microbatches=2, recompute=True)
+
+
+@float64
+def t5_trains(comm):
+    """The table of the position bias lies in layer 0 and has a replica everywhere: it counts once, and stays equal."""
+    reference = t5()
+    model = parallelize(copy.deepcopy(reference), converged(4), comm=comm)
+    runs = [(reference, torch.nn.utils.clip_grad_norm_), (model, mlpint.clip_grad_norm_)]
+    for _ in range(3):
+        norms = []
+        for each, clip in runs:
+            each(input_ids=IDS, attention_mask=MASK, labels=IDS.flip(1)).loss.backward()
+            norms.append(float(clip(each.parameters() if each is reference else each, 0.5)))
+            with torch.no_grad():
+                for p in each.parameters():
+                    p -= 0.1 * p.grad
+                    p.grad = None
+        assert norms[0] > 0.5 and abs(norms[1] / norms[0] - 1) < 1e-6, norms  # their loss is in single precision
+    assert check_replicas(model) == []
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    state = model.state_dict()
+    for key, value in reference.state_dict().items():
+        assert_close(state[key], value, 1e-6, key)
+    if comm.rank == comm.size - 1:
+        with torch.no_grad():
+            model.get_parameter(name)[2, 1] += 1e-6
+    assert check_replicas(model) == ([name] if comm.size > 1 else [])
+
+
+@float64
+def translations_are_generated(comm):
+    def call(model):
+        rules = {"attention_mask": MASK, "max_new_tokens": 5, "min_new_tokens": 5, "no_repeat_ngram_size": 1}
+        greedy = model.generate(IDS, do_sample=False, use_cache=False, **rules)
+        beams = model.generate(IDS, num_beams=3, **rules)  # theirs with a cache
+        assert len({tuple(row) for row in greedy.tolist()}) > 1
+        return {"greedy": greedy, "beams": beams}
+
+    for make in marian, t5:
+        model = make().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+            # Tied, the likeliest token would be the one before.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(30, 16))
+            compare(comm, model, call, layers=4)
 
 
 @float64
@@ -205,24 +286,29 @@ def refused(comm):
     assert model(IDS).past_key_values is None
 
 
-def t5_is_refused(comm):
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 2, "vocab_size": 30}
-    config = T5Config(**sizes, decoder_start_token_id=0)
-    for model, stack in [(T5ForConditionalGeneration(config), None), (T5EncoderModel(config), "encoder.block")]:
-        _raises(ValueError, "hand a position bias", lambda m=model, s=stack: parallelize(m, comm=comm, stack=s))
+def other_stacks_are_refused(comm):
+    """A part that is not there, and layers that hand each other more than T5's."""
+    there = 'stack="decoder.block" (3 layers)'
+    _raises(ValueError, there, lambda: parallelize(t5(), comm=comm, stack="decoder.layers"))
+    model = t5(LongT5ForConditionalGeneration, config=LongT5Config)
+    _raises(ValueError, "hand a position bias", lambda: parallelize(model, comm=comm))
+    model = marian()
+    _raises(ValueError, "open_layers + close_layers", lambda: parallelize(model, comm=comm, open_layers=3))
+    assert isinstance(model.model.encoder.layers, torch.nn.ModuleList)  # as it was, though this one has a layer left
 
 
 def saved_and_loaded(comm):
-    model = gpt2()
-    changed = parallelize(model, MGRIT(levels=1), comm=comm)
-    state = changed.state_dict()  # on every rank
-    if comm.rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            changed.save_pretrained(folder, state_dict=dict(state))  # which it changes
-            loaded = GPT2LMHeadModel.from_pretrained(folder)
-        for name, value in loaded.state_dict().items():
-            assert torch.equal(value, state[name]), name
-    comm.barrier()
+    for make in gpt2, marian, t5:
+        model = make()
+        changed = parallelize(model, MGRIT(levels=1), comm=comm)
+        state = changed.state_dict()  # on every rank
+        if comm.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                changed.save_pretrained(folder, state_dict=dict(state))  # which it changes
+                loaded = type(model).from_pretrained(folder)
+            for name, value in loaded.state_dict().items():
+                assert torch.equal(value, state[name]), name
+        comm.barrier()
 
 
 def _raises(kind, word, action):
@@ -244,11 +330,14 @@ if __name__ == "__main__":
             bert_models,
             vit_models,
             llama,
-            marian,
+            marian_models,
+            t5_models,
+            t5_trains,
+            translations_are_generated,
             activation_checkpointing,
             dropout_outside_the_stack,
             refused,
-            t5_is_refused,
+            other_stacks_are_refused,
             saved_and_loaded,
         ]
     )

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, parallelize
+from mlpint.nn import BlockStack
+from mlpint.nn.stack import named_rows
 from mlpint.replicas import check_replicas, sync_replicas, tensors_outside
 
 
@@ -72,6 +74,40 @@ def layer_parallel_options(comm):
     more = {"open_layers": 1, "close_layers": 2, "recompute": True}
     model = compare(comm, Language(), loss_of(tokens()), options=[exact], **more)
     assert (model.blocks.open_layers, model.blocks.close_layers, model.blocks.recompute) == (1, 2, True)
+
+
+class Stacked(nn.Module):
+    """Calls a BlockStack."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(20, 12), BlockStack(6, 12, 2, attention="full")
+
+    def forward(self, tokens, lengths=None):
+        return self.blocks(self.embedding(tokens), lengths)
+
+
+@float64
+def a_block_stack(comm):
+    lengths = torch.tensor([5, 3, 4])
+    for options in MGRIT(levels=1), converged(6):
+        reference = Stacked()
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.add_(torch.randn_like(p), alpha=0.1)
+        model = parallelize(copy.deepcopy(reference), options, comm=comm)
+        for each in reference, model:
+            (each(tokens(), lengths) ** 3).sum().backward()
+        assert_close(model(tokens(), lengths), reference(tokens(), lengths), 1e-10)
+        rows = {name: (p.grad if row is None else p.grad[row]) for name, p, row in named_rows(reference)}
+        own = {name: (p.grad if row is None else p.grad[row]) for name, p, row in named_rows(model)}
+        assert len(own) == 1 + 12 * len(model.blocks.local_indices)
+        for name, gradient in own.items():
+            scale = max(rows[name].abs().max(), 1e-4)  # those of the keys' biases are zero but for rounding
+            assert (gradient - rows[name]).abs().max() < 1e-10 * scale, name
+        state = model.state_dict()
+        assert list(state) == list(reference.state_dict())
+        reference.load_state_dict(state)
 
 
 @float64
@@ -196,6 +232,7 @@ if __name__ == "__main__":
         [
             loops,
             layer_parallel_options,
+            a_block_stack,
             idle_ranks_know_the_form,
             torch_encoder,
             torch_transformer,
