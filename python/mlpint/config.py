@@ -15,19 +15,20 @@ from .errors import ConfigError
 from .fields import Section, key, similar
 from .options import MGRIT
 
-TASKS = ("gpt", "bert", "vit", "tagging")
+TASKS = ("gpt", "bert", "vit", "tagging", "translation")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     task: str = key("gpt", "what is trained: " + ", ".join(TASKS), choices=TASKS)
     layers: int = key(32, "transformer layers, buffer layers included", least=1)
+    encoder_layers: int = key(0, "translation: those of the layers that are the encoder's; 0: half", least=0)
     dim: int = key(128, "width", least=1)
     heads: int = key(4, "attention heads", least=1)
     ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim", least=0)
     dropout: float = key(0.0, "dropout probability", least=0, below=1)
     tied: bool = key(True, "one matrix for the token embedding and the output layer")
-    vocabulary: int = key(0, "vocabulary size; 0: 256 for text, 50257 for .bin tokens", least=0)
+    vocabulary: int = key(0, "vocabulary size; 0: 256 for text, 50257 for .bin tokens, 6000 for translation", least=0)
     patch: int = key(2, "vit: side of a patch in pixels", least=1)
 
 
@@ -76,6 +77,8 @@ class SolverConfig(Section):
 class DataConfig(Section):
     data: str = key("", "training data: a file or a directory, as the task takes it; empty: what needs no download")
     validation: str = key("", "data to validate on; empty: a tenth of the training data is held out")
+    source: str = key("de", "translation: language to translate from, the ending of its files' names")
+    target: str = key("en", "translation: language to translate to, the ending of its files' names")
     sequence: int = key(64, "tokens per sequence; tagging: words of the longest sentence", least=1)
     batch: int = key(8, "sequences per microbatch", least=1)
     mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)
@@ -93,6 +96,7 @@ class OptimizerConfig(Section):
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
     beta2: float = key(0.95, "decay of adamw's average of squared gradients", least=0, below=1)
     momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
+    label_smoothing: float = key(0.0, "translation: part of the probability that all tokens share", least=0, below=1)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
 
 
@@ -110,6 +114,7 @@ class RunConfig(Section):
     eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
     log_every: int = key(10, "steps between log lines", least=1)
     sample: int = key(200, "tokens to generate at the end; 0: none", least=0)
+    beams: int = key(4, "translation: beams of the search for the closing translations; val_bleu's has one", least=1)
     compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)
 
 

@@ -5,9 +5,16 @@ from .base import Batch, Sample, Task
 from .bert import BERTTask
 from .gpt import GPTTask
 from .tagging import TaggingTask
+from .translation import TranslationTask
 from .vit import ViTTask
 
-_TASKS: dict[str, type[Task]] = {"gpt": GPTTask, "bert": BERTTask, "vit": ViTTask, "tagging": TaggingTask}
+_TASKS: dict[str, type[Task]] = {
+    "gpt": GPTTask,
+    "bert": BERTTask,
+    "vit": ViTTask,
+    "tagging": TaggingTask,
+    "translation": TranslationTask,
+}
 
 
 def make(config: TrainConfig) -> Task:

@@ -1,0 +1,111 @@
+"""Pairs of token sequences and the batches they are taken in, of similar lengths together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from .bpe import PAD, START
+from .order import spread
+
+_POOL = 64  # batches whose pairs are sorted by length; fewer: more padding, more: less chance
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Sequences of tokens, one after the other in memory.
+
+    Attributes:
+        tokens: [sum of the lengths] unsigned integers.
+        ends: [count] where each sequence ends.
+    """
+
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: list[list[int]]) -> Ragged:
+        tokens = np.fromiter((t for sequence in sequences for t in sequence), np.uint32)
+        return cls(tokens, np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64))
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
+
+    def padded(self, which: np.ndarray) -> torch.Tensor:
+        """Some of the sequences, [len(which), longest of them] int64."""
+        rows = np.full((len(which), int(self.lengths[which].max())), PAD, np.int64)
+        for row, n in zip(rows, which, strict=True):
+            row[: self.lengths[n]] = self.tokens[self.ends[n] - self.lengths[n] : self.ends[n]]
+        return torch.from_numpy(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Source and target sequences, each with its end token."""
+
+    source: Ragged
+    target: Ragged
+
+    def __len__(self) -> int:
+        return len(self.source.ends)
+
+    def batch(self, which: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Source tokens [B, S], their lengths [B], target tokens that a decoder is given [B, T], and those that it is
+        to predict [B, T]; padded with ``PAD``."""
+        wanted = self.target.padded(which)
+        given = torch.cat([torch.full((len(which), 1), START), wanted[:, :-1]], 1)
+        return self.source.padded(which), torch.from_numpy(self.source.lengths[which]), given, wanted
+
+    def by_length(self) -> np.ndarray:
+        """All pairs, short ones first."""
+        return np.lexsort((self.source.lengths, self.target.lengths))
+
+
+class Buckets:
+    """Pairs of similar lengths in batches: each pair once an epoch, every epoch in another order.
+
+    An epoch drops what is left over when its batches are full. Data-parallel groups take different pairs: batch ``p``
+    of shard i and of shard j have none in common.
+
+    Args:
+        pairs: to take.
+        batch: pairs per batch and shard.
+        seed: of the order.
+        shard, shards: the part of the batches that is wanted, of how many.
+
+    Raises:
+        DataError: too few pairs for one batch.
+    """
+
+    def __init__(self, pairs: Pairs, batch: int, seed: int, shard: int = 0, shards: int = 1) -> None:
+        self.pairs, self.batch, self.seed, self.shard, self.shards = pairs, batch, seed, shard, shards
+        self.per_epoch = len(pairs) // (batch * shards)
+        if not self.per_epoch:
+            raise DataError(f"{len(pairs)} pairs to train on are too few for batch = {batch} on {shards} data shards")
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __call__(self, position: int) -> np.ndarray:
+        """The pairs of batch ``position``, [batch] int64: a function of the seed and the position alone."""
+        epoch, within = divmod(position, self.per_epoch)
+        return self._epoch(epoch)[within * self.shards + self.shard]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        # Counter-based (Philox, Salmon et al., SC 2011): no state to save or to share.
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
+        count = self.per_epoch * self.shards
+        order = generator.permutation(len(self.pairs))[: count * self.batch]
+        target, source = self.pairs.target.lengths, self.pairs.source.lengths
+        for start in range(0, len(order), _POOL * self.batch):
+            pool = order[start : start + _POOL * self.batch]
+            pool[:] = pool[np.lexsort((source[pool], target[pool]))]
+        return order.reshape(count, self.batch)[generator.permutation(count)]
+
+
+def held_out(pairs: Pairs, batch: int, index: int, count: int) -> np.ndarray:
+    """Batch ``index`` of ``count`` that spread evenly over the lengths, none of the pairs twice."""
+    return pairs.by_length()[spread(len(pairs), batch, index, count)]
