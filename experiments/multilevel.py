@@ -1,0 +1,266 @@
+"""Multilevel training against what a user would do instead, at equal FLOPs: loss on held-out text over what it cost.
+
+    python experiments/multilevel.py --runs "plain:lr=1 multilevel:lr=1,budget=.56 stack:lr=1 shallow:lr=1"
+
+A run is written method:key=value,...; keys of ``Run`` and, for multilevel, of :class:`mlpint.Multilevel`.
+
+- ``plain``: the deep network, all the time;
+- ``multilevel``: cycles over its coarse networks first; ``share`` is the part of the budget spent in them (it sets
+  ``cycles``);
+- ``stack``: a network of half the layers for ``share`` of the budget, then doubled to full depth, each layer copied
+  next to itself (``grow=interleave``) or the whole stack on top of itself (``grow=stack``);
+- ``shallow``: half the layers, all the time.
+
+The budget is counted in blocks' FLOPs: 1 is ``--steps`` steps of the deep network. The learning rate is warmed up over
+``warmup`` of the budget and falls as a cosine over the FLOPs spent, to a tenth, in all methods alike; gradients are
+clipped to norm 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mlpint
+from mlpint.data import Batches, load
+from mlpint.flops import FlopMeter
+from mlpint.models import GPT
+
+SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 64, 8, 1.0, 10, 16
+
+
+@dataclasses.dataclass
+class Run:
+    """How a network is trained; ``options`` go to Multilevel."""
+
+    method: str
+    lr: float = 1.0
+    optimizer: str = "sgd"
+    budget: float = 1.0
+    share: float = 0.5
+    warmup: float = 0.05
+    layers: int = 12
+    dim: int = 64
+    seed: int = 0
+    grow: str = "interleave"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str, seed: int) -> Run:
+        method, _, rest = text.partition(":")
+        values: dict[str, Any] = {"seed": seed}
+        options = {}
+        for part in filter(None, rest.split(",")):
+            name, value = part.split("=")
+            (values if name in cls.__dataclass_fields__ else options)[name] = _number(value)
+        return cls(method, **values, options=options)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"True": True, "False": False}.get(text, text)
+
+
+class Training:
+    """A network on its way through the data, its measurements written as it goes."""
+
+    def __init__(self, run: Run, steps: int, data: str, out: Path) -> None:
+        self.run, self.out, self.data = run, out, data
+        self.corpus = load(data, SEQUENCE)
+        self.batches = Batches(self.corpus, SEQUENCE, BATCH, run.seed)
+        torch.manual_seed(run.seed)
+        deep = GPT(self.corpus.vocabulary, SEQUENCE, run.layers, run.dim, 4)
+        self.per_layer = self._flops_of(deep) // run.layers
+        self.total = run.budget * steps * self.per_layer * run.layers
+        self.model = deep
+        if run.method in ("stack", "shallow"):
+            self.model = GPT(self.corpus.vocabulary, SEQUENCE, run.layers // 2, run.dim, 4)
+        self.spent = self.everything = self.tokens = self.position = self.points = 0
+        self.seconds = 0.0
+
+    @staticmethod
+    def _flops_of(model: GPT) -> int:
+        meter = FlopMeter(model.blocks)
+        with meter.step():
+            model(torch.zeros(BATCH, SEQUENCE, dtype=torch.int64))
+        return meter.blocks
+
+    def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.run.optimizer == "adamw":
+            return torch.optim.AdamW(model.parameters(), lr=self.run.lr, betas=(0.9, 0.95), weight_decay=0.01)
+        momentum = 0.9 if self.run.optimizer == "momentum" else 0.0
+        return torch.optim.SGD(model.parameters(), lr=self.run.lr, momentum=momentum)
+
+    def learning_rate(self) -> float:
+        done = self.spent / self.total
+        if done < self.run.warmup:
+            return self.run.lr * max(done, 0.02 * self.run.warmup) / self.run.warmup
+        fall = (done - self.run.warmup) / (1 - self.run.warmup)
+        return self.run.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(fall, 1.0))) / 2)
+
+    def step(self, meter: FlopMeter, phase: Any, within: bool = False) -> None:
+        """One optimiser step; ``within`` where the phase itself counts."""
+        before, outside, started = meter.blocks, meter.outside, time.perf_counter()
+        with phase if within else meter.step():
+            inputs, targets = self.batches.train(self.position)
+            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.seconds += time.perf_counter() - started
+        self.position, self.tokens = self.position + 1, self.tokens + targets.numel()
+        self.spent, self.everything = self.spent + meter.blocks - before, self.everything + meter.outside - outside
+
+    @torch.no_grad()
+    def validate(self, noise: float = 0.0) -> tuple[float, float]:
+        """Loss, and the share of tokens predicted, on held-out text with this share of the inputs replaced."""
+        generator = torch.Generator().manual_seed(1)
+        losses, right = [], []
+        for i in range(HELD_OUT):
+            inputs, targets = self.batches.validation(i, HELD_OUT)
+            other = torch.randint(self.corpus.vocabulary, inputs.shape, generator=generator)
+            inputs = torch.where(torch.rand(inputs.shape, generator=generator) < noise, other, inputs)
+            logits = self.model(inputs).flatten(0, 1)
+            losses.append(float(F.cross_entropy(logits, targets.flatten())))
+            right.append(float((logits.argmax(-1) == targets.flatten()).float().mean()))
+        return sum(losses) / HELD_OUT, sum(right) / HELD_OUT
+
+    def point(self, always: bool = False) -> None:
+        """Writes a line at every tenth of the budget, or now."""
+        if not always and self.spent < self.total * self.points / POINTS:
+            return
+        self.points += 1
+        loss, accuracy = self.validate()
+        record = dataclasses.asdict(self.run) | {"data": Path(self.data).name or "embedded text"}
+        record |= {"val_loss": loss, "accuracy": accuracy, "steps": self.position, "tokens": self.tokens}
+        record |= {"fine_steps": self.spent / (self.per_layer * self.run.layers), "seconds": self.seconds}
+        record |= {"flops": self.spent, "all_flops": self.spent + self.everything, "end": always}
+        if always:
+            record |= {"noisy_accuracy": self.validate(0.1)[1], "gradient_norms": self.gradient_norms()}
+            record |= self.mgrit_quality()
+        record |= {"machine": f"{platform.machine()} CPU", "torch": torch.__version__}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if always:
+            print(f"{self.run}  val {loss:.4f}  accuracy {accuracy:.4f}  {self.seconds:.0f} s", flush=True)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of the blocks on a held-out batch, one tensor a parameter."""
+        self.model.zero_grad(set_to_none=True)
+        inputs, targets = self.batches.validation(0, HELD_OUT)
+        F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten()).backward()
+        found = [p.grad.double().flatten() for p in self.model.blocks.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def gradient_norms(self) -> list[float]:
+        """Of each block: even and odd ones should not differ."""
+        blocks, found = list(self.model.blocks), iter(self._gradients())
+        return [math.sqrt(sum(float((next(found) ** 2).sum()) for _ in block.parameters())) for block in blocks]
+
+    def mgrit_quality(self) -> dict[str, float]:
+        """Cosine of the blocks' gradient by MGRIT (injection) with the exact one, over the whole depth."""
+        exact, blocks = self._gradients(), self.model.blocks
+        found = {}
+        for iterations in (1, 2):
+            for cfactor in (2, 4):
+                options = mlpint.MGRIT(2, cfactor, iterations, iterations)
+                self.model.blocks = mlpint.LayerParallel(blocks, options)
+                own = self._gradients()
+                products = [(a @ b, a @ a, b @ b) for a, b in zip(own, exact, strict=True)]
+                ab, aa, bb = (float(sum(p)) for p in zip(*products, strict=True))
+                found[f"cosine_{iterations}{iterations}_cf{cfactor}"] = ab / math.sqrt(aa * bb)
+        self.model.blocks = blocks
+        return found
+
+    # --- the methods -------------------------------------------------------------------------------------------------
+
+    def deep(self, until: float = 1.0) -> None:
+        """The network as it is, up to this part of the budget."""
+        self.optimizer, meter = self.optimizer_of(self.model), FlopMeter(self.model.blocks, self.model)
+        while self.spent < until * self.total:
+            self.point()
+            self.step(meter, nullcontext())
+
+    plain = shallow = deep
+
+    def stack(self) -> None:
+        self.deep(self.run.share)
+        small = self.model
+        torch.manual_seed(self.run.seed)
+        self.model = GPT(self.corpus.vocabulary, SEQUENCE, self.run.layers, self.run.dim, 4)
+        half = self.run.layers // 2
+        state = small.state_dict()
+        for n in range(self.run.layers):
+            source = n // 2 if self.run.grow == "interleave" else n % half
+            self.model.blocks[n].load_state_dict(small.blocks[source].state_dict())
+        rest = {name: t for name, t in state.items() if not name.startswith("blocks.")}
+        self.model.load_state_dict(rest, strict=False)
+        self.deep()
+
+    def multilevel(self) -> None:
+        self.optimizer, options = self.optimizer_of(self.model), self.run.options
+        fine, one = self.total / (self.per_layer * self.run.layers), mlpint.Multilevel
+        if "cycles" not in options:  # as many as the share of the budget pays for
+            probe = one(self.model.blocks, self.optimizer, **options, cycles=1)
+            plan = {name: n for name, n in probe_steps(probe).items() if name != "fine"}
+            cost = sum(len(probe.networks[name].layers) * n for name, n in plan.items()) / self.run.layers
+            options["cycles"] = max(1, round(self.run.share * fine / cost))
+        multilevel = one(self.model.blocks, self.optimizer, model=self.model, **options)
+        for phase in multilevel.schedule(round(fine) + 1):
+            if phase.fine:
+                self.point()
+                if self.spent >= self.total:
+                    break
+            self.step(multilevel.flops, phase, within=True)
+
+
+def probe_steps(multilevel: mlpint.Multilevel) -> dict[str, int]:
+    """Steps of each network in one cycle."""
+    counts: dict[str, int] = {}
+    schedule: Iterator[Any] = multilevel.schedule(1)
+    for phase in schedule:
+        with phase:
+            counts[phase.name] = counts.get(phase.name, 0) + 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", required=True)
+    parser.add_argument("--steps", type=int, default=2000, help="fine steps that budget = 1 pays for")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--data", default="", help="text file; the text that Python carries if none is named")
+    parser.add_argument("--out", default="experiments/results/multilevel.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in map(int, args.seeds.split()):
+        for text in args.runs.split():
+            training = Training(Run.of(text, seed), args.steps, args.data, Path(args.out))
+            method: Callable[[], None] = getattr(training, training.run.method)
+            method()
+            training.point(always=True)
+
+
+if __name__ == "__main__":
+    main()
