@@ -70,6 +70,7 @@ def compare(rule="sgd", layers=8, total=4, container=nn.Sequential, wrap=False, 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
 def test_follows_the_method_written_out(container):
     compare(container=container)
+    compare("adamw", container=container, wrap=True, levels=3, cycles=(2, 1), coarse_steps=(3, 2), tolerance=1e-10)
 
 
 @pytest.mark.parametrize(

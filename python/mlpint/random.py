@@ -7,7 +7,7 @@ evaluation, and the state that the user's own random numbers continue from is pu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,12 @@ class LayerRandom:
     def forget(self) -> None:
         """After a change that may alter what layers draw (train or eval mode)."""
         self._draws.clear()
+
+    def renumbered(self, numbers: Mapping[int, int]) -> LayerRandom:
+        """For some of the layers under new numbers: old -> new."""
+        new = LayerRandom(self.seed)
+        new._draws = {(numbers[n], training): d for (n, training), d in self._draws.items() if n in numbers}
+        return new
 
     @contextmanager
     def preserved(self, device: torch.device) -> Iterator[None]:

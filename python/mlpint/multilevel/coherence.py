@@ -34,22 +34,22 @@ class Coherence:
         self._scale = {**dict.fromkeys(own, ratio), **dict.fromkeys(shared, 1.0)}
         self.count = 0
         self.average: dict[nn.Parameter, torch.Tensor] = {}
-        self._parent: dict[nn.Parameter, torch.Tensor] = {}
+        self.parent: dict[nn.Parameter, torch.Tensor] = {}
 
     def parent_step(self) -> None:
         """Before a step of the parent: its gradients."""
-        self._parent = {p: p.grad * scale for p, scale in self._scale.items() if p.grad is not None}
+        self.parent = {p: p.grad * scale for p, scale in self._scale.items() if p.grad is not None}
 
     @torch.no_grad()
     def coarse_step(self, first: bool) -> None:
         """Before a step of the network: changes its gradients. On its first since the parent's, v is found."""
-        if first and self._parent:
+        if first and self.parent:
             self.count += 1
-            for p, gradient in self._parent.items():
+            for p, gradient in self.parent.items():
                 if p.grad is not None:
                     v = self.average.setdefault(p, torch.zeros_like(p))
                     v.lerp_(p.grad - gradient, 1 - _DECAY)
-            self._parent = {}
+            self.parent = {}
         for p, v in self.average.items():
             if p.grad is not None:
                 p.grad.sub_(v, alpha=self.weight / (1 - _DECAY**self.count))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from .hierarchy import Network
 from .settings import Settings
-from .state import ParameterState, check_averaged, copied, prolonged, restricted
+from .state import ParameterState, check_averaged, placed, prolonged, restricted
 
 Named = Mapping[int, Mapping[str, nn.Parameter]]  # layer -> name in the layer -> parameter
+Key = tuple[int, str]  # layer, name in the layer
+
+
+def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a layer that are trained."""
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
 
 class ModuleCopies:
@@ -35,19 +40,19 @@ class ModuleCopies:
         parameters: Named,
         optimizer: torch.optim.Optimizer,
         settings: Settings,
-        kept: Mapping[tuple[int, str], ParameterState],
+        kept: Mapping[Key, ParameterState],
     ) -> None:
         self.network, self.optimizer, self.settings, self._parameters = network, optimizer, settings, parameters
         self._own = {(n, name): p for n in network.layers for name, p in parameters.get(n, {}).items()}
         self.aside = {key: p.detach().clone() for key, p in self._own.items()}
-        self.state: dict[tuple[int, str], ParameterState] = {}
+        self.state: dict[Key, ParameterState] = {}
         for key, p in self._own.items():
             self.state[key] = self._start(key, p, kept)
 
-    def _start(self, key: tuple[int, str], p: nn.Parameter, kept: Mapping) -> ParameterState:
+    def _start(self, key: Key, p: nn.Parameter, kept: Mapping) -> ParameterState:
         now = self.optimizer.state.get(p, {})
         if self.settings.state == "separate":
-            return copied(kept.get(key, {}))
+            return placed(kept.get(key, {}), p)
         if self.settings.state == "restrict":
             check_averaged(f"layer {key[0]}'s {key[1]}", now, p.shape)
             return restricted(now, self.network.ratio)
@@ -82,12 +87,18 @@ class ModuleCopies:
                 check_averaged(f"layer {n}'s {name}", self.state[n, name], p.shape)
                 self.optimizer.state[p] = prolonged(mine, self.state[n, name], ratio, delta)
 
-    def tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
-        """The copies, kept aside, by layer and name."""
+    # --- for checkpoints ---------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[Key, torch.Tensor]]:
+        """The copies, kept aside."""
         yield from self.aside.items()
 
-    def load(self, weights: Mapping[tuple[int, str], torch.Tensor], state: Mapping[tuple[int, str], Any]) -> None:
+    def states(self) -> dict[Key, ParameterState]:
+        """The optimiser's state for them, kept aside."""
+        return self.state
+
+    def load(self, weights: Mapping[Key, torch.Tensor], states: Mapping[Key, ParameterState]) -> None:
         """Takes up copies and state as they were kept aside."""
         for key, p in self._own.items():
             self.aside[key] = weights[key].to(p)
-            self.state[key] = dict(state.get(key, {}))
+            self.state[key] = placed(states.get(key, {}), p)

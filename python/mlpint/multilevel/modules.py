@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import states
-from ..layer_parallel import LayerParallel
 from ..states import State
+from .copies import ModuleCopies, Named, trainable
 from .hierarchy import Network
+from .settings import Settings
 
 
 class ModuleRunner:
-    """Layers called one by one: by ``nn.Sequential``, or by the model's own loop over an ``nn.ModuleList``.
+    """How a sequence of modules runs as its coarse networks; :mod:`mlpint.multilevel.stacks` has its likes for stacks.
+
+    Layers are called one by one: by ``nn.Sequential``, or by the model's own loop over an ``nn.ModuleList``.
 
     While a coarse network runs, a layer that is not in it hands its state on, and one that is takes a longer step.
 
     Args:
         layers: every layer of the fine network.
-        kept: indices of layers that every network has, with their own step size.
+
+    Attributes:
+        count: layers in all.
+        kept: indices of layers that every network has, with their own step size; none.
+        parameters: those that are trained and that this process holds.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], kept: Sequence[int] = ()) -> None:
-        self.layers, self.kept = list(layers), frozenset(kept)
+    kept: frozenset[int] = frozenset()
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = list(layers)
+        self.count = len(self.layers)
+        self.parameters: Named = {n: trainable(layer) for n, layer in enumerate(self.layers)}
         self._form: int | None = None  # entries of the tuple that layers return, 0 for a tensor; None: not known yet
 
+    def agreed(self, decision: bool) -> bool:
+        """A decision that all ranks take alike."""
+        return decision
+
+    def copies(
+        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, settings: Settings, kept: Mapping
+    ) -> ModuleCopies:
+        """What a network trains; called where its parent's weights are in place."""
+        return ModuleCopies(network, self.parameters, optimizer, settings, kept)
+
     def enter(self, network: Network) -> None:
+        """From here on calls run the network."""
         active = set(network.layers)
         for n, layer in enumerate(self.layers):
-            if n in self.kept:
-                continue
             if "forward" in layer.__dict__:
                 raise RuntimeError(
                     f"layer {n} has a forward of its own in place of its class's: take that back before coarse phases"
@@ -43,7 +63,7 @@ class ModuleRunner:
             elif network.stretch != 1:
                 layer.__dict__["forward"] = self._stretched(n, layer.forward, network.stretch)
 
-    def exit(self, network: Network) -> None:
+    def exit(self) -> None:
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
 
@@ -100,12 +120,3 @@ def _form_of(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -
             "off caching and the output of attentions, or let the layers take and return a tuple of all they pass on"
         )
     return len(output)
-
-
-def runner_of(blocks: Sequence[nn.Module] | nn.Module) -> ModuleRunner:
-    """What runs the blocks of a model as its coarse networks."""
-    if isinstance(blocks, LayerParallel):
-        if blocks.comm.size > 1 or not blocks.options.exact or blocks.stacked is not None:
-            raise NotImplementedError("multilevel training of a LayerParallel stack on several ranks")
-        return ModuleRunner(blocks.local_layers.values(), [*blocks.open_indices, *blocks.close_indices])
-    return ModuleRunner(blocks)

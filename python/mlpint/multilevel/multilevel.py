@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import nn
 
 from ..errors import DataError
 from ..flops import FlopMeter
+from . import saved
 from .coherence import Coherence
-from .copies import ModuleCopies, Named
+from .copies import Key, ModuleCopies
 from .hierarchy import Network, hierarchy
-from .modules import runner_of
 from .phase import Phase
 from .plan import Close, Plan, Step
+from .runners import check_blocks, runner_of
 from .settings import Settings
+from .stack_copies import StackCopies
+from .stacks import ParallelRunner
 from .state import ParameterState
 from .steps import StepHooks
 from .stopping import StoppingRule
@@ -41,7 +44,8 @@ class Multilevel:
 
     Args:
         blocks: the residual blocks, wherever they are in the model: an ``nn.Sequential``, ``nn.ModuleList`` or other
-            sequence of modules, or a :class:`mlpint.LayerParallel` stack. The open and close layers of such a stack
+            sequence of modules, a :class:`mlpint.nn.BlockStack`, or a :class:`mlpint.LayerParallel` stack, whose
+            coarse networks run on the same ranks, each rank averaging its own blocks, and whose open and close layers
             belong to every network. All blocks have parameters of the same names and shapes.
         optimizer: owns the blocks' trainable parameters. It steps what has a gradient, and so leaves alone the blocks
             that are not in the network that steps.
@@ -93,16 +97,20 @@ class Multilevel:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.settings, self.optimizer = Settings(**options), optimizer
-        self._runner = runner_of(blocks)
-        layers = [n for n in range(len(self._runner.layers)) if n not in self._runner.kept]
         s = self.settings
+        self._runner = runner_of(blocks)
+        layers = [n for n in range(self._runner.count) if n not in self._runner.kept]
         self._fine = hierarchy(layers, s.networks, s.levels, s.step_size == "ode", s.single)
         self.networks: dict[str, Network] = {network.name: network for network in self._fine.walk()}
-        self._parameters: Named = {n: _trainable(self._runner.layers[n]) for n in layers}
-        _check(self._runner.layers, self._parameters, optimizer)
-        self._copies: dict[str, ModuleCopies] = {}
-        self._kept: dict[str, dict[tuple[int, str], ParameterState]] = {name: {} for name in self.networks}
+        self._parents = {child.name: network for network in self._fine.walk() for child in network.children}
+        check_blocks(self._runner, optimizer)
+        if isinstance(self._runner, ParallelRunner):
+            self._runner.check(self.networks, s)
         self.flops = FlopMeter(blocks, model)
+        self._copies: dict[str, ModuleCopies | StackCopies] = {}
+        self._kept: dict[str, dict[Key, ParameterState]] = {name: {} for name in self.networks}
+        inside = {p: (str(n), name) for n, named in self._runner.parameters.items() for name, p in named.items()}
+        self._names = inside | {p: ("shared", str(i)) for i, p in enumerate(self._shared(inside))}
         self._coherences = self._make_coherences() if s.coherence else {}
         self._hooks = StepHooks(optimizer, s, self._coherences)
         self._rule = StoppingRule(s.window)
@@ -170,22 +178,24 @@ class Multilevel:
         if fine_step == len(self._decisions):
             if self._loss is None:
                 raise RuntimeError("cycles = 'auto' goes by the loss of fine steps: say phase.loss(loss) in each")
-            self._decisions.append(self._rule.another(self.flops.blocks, float(self._loss)))
+            decision = self._rule.another(self.flops.blocks, float(self._loss))
+            self._decisions.append(self._runner.agreed(decision))
         return self._decisions[fine_step]
 
+    def _shared(self, inside: Mapping[nn.Parameter, object]) -> list[nn.Parameter]:
+        """What all networks share: what the optimiser owns outside the blocks that are dealt out."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p not in inside]
+
     def _make_coherences(self) -> dict[str, Coherence]:
-        inside = {p for named in self._parameters.values() for p in named.values()}
-        shared = [p for group in self.optimizer.param_groups for p in group["params"] if p not in inside]
-        return {
-            name: Coherence(
-                self.settings.coherence,
-                network.ratio,
-                [p for n in network.layers for p in self._parameters.get(n, {}).values()],
-                shared,
-            )
-            for name, network in self.networks.items()
-            if network.level
-        }
+        parameters = self._runner.parameters
+        if not parameters and self._runner.count:
+            raise ValueError("coherence needs blocks with parameters of their own: pass a stack's to_blocks()")
+        shared = [p for p, (place, _) in self._names.items() if place == "shared"]
+        terms = {}
+        for network in (n for n in self.networks.values() if n.level):
+            own = [p for n in network.layers for p in parameters.get(n, {}).values()]
+            terms[network.name] = Coherence(self.settings.coherence, network.ratio, own, shared)
+        return terms
 
     # --- a phase -----------------------------------------------------------------------------------------------------
 
@@ -197,9 +207,7 @@ class Multilevel:
         with ExitStack() as undo:  # whatever goes wrong half way
             for network in phase.plan.path:
                 if network.name not in self._copies:
-                    self._copies[network.name] = ModuleCopies(
-                        network, self._parameters, self.optimizer, self.settings, self._kept[network.name]
-                    )
+                    self._copies[network.name] = self._make_copies(network)
                 self._copies[network.name].swap()
                 undo.callback(self._copies[network.name].swap)
             if phase.plan.path:
@@ -211,10 +219,14 @@ class Multilevel:
         self._counting = self.flops.step(phase.name, len(phase.layers) + len(self._runner.kept))
         self._counting.__enter__()
 
+    def _make_copies(self, network: Network) -> ModuleCopies | StackCopies:
+        kept, parent = self._kept[network.name], self._parents[network.name]
+        return self._runner.copies(network, parent, self.optimizer, self.settings, kept)
+
     def _leave_alone_others(self, network: Network) -> None:
         """No gradient at all for layers outside the network: with a zero, momentum and weight decay would move them."""
-        for n in self._parameters.keys() - network.layers:
-            for p in self._parameters[n].values():
+        for n in self._runner.parameters.keys() - network.layers - self._runner.kept:
+            for p in self._runner.parameters[n].values():
                 p.grad = None
 
     def _exit(self, phase: Phase, error: BaseException | None) -> None:
@@ -223,7 +235,7 @@ class Multilevel:
         path = phase.plan.path
         self._hooks.exit()
         if path:
-            self._runner.exit(phase.plan.network)
+            self._runner.exit()
         closed: list[Network] = []
         if error is None:
             self.steps_done += 1
@@ -235,7 +247,7 @@ class Multilevel:
             if network in closed:
                 copies.prolong()
                 if self.settings.state == "separate":
-                    self._kept[network.name] = copies.state
+                    self._kept[network.name] = copies.states()
                 del self._copies[network.name]
         if isinstance(error, StopIteration):
             raise DataError(
@@ -244,32 +256,32 @@ class Multilevel:
                 "coarse_steps, or go through the data several times"
             ) from error
 
+    # --- to go on from a checkpoint ----------------------------------------------------------------------------------
 
-def _trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    def state_dict(self) -> dict[str, Any]:
+        """What model and optimiser do not have: ``"info"``, which JSON can hold, and ``"tensors"`` by name.
 
+        Between phases, at any place in a cycle. Of the layers of a LayerParallel stack each rank has its own; the names
+        are the same for any number of ranks.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"state_dict inside {self._inside}: take it between phases")
+        return saved.state_dict(self)
 
-def _check(layers: Sequence[nn.Module], parameters: Named, optimizer: torch.optim.Optimizer) -> None:
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
-    first = next(iter(parameters))
-    shapes = {name: tuple(p.shape) for name, p in parameters[first].items()}
-    owners: dict[nn.Parameter, int] = {}
-    for n, named in parameters.items():
-        found = {name: tuple(p.shape) for name, p in named.items()}
-        if found != shapes:
-            name = next(k for k in {**shapes, **found} if shapes.get(k) != found.get(k))
-            raise ValueError(
-                f"blocks {first} and {n} differ: {name!r} is {shapes.get(name, 'missing')} in one and "
-                f"{found.get(name, 'missing')} in the other; coarse networks need blocks of one shape: pass only such"
-            )
-        for name, p in named.items():
-            if p not in owned:
-                raise ValueError(
-                    f"the optimiser does not own {name!r} of block {n}: pass the one that trains the blocks, made "
-                    "after they were put in their place, or set requires_grad=False for what is not to be trained"
-                )
-            if owners.setdefault(p, n) != n:
-                raise ValueError(
-                    f"blocks {owners[p]} and {n} share {name!r}: coarse networks train blocks apart from each other; "
-                    "give each block its own parameters"
-                )
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there with the next :meth:`schedule`; model and optimiser are loaded before.
+
+        Raises:
+            ValueError: the options are not those it was saved with.
+        """
+        saved.load_state_dict(self, state)
+
+    def _load_copies(self, values: Mapping[str, tuple[dict[Key, torch.Tensor], dict[Key, ParameterState]]]) -> None:
+        """Of the networks in training, from the outermost in."""
+        self._copies = {}
+        for name, (weights, states) in values.items():
+            copies = self._copies[name] = self._make_copies(self.networks[name])
+            copies.load(weights, states)
+            copies.swap()  # is the parent of the next
+        for copies in reversed(self._copies.values()):
+            copies.swap()

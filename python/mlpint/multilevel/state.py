@@ -23,6 +23,14 @@ def copied(state: Mapping[str, Any]) -> ParameterState:
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
+def placed(state: Mapping[str, Any], p: torch.Tensor) -> ParameterState:
+    """A copy in the parameter's place; counts stay in host memory, where optimisers have them."""
+    return {
+        key: value.to(p.device, copy=True) if isinstance(value, torch.Tensor) and value.dim() else value
+        for key, value in copied(state).items()
+    }
+
+
 @torch.no_grad()
 def restricted(state: Mapping[str, Any], ratio: float) -> ParameterState:
     """What a coarse network starts from."""
