@@ -96,6 +96,11 @@ def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
         _forced.update(before)
 
 
+def is_forced() -> bool:
+    """Whether this is inside :func:`forced`."""
+    return bool(_forced)
+
+
 def forget() -> None:
     """Reads the files anew at the next choice; call it when one has changed."""
     _tuned_choice.cache_clear()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import models
 from .layer_parallel import LayerParallel
@@ -33,6 +32,8 @@ def transformer_block(dim: int, ffn: int, tokens: int, sequence: int) -> tuple[i
 
 def measured(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Forward FLOPs of a call, by doing it; without a trace in gradients or random numbers."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where that is installed
+
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     # Attention as plain products of matrices, which are counted on every device.
     with torch.no_grad(), torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):

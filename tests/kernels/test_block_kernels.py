@@ -7,7 +7,7 @@ from mlpint import MGRIT, LayerParallel
 from mlpint.kernels.dispatch import Choice, forced
 from mlpint.nn import BlockStack
 
-OPERATIONS = ("ln_linear", "linear_axpy", "mlp", "attention", "attention_backward")
+OPERATIONS = ("ln_linear", "linear_axpy", "mlp", "attention", "attention_backward", "ln_backward_add")
 KERNELS = {op: Choice("triton", None, "forced") for op in OPERATIONS}
 
 
@@ -16,12 +16,12 @@ def test_a_stack_of_kernels(device, attention, padded, h, monkeypatch):
     """Batched and one by one, forward only and with its backward, from strided views of the parameters."""
     from mlpint.kernels import attention as attention_module
     from mlpint.kernels import attention_backward as backward_module
-    from mlpint.kernels import linear_axpy, ln_linear, mlp
+    from mlpint.kernels import linear_axpy, ln_backward, ln_linear, mlp
 
     taken = set()
     modules = (ln_linear, "ln_linear"), (ln_linear, "ln_linear_train"), (linear_axpy, "linear_axpy"), (mlp, "mlp")
     modules += (attention_module, "attention"), (attention_module, "attention_train")
-    modules += ((backward_module, "attention_backward_packed"),)
+    modules += (backward_module, "attention_backward_packed"), (ln_backward, "ln_backward_add")
 
     def noted(name, original):
         return lambda *args: (taken.add(name), original(*args))[1]

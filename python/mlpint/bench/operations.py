@@ -190,9 +190,9 @@ class LnBackward(Case):
         x, weight, bias, grad, residual = every.values()
 
         def call() -> Tensors:
-            dx = ops.ln_backward_add(grad, x, mean.to(x.dtype), rstd.to(x.dtype), weight, residual)
+            dx, sums = ops.ln_backward_add(grad, x, mean.to(x.dtype), rstd.to(x.dtype), weight, residual)
             into = torch.empty_like(weight), torch.empty_like(bias)
-            ops.ln_weight_grads(grad, x, mean, rstd, *into)
+            ops.ln_weight_grads(grad, sums, x, mean, rstd, *into)
             return dx, *into
 
         return call

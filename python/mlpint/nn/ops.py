@@ -63,9 +63,16 @@ def ln_backward_add(
     rstd: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient for the input of :func:`ln`, plus that of the residual path."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient for the input of :func:`ln`, plus that of the residual path; and what the kernel finds on the way, the
+    gradients of LN's weight and bias, [J, 2, D]: elsewhere [J, 0]."""
     grad = grad.to(x.dtype)
+    module = kernel("ln_backward_add", x.shape[2], x.shape[1], len(x), x, *[t for t in (residual,) if t is not None])
+    if module:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, rstd = mean.to(wide).contiguous(), rstd.to(wide).contiguous()
+        dx, *sums = module.ln_backward_add(grad, x, mean, rstd, weight, residual)
+        return dx, torch.stack(sums, 1)
     one = len(x) == 1
     scaled = grad if one else grad * weight.unsqueeze(1)
     dx = torch.ops.aten.native_layer_norm_backward(
@@ -78,11 +85,12 @@ def ln_backward_add(
         None,
         [True, False, False],
     )[0]
-    return dx if residual is None else dx.add_(residual)
+    return dx if residual is None else dx.add_(residual), x.new_empty(len(x), 0)
 
 
 def ln_weight_grads(
     grad: torch.Tensor,
+    sums: torch.Tensor,
     x: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -90,8 +98,13 @@ def ln_weight_grads(
     bias: torch.Tensor | None,
     normalized: torch.Tensor | None = None,
 ) -> None:
-    """Writes the parameters' gradients of :func:`ln` into views [J, D], where given. ``normalized``, (x - mean) rstd,
-    is used up."""
+    """Writes the parameters' gradients of :func:`ln` into views [J, D], where given. ``sums`` are those that
+    :func:`ln_backward_add` may have found; ``normalized``, (x - mean) rstd, is used up."""
+    if sums.numel():
+        for into, found in zip((weight, bias), sums.unbind(1), strict=True):
+            if into is not None:
+                into.copy_(found)
+        return
     if weight is not None:
         if normalized is None:
             normalized = (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
@@ -103,6 +116,7 @@ def ln_weight_grads(
 def ln_linear_weight_grads(
     grad: torch.Tensor,
     grad_normalized: torch.Tensor,
+    sums: torch.Tensor,
     x: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -119,7 +133,7 @@ def ln_linear_weight_grads(
         linear_weight_grads(grad, x_hat, weight, bias)
     else:
         linear_weight_grads(grad, grad, None, bias)
-    ln_weight_grads(grad_normalized, x, mean, rstd, into_ln_weight, into_ln_bias, normalized)
+    ln_weight_grads(grad_normalized, sums, x, mean, rstd, into_ln_weight, into_ln_bias, normalized)
 
 
 def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float) -> torch.Tensor:

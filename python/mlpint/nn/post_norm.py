@@ -40,26 +40,26 @@ def input_vjp(call: Call, w: Weights, saved: Tensors, grad: torch.Tensor) -> tup
     """Gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
     _, qkv, o, attended, s, mean1, rstd1, _, pre, _, t, mean2, rstd2 = saved
     dz = grad if call.h == 1 else grad * call.h
-    dt = ops.ln_backward_add(dz, t, mean2, rstd2, w.ln2_weight, None)
+    dt, sums2 = ops.ln_backward_add(dz, t, mean2, rstd2, w.ln2_weight, None)
     d_down = call.dropped(dt, FFN).to(w.down_weight.dtype)
     d_pre = ops.activation_backward(ops.linear_backward(d_down, w.down_weight), pre, call.activation)
     dy = ops.linear_backward(d_pre, w.up_weight) + dt
-    ds = ops.ln_backward_add(dy, s, mean1, rstd1, w.ln1_weight, None)
+    ds, sums1 = ops.ln_backward_add(dy, s, mean1, rstd1, w.ln1_weight, None)
     d_proj = call.dropped(ds, PROJECTION).to(w.proj_weight.dtype)
     d_qkv = call.attention_backward(ops.linear_backward(d_proj, w.proj_weight), qkv, o, attended)
     dx = ops.linear_backward(d_qkv, w.qkv_weight) + ds
     if call.h != 1:
         dx += grad - dz
-    return dx, (dz, d_down, d_pre, dy, d_proj, d_qkv)
+    return dx, (dz, sums2, d_down, d_pre, dy, sums1, d_proj, d_qkv)
 
 
 def weight_vjp(call: Call, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None for those not wanted."""
     x, _, o, _, s, mean1, rstd1, y, _, a, t, mean2, rstd2 = saved
-    dz, d_down, d_pre, dy, d_proj, d_qkv = inner
-    ops.ln_weight_grads(dz, t, mean2, rstd2, into.ln2_weight, into.ln2_bias)
+    dz, sums2, d_down, d_pre, dy, sums1, d_proj, d_qkv = inner
+    ops.ln_weight_grads(dz, sums2, t, mean2, rstd2, into.ln2_weight, into.ln2_bias)
     ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
     ops.linear_weight_grads(d_pre, y, into.up_weight, into.up_bias)
-    ops.ln_weight_grads(dy, s, mean1, rstd1, into.ln1_weight, into.ln1_bias)
+    ops.ln_weight_grads(dy, sums1, s, mean1, rstd1, into.ln1_weight, into.ln1_bias)
     ops.linear_weight_grads(d_proj, o, into.proj_weight, into.proj_bias)
     ops.linear_weight_grads(d_qkv, x, into.qkv_weight, into.qkv_bias)
