@@ -18,12 +18,13 @@ from .nn import BlockStack
 from .operators import LearntOperator
 from .options import MGRIT
 from .ownership import block_owners, cyclic_owners, partition_of
-from .propagators import AnyStream, Stream, output_tensors
+from .plain_pass import plain_pass
+from .propagators import AnyStream, Stream
 from .random import LayerRandom
 from .run import Run, Solve
 from .sharing import SharedParameters, gather_state_dict
-from .stack_stream import StackStream, key_lengths
-from .states import State, extrapolate
+from .stack_stream import StackStream
+from .states import State
 from .stats import Stats
 
 
@@ -313,48 +314,12 @@ class LayerParallel(nn.Module):
             raise TypeError("the state must be a tensor or a tuple of tensors")
         self.stats = Stats()
         if self.comm.size == 1 and self.options.exact and self.serial_microbatches == 1 and not self.recompute:
-            outputs = self._plain(state, single, args, kwargs)
+            outputs = plain_pass(self, state, single, args, kwargs)
             return outputs[0] if single else outputs
         grad = torch.is_grad_enabled()
         run = Run(self, state, single, args, kwargs, grad)
         outputs = Solve.apply(run, self.anchor, *state, *run.extras, *run.weights)
         return outputs[0] if single else outputs
-
-    def _plain(self, state: tuple[torch.Tensor, ...], single: bool, args: tuple, kwargs: dict) -> tuple:
-        """Alone and exact: the loop itself, under autograd itself."""
-        _, key = self.next_key()
-        device, draws = state[0].device, self.random.draws
-        draw = [n for n, layer in self.local_layers.items() if draws(n, layer.training)]
-        if self.stacked is not None:
-            keys = [self.random.key_of(*key, n) for n in self.local_indices] if self.stacked.drops else None
-            step_sizes = [self.step_size_of(n) for n in self.local_indices]
-            state = (self.stacked.run(state[0], key_lengths(args, kwargs, single), keys, step_sizes),)
-        elif draw:
-            with self.random.preserved(device):
-                for n in range(self.layer_count):
-                    with self.random.keyed(*key, n, self.local_layers[n].training, device):
-                        state = self._plain_step(n, state, single, args, kwargs)
-        else:
-            for n in range(self.layer_count):
-                state = self._plain_step(n, state, single, args, kwargs)
-        evaluations = self.stats.evaluations
-        evaluations["forward"][0] = self.layer_count
-        self.stats.iterations["forward"] = 0
-        if state[0].requires_grad:
-            stats, count = self.stats, self.layer_count
-
-            def came_back(_: torch.Tensor) -> None:
-                stats.evaluations["combined_vjp"][0] = count
-                stats.iterations["backward"] = 0
-
-            state[0].register_hook(came_back)
-        return state
-
-    def _plain_step(self, n: int, state: tuple, single: bool, args: tuple, kwargs: dict) -> tuple:
-        output = self.local_layers[n](state[0] if single else state, *args, **kwargs)
-        new = output_tensors(n, output, state, single)
-        h = self.step_size_of(n)
-        return new if h == 1 else extrapolate(State(state), State(new), h).tensors
 
     def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
         """Own parameters that require gradients now, by layer, in the order of ``layer.parameters()``.
