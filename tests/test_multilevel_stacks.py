@@ -161,6 +161,9 @@ def test_what_stacks_cannot_do_is_refused():
     blocks = LayerParallel(model.blocks, open_layers=1, close_layers=1)
     with pytest.raises(ValueError, match="open_layers = 1, close_layers = 1: must be 0 for multilevel training"):
         Multilevel(blocks, torch.optim.SGD(blocks.parameters(), 0.1))
+    blocks = LayerParallel(model.blocks, MGRIT(coarse="sum"), layout="cyclic")
+    with pytest.raises(ValueError, match="coarse networks run in layout='block' only"):
+        Multilevel(blocks, torch.optim.SGD(blocks.parameters(), 0.1))
     model.blocks.requires_grad_(False)
     with pytest.raises(RuntimeError, match="state_dict inside Phase"):
         multilevel = Multilevel(model.blocks, optimizer)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ class Checkpoint:
                 found.update({name: tensors.get_tensor(name) for name in wanted})
         return found
 
+    def extra(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        """What :func:`save` was given as ``extra``, of the names that are wanted; see :meth:`read`."""
+        names = (name.removeprefix("extra.") for name in self.tensors if name.startswith("extra."))
+        found = self.read([f"extra.{name}" for name in names if wanted(name)])
+        return {name.removeprefix("extra."): tensor for name, tensor in found.items()}
+
     def _verify(self, file: str) -> None:
         path, expected = self.path / file, self.files[file]
         try:
@@ -118,6 +124,7 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     info: Mapping[str, Any] | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
     comm: Comm | None = None,
 ) -> Path:
     """Writes ``directory/step-...`` and then points ``latest`` to it. Collective; the directory is shared by all ranks.
@@ -131,6 +138,7 @@ def save(
         model: its parameters and buffers are saved; ``LayerParallel`` stacks by the names of the unwrapped layers.
         optimizer: the state that it keeps for each parameter is saved; hyperparameters are not.
         info: anything JSON can hold.
+        extra: more tensors, for :meth:`Checkpoint.extra`; what several ranks have under one name is the same on all.
 
     Returns:
         The checkpoint's path.
@@ -142,6 +150,7 @@ def save(
     directory = Path(directory)
     final, partial = directory / f"step-{step:08d}", directory / f".step-{step:08d}.partial"
     tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
+    tensors |= {f"extra.{name}": tensor.detach() for name, tensor in (extra or {}).items()}
 
     def make() -> None:
         if comm.rank == 0:

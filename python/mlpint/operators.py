@@ -168,5 +168,5 @@ def _solve(fit: _Fit) -> torch.Tensor | None:
         if int(info) == 0:
             solution = torch.cholesky_solve(fit.cross, factor)
             if bool(solution.isfinite().all()):
-                return solution
+                return solution.contiguous()  # as a checkpoint's: products in another order would differ in rounding
     return None

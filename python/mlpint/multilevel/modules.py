@@ -28,6 +28,7 @@ class ModuleRunner:
 
     Attributes:
         count: layers in all.
+        local_indices: those that this process holds.
         kept: indices of layers that every network has, with their own step size; none.
         parameters: those that are trained and that this process holds.
     """
@@ -37,6 +38,7 @@ class ModuleRunner:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
         self.count = len(self.layers)
+        self.local_indices = range(self.count)
         self.parameters: Named = {n: trainable(layer) for n, layer in enumerate(self.layers)}
         self._form: int | None = None  # entries of the tuple that layers return, 0 for a tensor; None: not known yet
 

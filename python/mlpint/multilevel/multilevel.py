@@ -268,6 +268,10 @@ class Multilevel:
             raise RuntimeError(f"state_dict inside {self._inside}: take it between phases")
         return saved.state_dict(self)
 
+    def wants(self, name: str) -> bool:
+        """Whether a tensor of a state dict that several ranks have put together is needed on this one."""
+        return saved.is_wanted(self, name)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there with the next :meth:`schedule`; model and optimiser are loaded before.
 

@@ -38,7 +38,8 @@ def _tensors(m: Multilevel) -> Iterator[tuple[str, torch.Tensor]]:
         for (n, name), value in copies.weights():
             yield f"weights/{network}/{n}/{name}", value
         yield from _state_tensors(f"state/{network}", copies.states())
-    for network, states in m._kept.items():
+    for network in m._kept.keys() - m._copies.keys():  # what an open network had kept, it has taken up
+        states = m._kept[network]
         yield from _state_tensors(f"kept/{network}", states)
     for name, value in m._runner.learnt() if isinstance(m._runner, ParallelRunner) else ():
         yield f"learnt/{name}", value
@@ -54,6 +55,12 @@ def _state_tensors(prefix: str, states: Mapping[Key, ParameterState]) -> Iterato
         for key, value in state.items():
             if value is not None:
                 yield f"{prefix}/{n}/{name}/{key}", torch.as_tensor(value)
+
+
+def is_wanted(m: Multilevel, name: str) -> bool:
+    """See :meth:`Multilevel.wants`."""
+    kind, _, place = (*name.split("/"), "", "")[:3]
+    return kind == "learnt" or place == "shared" or place.isdigit() and int(place) in m._runner.local_indices
 
 
 def load_state_dict(m: Multilevel, saved: Mapping[str, Any]) -> None:

@@ -127,8 +127,10 @@ class StackCopies:
             if _by_row(value, self.aside[field]):
                 now.setdefault(key, torch.zeros_like(p, dtype=value.dtype))[self.rows] = value
                 continue
-            now[key] = value
-            if _is_count(value):
+            if not _is_count(value):
+                now[key] = value
+            elif key not in now or value >= now[key]:  # less where none of the network's rows are this rank's
+                now[key] = value
                 added = float(value) - self._counts.get((field, key), 0.0)
                 self.ahead[f"{self.network.name[:-1]}.{field}.{key}"] = (float(value), added)
 
@@ -144,7 +146,7 @@ class StackCopies:
         for field, state in self.state.items():
             p = self.aside[field]
             for i, n in enumerate(self.layers):
-                found[n, _name(field)] = {k: v[i] if _by_row(v, p) else v for k, v in state.items()}
+                found[n, _name(field)] = {k: v[i] if _by_row(v, p) else v.clone() for k, v in state.items()}
         return found
 
     @torch.no_grad()

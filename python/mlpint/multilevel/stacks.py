@@ -23,6 +23,7 @@ class StackRunner:
 
     def __init__(self, stack: BlockStack) -> None:
         self.stack, self.count = stack, len(stack)
+        self.local_indices = range(self.count)
         self.parameters: Named = {}
         self.ahead: Ahead = {}
 
