@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -24,17 +24,16 @@ class Decoder(Protocol):
 @torch.no_grad()
 def beam_search(
     decoder: Decoder,
-    count: int,
+    limits: Sequence[int],
     *,
     beams: int,
     start: int,
     end: int,
-    limit: int,
     never: Collection[int] = (),
     alpha: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
-    """The best sequence found for each of ``count`` sources, without start and end token.
+    """The best sequence found for each source, without start and end token.
 
     A sequence that has ended keeps its place among the beams until ``beams`` better ones push it out; the search ends
     when all have. At the end the one with the largest log-probability / length^alpha counts (Wu et al., 2016, in its
@@ -42,12 +41,13 @@ def beam_search(
 
     Args:
         decoder: before its first token, with one sequence for each source.
+        limits: most tokens of a sequence by source, its end token included; a longer one is cut off.
         beams: sequences kept for each source.
         start, end: tokens.
-        limit: most tokens of a sequence, its end token included; one that is longer is cut off.
         never: tokens that are not to be produced.
         alpha: weight of the length; 0 prefers short sequences.
     """
+    count, most = len(limits), torch.tensor(limits, device=device).unsqueeze(1)
     decoder.expand(beams)
     first_row = torch.arange(count, device=device).unsqueeze(1) * beams
     scores = torch.full((count, beams), -torch.inf, device=device)
@@ -56,7 +56,7 @@ def beam_search(
     lengths = torch.zeros(count, beams, device=device)
     found = torch.zeros(count, beams, 0, dtype=torch.int64, device=device)
     tokens = torch.full((count * beams,), start, device=device)
-    for _ in range(limit):
+    for _ in range(max(limits)):
         steps = decoder.logits(tokens).float().log_softmax(-1).view(count, beams, -1)
         vocabulary = steps.shape[-1]
         steps[..., list(never)] = -torch.inf
@@ -65,7 +65,7 @@ def beam_search(
         scores, best = (scores.unsqueeze(-1) + steps).flatten(1).topk(beams)
         beam, token = best // vocabulary, best % vocabulary
         lengths = lengths.gather(1, beam) + ~ended.gather(1, beam)
-        ended = ended.gather(1, beam) | (token == end)
+        ended = ended.gather(1, beam) | (token == end) | (lengths >= most)
         found = torch.cat([found.gather(1, beam.unsqueeze(-1).expand(found.shape)), token.unsqueeze(-1)], -1)
         if ended.all():
             break

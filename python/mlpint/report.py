@@ -143,6 +143,9 @@ class Report:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if sample is not None and sample.measures:
+            measures = {f"test_{name}": value for name, value in sample.measures.items()}
+            self.metrics.write({"step": self.config.run.steps, **measures})
         if comparison is not None:
             self.metrics.write({"step": self.config.run.steps, "comparison": dataclasses.asdict(comparison)})
         self.metrics.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,11 +17,16 @@ Batch = tuple[torch.Tensor, ...]
 
 
 class Sample(NamedTuple):
-    """What a trained model does, to be looked at: shown under a title, and written to sample.txt."""
+    """What a trained model does, to be looked at: shown under a title, and written to sample.txt.
+
+    Attributes:
+        measures: of the sample as a whole, by name; written to metrics.jsonl as ``test_...``.
+    """
 
     title: str
     shown: str
     written: str
+    measures: Mapping[str, float] = MappingProxyType({})
 
 
 class Task(abc.ABC):

@@ -152,8 +152,10 @@ class TranslationTask(Task):
         shown = "\n".join(
             f"{sentences.source[n]}\n  -> {found[n]}\n  (given: {sentences.target[n]})" for n in which[:_SHOWN]
         )
-        title = f"{split}, {len(which):,} sentences, {run.beams} beams: BLEU {self.bleu(split, which, found):.2f}"
-        return Sample(title, shown, "".join(f"{line}\n" for line in found))
+        bleu = self.bleu(split, which, found)
+        title = f"{split}, {len(which):,} sentences, {run.beams} beams: BLEU {bleu:.2f}"
+        measures = {"bleu": bleu} if split == "test" else {}
+        return Sample(title, shown, "".join(f"{line}\n" for line in found), measures)
 
     def bleu(self, split: str, which: np.ndarray, translations: list[str]) -> float:
         """Of the translations of some sentences, 0 to 100."""
@@ -182,11 +184,10 @@ class TranslationTask(Task):
                 decoder = Stepwise(network, tokens, lengths, step_sizes)
             sequences = beam_search(
                 decoder,
-                len(part),
+                [min(self.config.data.sequence, 2 * int(length) + 10) for length in lengths],
                 beams=beams,
                 start=bpe.START,
                 end=bpe.END,
-                limit=min(self.config.data.sequence, 2 * tokens.shape[1] + 10),
                 never=(bpe.PAD, bpe.START),
                 device=device,
             )
