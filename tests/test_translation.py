@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from launch import run
 from mlpint import cli, tasks
 from mlpint.comm import Comm
-from mlpint.config import TrainConfig
+from mlpint.config import TrainConfig, read_toml
 from mlpint.data.bpe import PAD
 from mlpint.metrics import read_lines
 
@@ -154,6 +155,12 @@ def test_the_encoder_may_be_larger(data):
     assert kinds == 3 * ["EncoderLayer"] + 3 * ["DecoderLayer"]
     task = tasks.make(config(data=data, encoder_layers=5))
     assert [type(layer).__name__ for layer in task.model().blocks].count("EncoderLayer") == 5
+
+
+def test_the_example_fits(data):
+    example = read_toml(Path(__file__).parents[1] / "examples" / "translation.toml")
+    model = tasks.make(TrainConfig.of(example | {"data": str(data)})).model()
+    assert len(model.blocks) == 12 and model.dim == 128
 
 
 def test_tokens_are_made_once(data, monkeypatch):
