@@ -18,6 +18,7 @@ from .comm import init
 from .config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
 from .errors import ConfigError, UserError
 from .fields import parsed
+from .plots import OVER
 from .tasks import Task, make
 from .tune import add_flags as tune_flags
 
@@ -117,6 +118,9 @@ def _parser() -> _Parser:
     report = commands.add_parser("report", help="draw the loss curves of several runs into one picture")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its metrics.jsonl")
     report.add_argument("--out", default="loss.png", metavar="PNG", help="the picture (default loss.png)")
+    report.add_argument(
+        "--over", default="steps", metavar="WHAT", help=f"{', '.join(OVER)}: what to draw them over (default steps)"
+    )
     report.set_defaults(run=_report)
 
     info = commands.add_parser("info", help="versions, MPI, GPUs and launchers found on this machine")
@@ -178,13 +182,12 @@ def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainCo
 
 def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     now, saved = config.flat(), TrainConfig.of(saved).flat()  # keys that came later have their defaults
-    for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer"):
+    for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer", "multilevel"):
         if now[name] != saved[name]:
             raise ConfigError(f"{name} = {now[name]!r}: must be {saved[name]!r}, as in {checkpoint.path}")
-    if config.run.steps <= checkpoint.step:
-        raise ConfigError(
-            f"steps = {config.run.steps}: must be above {checkpoint.step}, where {checkpoint.path} stands"
-        )
+    done = checkpoint.info.get("fine_steps", checkpoint.step)
+    if config.run.steps <= done:
+        raise ConfigError(f"steps = {config.run.steps}: must be above {done}, where {checkpoint.path} stands")
 
 
 _NOT_PLANNED = ("tolerance", "step_size", "serial_microbatches", "recompute")
@@ -242,6 +245,8 @@ def _report(options: argparse.Namespace) -> None:
     from .metrics import read_lines
     from .plots import loss_curves
 
+    if options.over not in OVER:
+        raise ConfigError(f"over = {options.over!r}: must be one of {', '.join(OVER)}")
     runs = {}
     for name in options.runs:
         path = Path(name) / "metrics.jsonl" if Path(name).is_dir() else Path(name)
@@ -249,7 +254,7 @@ def _report(options: argparse.Namespace) -> None:
         if not any("loss" in line for line in runs[name]):
             raise UserError(f"{path}: holds no step with a loss")
     try:
-        loss_curves(runs, Path(options.out))
+        loss_curves(runs, Path(options.out), options.over)
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from None
     print(f"written: {options.out}")

@@ -101,8 +101,62 @@ class OptimizerConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MultilevelConfig(Section):
+    """The arguments of ``Multilevel``."""
+
+    multilevel: bool = key(False, "train in alternation with coarse networks, made of every other layer")
+    delta: float = key(0.25, "weight of trained coarse layers in their average with the fine ones", least=0, most=1)
+    coarse_steps: int = key(100, "steps of a coarse network at a time", least=1)
+    cycles: int = key(35, "first steps that coarse training follows; -1: as long as it pays per FLOP", least=-1)
+    coarse_networks: int = key(2, "coarse networks; each has every so-many-th layer", least=2)
+    depths: int = key(2, "depths in all: 2: 12 and 6 layers; 3: 12, 6 and 3", least=2)
+    order: str = key("AB", "of coarse networks: AB, BA or alternating", choices=("AB", "BA", "alternating"))
+    coarse_step_size: str = key("ode", "ode: x + 2 F(x) in a network of half the layers; unit: x + F(x)",
+                                choices=("ode", "unit"))  # fmt: skip
+    neighbours: str = key(
+        "none",
+        "prolong to layers that were not trained: none, average or correction",
+        choices=("none", "average", "correction"),
+    )
+    single: bool = key(False, "only one coarse network, for ablation")
+    optimizer_state: str = key(
+        "restrict",
+        "momentum and Adam's averages on the levels: restrict, separate, reset or carry",
+        choices=("restrict", "separate", "reset", "carry"),
+    )
+    rewarm: int = key(10, "steps of a coarse network's warm-up after a reset", least=0)
+    coherence: float = key(0.0, "weight of the first-order coherence term", least=0, most=1)
+    coarse_lr: float = key(1.0, "factor of the learning rate in coarse steps", least=0)
+    clock: str = key(
+        "shared",
+        "coarse steps have the fine step's learning rate (shared) or a schedule of their own (own)",
+        choices=("shared", "own"),
+    )
+    same_data: bool = key(False, "the coarse networks of a cycle see the same batches")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cycles < 0 and self.clock == "own":
+            raise ConfigError("clock = 'own': its length is not known with cycles = -1; give a number of cycles")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``Multilevel``."""
+        names = {
+            "coarse_networks": "networks",
+            "depths": "levels",
+            "coarse_step_size": "step_size",
+            "optimizer_state": "state",
+        }
+        given = {names.get(name, name): value for name, value in vars(self).items()}
+        given["data"] = "same" if given.pop("same_data") else "fresh"
+        given["cycles"] = "auto" if self.cycles < 0 else self.cycles
+        del given["multilevel"]
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
-    steps: int = key(300, "optimiser steps", least=1)
+    steps: int = key(300, "optimiser steps; with multilevel those of the whole network", least=1)
     seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
     dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
@@ -130,6 +184,7 @@ class TrainConfig:
     solver: SolverConfig = SolverConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    multilevel: MultilevelConfig = MultilevelConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:

@@ -6,20 +6,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 
-def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws training loss (faint where it is noisy) and validation loss over steps.
+OVER = {
+    "steps": "optimiser step",
+    "flops": "training FLOPs of the blocks",
+    "flops-all": "training FLOPs",
+    "tokens": "tokens",
+    "seconds": "seconds of training",
+}
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, over: str = "steps") -> None:
+    """Draws training loss (faint where it is noisy) and validation loss.
 
     Where the solver's options change, a dotted line names the new ones. Runs with error control get a second picture
-    below, of what the checks measured.
+    below, of what the checks measured. Of multilevel training the training loss is the fine network's.
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
         path: of the PNG.
+        over: what the curves are drawn over, a key of ``OVER``.
+
+    Raises:
+        UserError: a run has not recorded what the curves are to be drawn over.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
     checks = {label: _checks(lines) for label, lines in runs.items()}
     watched = any(checks.values())
     figure = Figure(figsize=(8, 7 if watched else 5), layout="constrained")
@@ -27,11 +42,11 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     below = figure.add_subplot(3, 1, 3, sharex=axes) if watched else None
     for number, (label, lines) in enumerate(runs.items()):
         color = f"C{number % 10}"
-        steps = [line["step"] for line in lines if "loss" in line]
-        losses = [line["loss"] for line in lines if "loss" in line]
+        fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
+        steps, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
         axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(steps, _smoothed(losses), color=color, label=f"{label}: training")
-        held_out = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
+        held_out = [(line["place"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
         for step, mode in _changes(lines):
@@ -40,13 +55,29 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
         if checks[label]:
             below.plot(*zip(*checks[label], strict=True), "o-", color=color, markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats)")
+    axes.set(xlabel=OVER[over], ylabel="cross-entropy (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     if below is not None:
-        below.set(xlabel="step", ylabel="gradient cosine, or\nconvergence factor")
+        below.set(xlabel=OVER[over], ylabel="gradient cosine, or\nconvergence factor")
         below.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
+    """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
+    found, seconds, tokens = [], 0.0, "tokens"
+    for line in lines:
+        tokens = next((name for name in ("tokens", "images", "sentences") if name in line), tokens)
+        key = {"steps": "step", "flops-all": "flops_all", "tokens": tokens}.get(over, over)
+        seconds += line.get("seconds", 0.0)
+        if over == "seconds":
+            found.append({**line, "place": seconds})
+        elif key in line:
+            found.append({**line, "place": line[key]})
+        elif "loss" in line:
+            raise UserError(f"{label}: step {line.get('step')} has no {key!r}, which the curves are to be drawn over")
+    return found
 
 
 def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
@@ -55,7 +86,7 @@ def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
     for line in lines:
         if "loss" in line:
             if before is not None and line.get("mode", before) != before:
-                yield line["step"], line["mode"]
+                yield line["place"], line["mode"]
             before = line.get("mode", before)
 
 
@@ -69,7 +100,7 @@ def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
         if value is None and factors:
             value = max(factors)
         if value is not None:
-            found.append((line["step"], value))
+            found.append((line["place"], value))
     return found
 
 

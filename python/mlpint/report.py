@@ -45,7 +45,7 @@ class Report:
         if self.leads and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.config.run.steps, initial=trainer.step, unit="step", leave=False)
+            self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False)
 
     def _open(self) -> None:
         if not self.leads:
@@ -115,6 +115,11 @@ class Report:
             "mode": self.trainer.mode,
             "iterations": self.trainer.iterations,
         }
+        phase, flops, total = self.trainer.phase, self.trainer.flops, self.trainer.total
+        if phase is not None:
+            line["network"], line["fine_step"] = phase.name, phase.fine_step + 1
+        if flops is not None:
+            line["flops"], line["flops_all"] = flops.blocks, flops.all
         if watched:
             line["control"] = decision.as_dict()
         self.metrics.write(line)
@@ -122,14 +127,15 @@ class Report:
         self.exact_steps += self.trainer.mode == "exact"
         if self.bar is not None:
             self.bar.update()
-        if done % run.log_every == 0 or done == run.steps or measures is not None:
-            left = (time.perf_counter() - self.started) / (done - self.first) * (run.steps - done)
+        if done % run.log_every == 0 or done == total or measures is not None:
+            left = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
             held_out = "".join(
                 f"  val {value:.4f}" if name == "loss" else f" {name} {value:.4f}"
                 for name, value in (measures or {}).items()
             )
             self._say(
-                f"step {done:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}{held_out}  {self.trainer.mode}  "
+                f"step {done:>{len(str(total))}}/{total}  {phase.name + '  ' if phase else ''}"
+                f"loss {loss:.4f}{held_out}  {self.trainer.mode}  "
                 f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * self.per_step / sum(self.interval):,.0f} "
                 f"{self.trainer.task.unit}/s  "
                 f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
@@ -145,9 +151,9 @@ class Report:
             self.bar = None
         if sample is not None and sample.measures:
             measures = {f"test_{name}": value for name, value in sample.measures.items()}
-            self.metrics.write({"step": self.config.run.steps, **measures})
+            self.metrics.write({"step": self.trainer.step, **measures})
         if comparison is not None:
-            self.metrics.write({"step": self.config.run.steps, "comparison": dataclasses.asdict(comparison)})
+            self.metrics.write({"step": self.trainer.step, "comparison": dataclasses.asdict(comparison)})
         self.metrics.close()
         lines = read_lines(self.directory / "metrics.jsonl")
         label, control = describe(self.config.solver.mgrit()), self.trainer.control
@@ -157,7 +163,7 @@ class Report:
             self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
         if control is not None and control.history:
             checks = [d for d in control.history if d.measured is not None]
-            changes, steps = sum(d.after != d.before for d in control.history), self.config.run.steps - self.first
+            changes, steps = sum(d.after != d.before for d in control.history), self.trainer.step - self.first
             self._say(
                 f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
                 f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"

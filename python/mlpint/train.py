@@ -46,16 +46,16 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
     directory = _run_directory(config, comm, checkpoint)
     report = Report(trainer, directory)
     with report.decisions():
-        for step in range(trainer.step, config.run.steps):
+        for phase in trainer.phases():
             started = time.perf_counter()
-            loss, norm = trainer.train_step()
+            loss, norm = trainer.train_step(phase)
             seconds = time.perf_counter() - started
-            done = step + 1
+            done, last = trainer.step, trainer.step == trainer.total
             due = config.run.eval_every and done % config.run.eval_every == 0
-            measures = trainer.validate() if due or done == config.run.steps else None
+            measures = trainer.validate() if due or last else None
             report.step(done, loss, measures, norm, seconds)
             every = config.run.checkpoint_every
-            if every and (done % every == 0 or done == config.run.steps):
+            if every and (done % every == 0 or last):
                 trainer.save(directory / "checkpoints")
     report.close(trainer.sample(), trainer.compare())
     return directory

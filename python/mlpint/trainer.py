@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,8 +21,11 @@ from .config import TrainConfig
 from .decision import Decision
 from .error_control import ErrorControl
 from .errors import ConfigError, TrainingError
+from .flops import FlopMeter
+from .joint import jointly
 from .ladder import describe
 from .layer_parallel import LayerParallel
+from .multilevel import Multilevel, Phase
 from .optim import learning_rate, make_optimizer
 from .tasks import Sample, Task
 
@@ -27,7 +34,9 @@ class Trainer:
     """A task's model, its optimiser and its place in the data.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimiser steps done, on all levels.
+        phase: of multilevel training, that of the last step; None without.
+        flops: the meter; None where the blocks differ from each other.
         position: batches taken from the training data.
         iterations: of the last step's solves, by direction; 0 where exact.
         mode: the solver's options in the last step, in short.
@@ -55,6 +64,14 @@ class Trainer:
             self.blocks.solver(direction)  # raises here what it would raise in the first step
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.multilevel: Multilevel | None = None
+        if config.multilevel.multilevel:
+            options = config.multilevel.options()
+            self.multilevel = Multilevel(self.blocks, self.optimizer, model=self.model, **options)
+            self.flops = self.multilevel.flops
+        else:
+            self.flops = FlopMeter(self.blocks, self.model) if _alike(self.blocks) else None
+        self.phase: Phase | None = None
         self.step = self.position = 0
         self.iterations: dict[str, int] = {}
         self.mode = describe(self.blocks.options)
@@ -82,19 +99,45 @@ class Trainer:
         (loss / self.config.data.accumulate).backward()
         return float(loss.detach())
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimiser step. Returns loss and gradient norm, the same on every rank.
+    def phases(self) -> Iterator[Phase | None]:
+        """What :meth:`train_step` takes, for each step that is left."""
+        if self.multilevel is not None:
+            yield from self.multilevel.schedule(self.config.run.steps)
+        else:
+            yield from itertools.repeat(None, self.config.run.steps - self.step)
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps in all; those that are certain to come, where the number of cycles is not fixed."""
+        if self.multilevel is None:
+            return self.config.run.steps
+        return self.multilevel.total_steps(self.config.run.steps)
+
+    def train_step(self, phase: Phase | None = None) -> tuple[float, float]:
+        """One optimiser step, of one of the networks. Returns loss and gradient norm, the same on every rank.
 
         With error control a step whose numbers are not finite is skipped, and counts.
 
         Raises:
             TrainingError: if either is not a number; the weights are as before the step.
         """
+        self.phase = phase
+        if phase is None:
+            with self.flops.step() if self.flops else nullcontext():
+                return self._train_step((self.step, self.config.run.steps))
+        self.position = phase.batch_index * self.config.data.accumulate
+        with phase:
+            loss, norm = self._train_step((phase.clock, phase.clock_steps))
+            phase.loss(loss)
+        return loss, norm
+
+    def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
         losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
         self.iterations, self.mode = dict(self.blocks.stats.iterations), describe(self.blocks.options)
         loss = sum(losses) / accumulate
-        if self.control is not None:
+        self.decision = None
+        if self.control is not None and (self.phase is None or self.phase.fine):
             last = self.step, accumulate - 1, self.position + accumulate - 1
             self.decision = self.control.step(loss, lambda: self.training_loss(*last))
             if self.decision.skip:
@@ -107,7 +150,7 @@ class Trainer:
                 "backward_iters (0 is exact)"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.run.steps, self.config.optimizer)
+            group["lr"] = learning_rate(*clock, self.config.optimizer)
         self.optimizer.step()
         self._next()
         return loss, norm
@@ -149,7 +192,14 @@ class Trainer:
         info["task"] = self.task.identity()
         if self.control is not None:
             info["control"] = self.control.state_dict()
-        checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, comm=self.comm)
+        if self.flops is not None:
+            info["flops"] = self.flops.as_dict()
+        extra = {}
+        if self.multilevel is not None:
+            state = self.multilevel.state_dict()
+            info["multilevel"], extra = state["info"], state["tensors"]
+            info["fine_steps"] = self.flops.steps["fine"]
+        checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, extra=extra, comm=self.comm)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         saved = checkpoint.info.get("task", {})
@@ -161,6 +211,15 @@ class Trainer:
                 )
         checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
+        if self.flops is not None and "flops" in checkpoint.info:
+            self.flops.load(checkpoint.info["flops"])
+        if self.multilevel is not None:
+            tensors: dict[str, torch.Tensor] = {}
+            jointly(self.comm, lambda: tensors.update(checkpoint.extra(self.multilevel.wants)))
+            try:
+                self.multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint.path}: {error}") from None
         if self.control is None:
             return
         self.control.steps = self.step
@@ -169,3 +228,10 @@ class Trainer:
                 self.control.load_state_dict(checkpoint.info["control"])
             except ValueError as error:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
+
+
+def _alike(blocks: LayerParallel) -> bool:
+    """Whether all layers have parameters of the same names and shapes. Collective."""
+    kinds = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
+    found = [kind for kinds in blocks.comm.gather(json.dumps(sorted(kinds)).encode()) for kind in json.loads(kinds)]
+    return len(set(found)) <= 1

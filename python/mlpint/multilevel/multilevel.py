@@ -14,7 +14,7 @@ from ..flops import FlopMeter
 from . import saved
 from .coherence import Coherence
 from .copies import Key, ModuleCopies
-from .hierarchy import Network, hierarchy
+from .hierarchy import FINE, Network, hierarchy
 from .phase import Phase
 from .plan import Close, Plan, Step
 from .runners import check_blocks, runner_of
@@ -144,6 +144,12 @@ class Multilevel:
                 "coarse_steps, or go through the data several times"
             )
         return self._phases(plan)
+
+    def total_steps(self, total_steps: int) -> int:
+        """Optimiser steps of a whole schedule; with ``cycles="auto"`` those done and the fine ones that are left."""
+        if self.settings.adaptive:
+            return self.steps_done + total_steps - self.flops.steps[FINE]
+        return sum(Plan(self._fine, self.settings, total_steps, self._another).steps_by_level())
 
     def _phases(self, plan: Plan) -> Iterator[Phase]:
         self._plan, self._events = plan, iter(plan)
