@@ -123,7 +123,10 @@ class FlopMeter:
     def _watch_outside(self, model: nn.Module, inside: set[int]) -> None:
         for module in model.modules():
             own = any(p.dim() >= 2 for p in module._parameters.values() if p is not None)
-            if own and id(module) not in inside and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if not own or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                continue
+            # What the blocks lie in is not measured: to run it once more is to run them, on all ranks.
+            if inside.isdisjoint(id(m) for m in module.modules()):
                 module.register_forward_pre_hook(self._outside_called, with_kwargs=True)
 
     def _outside_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -161,7 +164,7 @@ class _Step:
 def _example(blocks: BlockStack | LayerParallel) -> nn.Module | None:
     """One of the blocks, for what all of them take."""
     if isinstance(blocks, LayerParallel):
-        return blocks.stacked or next(iter(blocks.local_layers.values()), None)
+        return next(iter(blocks.local_layers.values()), None) if blocks.stacked is None else blocks.stacked
     return blocks
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -18,9 +20,19 @@ class Blocks(nn.ModuleList):
 
 
 def encoder_blocks(layers: int, dim: int, heads: int, ffn: int, dropout: float) -> Blocks:
-    """Pre-LN blocks with full attention and GPT-2's initialisation; ``ffn`` 0 is 4 dim."""
+    """Pre-LN blocks with full attention; ``ffn`` 0 is 4 dim.
+
+    The initialisation is GPT-2's at its width, 768, and larger by sqrt(768 / dim) at others, so that what a linear map
+    makes of a normalised state is of the same size: narrow blocks that start with GPT-2's numbers do next to nothing
+    for long.
+    """
     settings = {"ffn": ffn or 4 * dim, "attention": "full", "dropout": dropout, "depth": layers}
-    return Blocks(Block(dim, heads, **settings) for _ in range(layers))
+    blocks = Blocks(Block(dim, heads, **settings) for _ in range(layers))
+    with torch.no_grad():
+        for block in blocks:
+            for linear in (block.qkv, block.proj, block.up, block.down):
+                linear.weight.mul_(math.sqrt(768 / dim))
+    return blocks
 
 
 def normal_(*modules: nn.Module) -> None:

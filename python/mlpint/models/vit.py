@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,14 +45,20 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.empty(1, (height // patch) * (width // patch) + 1, dim))
+        # As in :class:`BERT`; the original has none.
+        self.embedding_norm = nn.LayerNorm(dim)
         self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
+        # Patches of pixels of deviation 1 come out as large as positions: otherwise where a patch is gets lost next to
+        # what is in it.
         nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.patches.weight, std=0.02 / math.sqrt(channels * patch**2))
+        nn.init.zeros_(self.patches.bias)
         normal_(self.head)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = self.embedding_norm(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return self.head(self.norm(self.blocks(x)[:, 0]))
