@@ -14,7 +14,7 @@ from ..flops import FlopMeter
 from . import saved
 from .coherence import Coherence
 from .copies import Key, ModuleCopies
-from .hierarchy import FINE, Network, hierarchy
+from .hierarchy import Network, hierarchy
 from .phase import Phase
 from .plan import Close, Plan, Step
 from .runners import check_blocks, runner_of
@@ -148,7 +148,7 @@ class Multilevel:
     def total_steps(self, total_steps: int) -> int:
         """Optimiser steps of a whole schedule; with ``cycles="auto"`` those done and the fine ones that are left."""
         if self.settings.adaptive:
-            return self.steps_done + total_steps - self.flops.steps[FINE]
+            return self.steps_done + total_steps - len(self._decisions)
         return sum(Plan(self._fine, self.settings, total_steps, self._another).steps_by_level())
 
     def _phases(self, plan: Plan) -> Iterator[Phase]:
