@@ -94,7 +94,11 @@ class TranslationTask(Task):
         left_out = sum(sentences.left_out for sentences in {id(s.paths): s for s in self.text.values()}.values())
         empty = f", {left_out:,} left out with an empty side" if left_out else ""
         data = self.config.data
-        return f"{self.name}: {data.source} -> {data.target}, pairs: {counts}{empty}; {self.bpe.vocabulary:,} tokens"
+        spans = "; an interval spans both encoder and decoder" if _spans_both(self.config, self.encoder_layers) else ""
+        return (
+            f"{self.name}: {data.source} -> {data.target}, pairs: {counts}{empty}; {self.bpe.vocabulary:,} tokens; "
+            f"{self.encoder_layers} layers of the encoder{spans}"
+        )
 
     def digest(self) -> str:
         sides = (side for found in self.pairs.values() for side in (found.source, found.target))
@@ -127,9 +131,8 @@ class TranslationTask(Task):
         return pairs.held_out(self.pairs["validation"], self.config.data.batch, index, count)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy in nats per token, with label smoothing in training."""
-        smoothing = self.config.optimizer.label_smoothing if model.training else 0.0
-        return _cross_entropy(model, batch, "mean", smoothing)
+        """Mean cross-entropy in nats per token, with label smoothing."""
+        return _cross_entropy(model, batch, "mean", self.config.optimizer.label_smoothing)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         return {"loss": (float(_cross_entropy(model, batch, "sum")), int((batch[3] != bpe.PAD).sum()))}
@@ -210,23 +213,23 @@ def _version(package: str) -> str:
 
 
 def _encoder_layers(config: TrainConfig) -> int:
-    model, solver = config.model, config.solver
+    model = config.model
     count = model.encoder_layers or model.layers // 2
     if not 0 < count < model.layers:
         raise ConfigError(
             f"encoder_layers = {model.encoder_layers}: must leave each of encoder and decoder at least one of "
             f"layers = {model.layers}"
         )
-    mgrit, before = solver.mgrit(), count - solver.open_layers
-    width = mgrit.cfactor ** (mgrit.levels - 1)
-    inside = 0 < before < model.layers - solver.open_layers - solver.close_layers
-    if not mgrit.exact and mgrit.coarse in ("injection", "scaled", "fitted") and inside and before % width:
-        raise ConfigError(
-            f"cfactor = {mgrit.cfactor}: an interval of the coarsest grid ({width} layers) would span the last encoder "
-            f"and the first decoder layer, and coarse = {mgrit.coarse!r} step the one for the other; make "
-            f"encoder_layers - open_layers = {before} a multiple of {width}, or take coarse = 'sum'"
-        )
     return count
+
+
+def _spans_both(config: TrainConfig, encoder_layers: int) -> bool:
+    """Whether an interval of the coarsest grid has layers of both parts. A coarse operator that steps with one layer
+    for all of an interval then moves one stream in place of the other, which costs accuracy."""
+    solver = config.solver
+    mgrit, before = solver.mgrit(), encoder_layers - solver.open_layers
+    inside = 0 < before < config.model.layers - solver.open_layers - solver.close_layers
+    return not mgrit.exact and inside and before % mgrit.cfactor ** (mgrit.levels - 1) != 0
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, reduction: str, smoothing: float = 0.0) -> torch.Tensor:
