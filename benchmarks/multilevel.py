@@ -3,11 +3,11 @@
     python benchmarks/multilevel.py
 
 One process, one thread; forward, backward and optimiser of the blocks alone, the same modules in turn: a step of the
-plain loop before and after each fine phase, then phases of each coarse network. Prints medians of the ratios of neighbouring steps with their
-quartiles. Times are the process's own processor time, which others on the machine disturb less; the ratio of wall-clock
-times follows. Exit code 1 if a median is above its limit: 1.01 for fine steps, 0.55 for coarse ones. What the change of
-networks itself takes, entering and leaving a phase, is within; the copies and averages at the ends of the coarse
-networks' trainings are spread over ``--coarse-steps`` steps, as in training.
+plain loop before and after each fine phase, then phases of each coarse network. Prints medians of the ratios of
+neighbouring steps with their quartiles. Times are the process's own processor time, which others on the machine disturb
+less; the ratio of wall-clock times follows. Exit code 1 if a median is above its limit: 1.01 for fine steps, 0.55 for
+coarse ones. Entering and leaving phases counts, and so do the copies and averages at the ends of a coarse network's
+training, in the steps there.
 """
 
 from __future__ import annotations

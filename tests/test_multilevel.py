@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpint import MGRIT, LayerParallel, Multilevel
 from mlpint.errors import DataError
@@ -352,6 +353,45 @@ def test_hugging_face_like_loops():
     torch.testing.assert_close(outputs["fine"], b[3](b[2](b[1](b[0](x)))))
     torch.testing.assert_close(outputs["A"], twice(b[3], twice(b[1], x)))
     torch.testing.assert_close(outputs["B"], twice(b[2], twice(b[0], x)))
+
+
+def test_a_hugging_face_model():
+    config = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=4, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0)
+    config.embd_pdrop = 0.0
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tokens = torch.randint(17, (2, 8))
+    multilevel = Multilevel(model.transformer.h, optimizer, model=model, cycles=1, coarse_steps=1, delta=0.0)
+    for phase in multilevel.schedule(1):
+        other = copy.deepcopy(model)
+        with phase:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+        if not phase.fine:
+            hooked = [
+                block.register_forward_hook(lambda m, args, y: 2 * y - args[0]) for block in other.transformer.h
+            ]
+            other.transformer.h = nn.ModuleList(other.transformer.h[n] for n in phase.layers)
+            assert len(hooked) == 4
+            torch.testing.assert_close(loss, other(tokens, labels=tokens, use_cache=False).loss)
+    tokens_seen, width, sequence = 16 * 3, 8, 8
+    dense, attention = 2 * 12 * width**2, 4 * sequence * width
+    assert multilevel.flops.blocks == 3 * (4 + 2 + 2) * 16 * (dense + attention)
+    assert multilevel.flops.outside == 3 * tokens_seen * 2 * width * 17
+
+
+def test_layers_that_change_their_state_are_refused():
+    class Wider(nn.Linear):
+        def forward(self, x):
+            return torch.cat([super().forward(x)] * 2, 0)
+
+    layers = nn.Sequential(*(Wider(4, 4) for _ in range(2)))
+    multilevel = Multilevel(layers, torch.optim.SGD(layers.parameters(), 0.1), cycles=1, coarse_steps=1)
+    with pytest.raises(ValueError, match="layer 1 turned 3x4 float32 cpu into 6x4 float32 cpu: a coarse network needs"):
+        for phase in multilevel.schedule(1):
+            with phase:
+                layers(torch.randn(3, 4))
 
 
 def test_coherence_makes_the_first_coarse_gradient_the_fine_one():

@@ -83,21 +83,16 @@ class ModuleRunner:
     def _stretched(self, n: int, forward: Callable[..., Any], stretch: float) -> Callable[..., Any]:
         def stretched(*args: Any, **kwargs: Any) -> Any:
             state = _state(forward, args, kwargs)
-            single = isinstance(state, torch.Tensor)
             output = forward(*args, **kwargs)
-            old, new = ((state,), output) if single else (tuple(state), output)
-            rest: tuple[Any, ...] = ()
-            if not isinstance(new, torch.Tensor):
-                new, rest = tuple(new[: len(old)]), tuple(new[len(old) :])
-            else:
-                new = (new,)
-            if any(a.shape != b.shape for a, b in zip(old, new, strict=True)):
+            old = (state,) if isinstance(state, torch.Tensor) else tuple(state)
+            new = (output,) if isinstance(output, torch.Tensor) else tuple(output)
+            if [t.shape for t in old] != [t.shape for t in new[: len(old)]]:
                 raise ValueError(
-                    f"layer {n} turned {states.describe(old)} into {states.describe(new)}: a coarse network needs "
-                    "layers that keep the shape of their state"
+                    f"layer {n} turned {states.describe(old)} into {states.describe(new[: len(old)])}: a coarse "
+                    "network needs layers that keep the shape of their state"
                 )
-            moved = states.extrapolate(State(old), State(new), stretch).tensors
-            return moved[0] if isinstance(output, torch.Tensor) else (*moved, *rest)
+            moved = states.extrapolate(State(old), State(new[: len(old)]), stretch).tensors
+            return moved[0] if isinstance(output, torch.Tensor) else (*moved, *new[len(old) :])
 
         return stretched
 
