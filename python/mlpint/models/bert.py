@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,7 +44,9 @@ class BERT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
-        normal_(self.tokens, self.positions, self.transform, self.head)
+        normal_(self.tokens, self.positions, self.head)
+        nn.init.normal_(self.transform.weight, std=1 / math.sqrt(dim))
+        nn.init.zeros_(self.transform.bias)
         if tied:
             self.head.weight = self.tokens.weight
 
