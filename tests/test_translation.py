@@ -166,6 +166,7 @@ def test_the_encoder_may_be_larger(data):
         ({"encoder_layers": 5}, False),
         ({"encoder_layers": 1}, False),
         ({"encoder_layers": 4, "levels": 1}, False),
+        ({"encoder_layers": 4, "coarse": "sum"}, False),
         ({"layers": 8, "encoder_layers": 3, "levels": 3}, True),
     ],
 )

@@ -224,12 +224,15 @@ def _encoder_layers(config: TrainConfig) -> int:
 
 
 def _spans_both(config: TrainConfig, encoder_layers: int) -> bool:
-    """Whether an interval of the coarsest grid has layers of both parts. A coarse operator that steps with one layer
-    for all of an interval then moves one stream in place of the other, which costs accuracy."""
+    """Whether an interval of the coarsest grid has layers of both parts and is stepped over by the first of them, which
+    moves one stream in place of the other. ``sum`` takes all of them, and gains by such an interval: the first layer of
+    the decoder moves its stream most, and is alone there.
+    """
     solver = config.solver
     mgrit, before = solver.mgrit(), encoder_layers - solver.open_layers
     inside = 0 < before < config.model.layers - solver.open_layers - solver.close_layers
-    return not mgrit.exact and inside and before % mgrit.cfactor ** (mgrit.levels - 1) != 0
+    by_one = not mgrit.exact and mgrit.coarse in ("injection", "scaled", "fitted")
+    return by_one and inside and before % mgrit.cfactor ** (mgrit.levels - 1) != 0
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, reduction: str, smoothing: float = 0.0) -> torch.Tensor:
