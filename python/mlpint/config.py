@@ -28,7 +28,9 @@ class ModelConfig(Section):
     ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim", least=0)
     dropout: float = key(0.0, "dropout probability", least=0, below=1)
     tied: bool = key(True, "one matrix for the token embedding and the output layer")
-    vocabulary: int = key(0, "vocabulary size; 0: 256 for text, 50257 for .bin tokens, 6000 for translation", least=0)
+    vocabulary: int = key(
+        0, "vocabulary size; 0: 256 for text, 4096 for its byte pairs, 50257 for .bin, 6000 for translation", least=0
+    )
     patch: int = key(2, "vit: side of a patch in pixels", least=1)
 
 
@@ -79,6 +81,7 @@ class DataConfig(Section):
     validation: str = key("", "data to validate on; empty: a tenth of the training data is held out")
     source: str = key("de", "translation: language to translate from, the ending of its files' names")
     target: str = key("en", "translation: language to translate to, the ending of its files' names")
+    tokenizer: str = key("bytes", "of text: bytes or bpe, byte pairs learnt from it", choices=("bytes", "bpe"))
     sequence: int = key(64, "tokens per sequence; tagging: words of the longest sentence", least=1)
     batch: int = key(8, "sequences per microbatch", least=1)
     mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)

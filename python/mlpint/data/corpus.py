@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from . import hub
 from .embedded import embedded_text
 from .files import read, visible_files
+from .subwords import Subwords, to_subwords
 
 GPT2_VOCABULARY = 50257
 
@@ -23,12 +25,19 @@ class Corpus:
         validation: the same, held out.
         vocabulary: number of different tokens; larger than every token.
         name: where the text came from.
+        subwords: what tokens stand for; None for bytes and for tokens of somebody else's.
     """
 
     train: np.ndarray
     validation: np.ndarray
     vocabulary: int
     name: str
+    subwords: Subwords | None = None
+
+    @property
+    def identity(self) -> str:
+        """What a model's tokens are, for comparison with a checkpoint's."""
+        return f"{self.vocabulary} tokens" + (f", digest {self.subwords.digest}" if self.subwords else "")
 
     @property
     def is_text(self) -> bool:
@@ -37,37 +46,53 @@ class Corpus:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of the tokens; token numbers where they are not bytes."""
+        if self.subwords is not None:
+            return self.subwords.decode(tokens)
         if self.is_text:
             return bytes(token & 0xFF for token in tokens).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
 
 
-def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "") -> Corpus:
+def load(
+    path: str, sequence: int, vocabulary: int = 0, validation: str = "", tokenizer: str = "bytes"
+) -> Corpus:
     """Reads training text. The last tenth is held out, if ``validation`` names nothing else to validate on.
 
     Args:
         path: text file, text.gz, directory of these, ``.bin`` file of little-endian uint16 tokens (as nanoGPT writes
-            them), or a directory with ``train.bin`` and ``val.bin``, which is held out. Empty: :func:`embedded_text`.
+            them), or a directory with ``train.bin`` and ``val.bin``, which is held out; or a data set with a column
+            ``text`` (see :mod:`mlpint.data.hub`). Empty: :func:`embedded_text`.
         sequence: tokens per sequence; each part must hold at least one, and the token that follows it.
         vocabulary: 0 takes 256 for text and GPT-2's for ``.bin``.
         validation: text or tokens like those of ``path``.
+        tokenizer: of text: ``"bytes"``, or ``"bpe"`` for byte pairs, ``vocabulary`` of them.
 
     Raises:
         DataError: naming the path, and what is wrong with it.
     """
     where, name = Path(path), path or "embedded text"
     pair = path and not validation and (where / "train.bin").exists() and (where / "val.bin").exists()
-    train = _tokens(where / "train.bin") if pair else _read(path)
+    held_out: np.ndarray | None = None
     if pair:
-        held_out = _tokens(where / "val.bin")
-    elif validation:
-        held_out = _read(validation)
+        train, held_out = _tokens(where / "train.bin"), _tokens(where / "val.bin")
+    elif path.startswith(hub.PREFIX):
+        train, held_out = _from_hub(path)
     else:
+        train = _read(path)
+    if validation:
+        held_out = _from_hub(validation)[0] if validation.startswith(hub.PREFIX) else _read(validation)
+    if held_out is None:
         train, held_out = _split(train, sequence)
     is_text = train.dtype == np.uint8
     if held_out.dtype != train.dtype:
         kinds = ("text", "tokens") if is_text else ("tokens", "text")
         raise DataError(f"{name} holds {kinds[0]} and {validation} {kinds[1]}: must be of one kind")
+    subwords = None
+    if tokenizer == "bpe":
+        if not is_text:
+            raise DataError(f"tokenizer = 'bpe': {name} holds tokens already")
+        train, held_out, subwords = to_subwords(train, held_out, vocabulary)
+        vocabulary, is_text = subwords.vocabulary, False
     if min(len(train), len(held_out)) < sequence + 1:
         raise DataError(
             f"{name}: {len(train)} tokens to train on and {len(held_out)} held out are too few for sequence = "
@@ -75,13 +100,23 @@ def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "") ->
         )
     if is_text and 0 < vocabulary < 256:
         raise DataError(f"vocabulary = {vocabulary}: must be at least 256 for {name}, which is read as bytes")
-    return Corpus(train, held_out, vocabulary or (256 if is_text else GPT2_VOCABULARY), name)
+    return Corpus(train, held_out, vocabulary or (256 if is_text else GPT2_VOCABULARY), name, subwords)
 
 
 def _read(path: str) -> np.ndarray:
     if not path:
         return np.frombuffer(embedded_text(), np.uint8)
     return _tokens(Path(path)) if path.endswith(".bin") else np.frombuffer(_text(Path(path)), np.uint8)
+
+
+def _from_hub(name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def text(part: hub.Dataset | None) -> np.ndarray | None:
+        if part is None:
+            return None
+        return np.frombuffer("\n".join(part[hub.column(part, name, "text")]).encode(), np.uint8)
+
+    train, held_out = hub.splits(name)
+    return text(train), text(held_out)
 
 
 def _split(tokens: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ class BERTTask(Task):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         data = config.data
-        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation)
+        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
         self.name = self.corpus.name
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.mask_token = self.corpus.vocabulary
@@ -44,7 +44,7 @@ class BERTTask(Task):
         return corpus_digest(self.corpus)
 
     def identity(self) -> dict[str, str]:
-        return {"vocabulary": f"{self.corpus.vocabulary} tokens"}
+        return {"vocabulary": self.corpus.identity}
 
     def model(self) -> nn.Module:
         model = self.config.model
@@ -102,6 +102,12 @@ class BERTTask(Task):
         return Sample(f"{right} of {targets.numel()} masked tokens named", text, text + "\n")
 
     def _text(self, tokens: list[int]) -> str:
-        """In one line; of bytes, masks are shown as underscores."""
-        shown = [ord("_") if t == self.mask_token and self.corpus.is_text else t for t in tokens]
-        return self.corpus.decode(shown).replace("\n", " ")
+        """In one line, with underscores for masks."""
+        runs: list[list[int]] = [[]]
+        for token in tokens:
+            if token == self.mask_token:
+                runs.append([])
+            else:
+                runs[-1].append(token)
+        mask = "_" if self.corpus.is_text else " _ "
+        return mask.join(self.corpus.decode(run) for run in runs).replace("\n", " ")

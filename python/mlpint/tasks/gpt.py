@@ -22,7 +22,7 @@ class GPTTask(Task):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         data = config.data
-        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation)
+        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
         self.name = self.corpus.name
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.per_batch = data.batch * data.sequence
@@ -35,7 +35,7 @@ class GPTTask(Task):
         return corpus_digest(self.corpus)
 
     def identity(self) -> dict[str, str]:
-        return {"vocabulary": f"{self.corpus.vocabulary} tokens"}
+        return {"vocabulary": self.corpus.identity}
 
     def model(self) -> nn.Module:
         model = self.config.model
