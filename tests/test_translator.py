@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, LayerParallel
-from mlpint.models.translation import Stepwise, Translator, sinusoids, whole
+from mlpint.models.translation import Stepwise, Translator, sinusoids
 from mlpint.models.translation_layers import DecoderLayer, EncoderLayer
+from mlpint.whole import whole
 
 DIM, HEADS, FFN, VOCABULARY = 12, 3, 20, 11
 LENGTHS = torch.tensor([5, 2, 4])

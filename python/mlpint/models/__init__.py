@@ -3,6 +3,7 @@
 from .bert import BERT
 from .gpt import GPT, Block
 from .tagger import Tagger
+from .translation import Translator
 from .vit import ViT
 
-__all__ = ["BERT", "Block", "GPT", "Tagger", "ViT"]
+__all__ = ["BERT", "Block", "GPT", "Tagger", "Translator", "ViT"]

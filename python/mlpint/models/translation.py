@@ -7,13 +7,12 @@ Encoder layers move X and keep Y, decoder layers move Y and keep X, which is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..layer_parallel import LayerParallel
 from .translation_layers import Cache, DecoderLayer, EncoderLayer, State
 
 
@@ -101,7 +100,7 @@ class Stepwise:
     """A translator that goes through the source once and through the target token by token.
 
     What earlier tokens gave is kept, so that a token costs one position and not the whole sequence again. The layers
-    have to be here, all of them: for a layer-parallel model take :func:`whole`.
+    have to be here, all of them: for a layer-parallel model take :func:`mlpint.whole.whole`.
 
     Args:
         model: in eval mode.
@@ -150,20 +149,3 @@ class Stepwise:
 
 def _moved(old: torch.Tensor, new: torch.Tensor, h: float) -> torch.Tensor:
     return new if h == 1 else torch.lerp(old, new, h)
-
-
-def whole(model: nn.Module, make: Callable[[], Translator]) -> tuple[Translator, list[float]]:
-    """A copy of a translator, perhaps layer-parallel, with all layers here and in eval mode; and their step sizes.
-
-    Collective. It shares memory with the model where that has it here, and is out of date after the next step.
-
-    Args:
-        model: what ``make`` made, its ``blocks`` replaced or not.
-        make: builds the model anew.
-    """
-    state, blocks = model.state_dict(), model.blocks
-    with torch.device("meta"):
-        copy = make()
-    copy.load_state_dict(state, assign=True)
-    step_size = blocks.step_size_of if isinstance(blocks, LayerParallel) else lambda n: 1.0
-    return copy.eval(), [float(step_size(n)) for n in range(len(blocks))]

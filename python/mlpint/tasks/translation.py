@@ -18,7 +18,8 @@ from ..config import TrainConfig
 from ..data import bpe, pairs, parallel_text
 from ..data.cache import cached
 from ..errors import ConfigError, DataError
-from ..models.translation import Stepwise, Translator, whole
+from ..models.translation import Stepwise, Translator
+from ..whole import whole
 from .base import Batch, Sample, Task
 
 _VOCABULARY = 6000
