@@ -1,8 +1,10 @@
 """Data of tasks: orders without overlap, treebanks, images, and the cache that is whole or made again."""
 
 import gzip
+import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -265,3 +267,107 @@ def test_of_several_at_once_one_builds(tmp_path):
     for thread in threads:
         thread.join()
     assert len(made) == 1 and found == [45] * 4
+
+
+# --- byte pairs ------------------------------------------------------------------------------------------------------
+
+
+def test_byte_pairs_of_a_text_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLPINT_CACHE", str(tmp_path / "cache"))
+    text = "the cat sat on the mat\nthe dog sat on the log\n" * 40
+    (tmp_path / "text.txt").write_text(text)
+    corpus = load(str(tmp_path / "text.txt"), sequence=8, vocabulary=300, tokenizer="bpe")
+    assert isinstance(corpus.train, np.memmap) and corpus.train.dtype == np.uint16
+    assert 259 < corpus.vocabulary <= 300 and corpus.train.max() < corpus.vocabulary
+    assert len(corpus.train) < len(text) / 2 and not corpus.is_text
+    tokens = [*corpus.train.tolist(), *corpus.validation.tolist()]
+    words = corpus.decode(tokens).split()
+    assert [w for w in words if w in text][: len(text.split()) // 2] == text.split()[: len(text.split()) // 2]
+
+    def never(*_):
+        raise AssertionError("learnt again")
+
+    monkeypatch.setattr("mlpint.data.subwords.BytePairs.learn", never)
+    again = load(str(tmp_path / "text.txt"), sequence=8, vocabulary=300, tokenizer="bpe")
+    assert np.array_equal(again.train, corpus.train) and again.identity == corpus.identity
+    with pytest.raises(AssertionError, match="learnt again"):
+        load(str(tmp_path / "text.txt"), sequence=8, vocabulary=290, tokenizer="bpe")
+    with pytest.raises(ValueError, match="vocabulary = 100: must be at least 259"):
+        load(str(tmp_path / "text.txt"), sequence=8, vocabulary=100, tokenizer="bpe")
+    np.arange(50, dtype="<u2").tofile(tmp_path / "c.bin")
+    with pytest.raises(DataError, match="c.bin holds tokens already"):
+        load(str(tmp_path / "c.bin"), sequence=8, tokenizer="bpe")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        load(str(tmp_path / "text.txt"), sequence=8, tokenizer="bpe")
+
+
+# --- data sets of the datasets library, which need not be there ------------------------------------------------------
+
+
+class Columns:
+    """As much of a ``datasets.Dataset`` as is used."""
+
+    def __init__(self, names=None, **columns):
+        self.columns, self.column_names = columns, list(columns)
+        plain = types.SimpleNamespace()
+        self.features = {n: types.SimpleNamespace(feature=types.SimpleNamespace(names=names)) for n in columns}
+        if names is None:
+            self.features = dict.fromkeys(columns, plain)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Makes ``datasets.load_dataset`` return the given splits, by name."""
+    found = {}
+
+    def load_dataset(path, configuration=None):
+        name = f"{path}:{configuration}" if configuration else path
+        if name not in found:
+            raise FileNotFoundError(f"no data set\n{name}")
+        return found[name]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return found
+
+
+def test_data_sets(hub):
+    from PIL import Image
+
+    hub["wiki:raw"] = {"train": Columns(text=["one two three"] * 4), "validation": Columns(text=["four five six"])}
+    corpus = load("hf:wiki:raw", sequence=4)
+    assert corpus.train.tobytes() == b"\n".join([b"one two three"] * 4)
+    assert corpus.validation.tobytes() == b"four five six"
+
+    hub["gum"] = {"train": Columns(["NOUN", "_", "VERB"], tokens=[["cats", "x", "purr"], ["x"]], upos=[[0, 1, 2], [1]])}
+    (sentence,) = read_conllu("hf:gum")
+    assert sentence.words == ["cats", "purr"] and [UPOS[t] for t in sentence.tags] == ["NOUN", "VERB"]
+    hub["bad"] = {"train": Columns(tokens=[["a"]], upos=[["N"]])}
+    with pytest.raises(DataError, match="hf:bad: row 0 has the tag 'N'"):
+        read_conllu("hf:bad")
+
+    pictures = [Image.fromarray(np.full((4, 6), n, np.uint8)) for n in range(10)]
+    hub["pictures"] = {"train": Columns(image=pictures, label=[n % 2 for n in range(10)])}
+    found = load_images("hf:pictures")
+    assert (len(found.train), len(found.held_out)) == (8, 2) and found.train.size == (4, 6, 1)
+    hub["pictures"] = {"train": Columns(img=[*pictures, pictures[0].resize((5, 5))], label=[0] * 11)}
+    with pytest.raises(DataError, match="image 10 is 5 x 5 x 1, image 0 4 x 6 x 1"):
+        load_images("hf:pictures")
+    assert load_images("hf:pictures", size=4).train.size == (4, 4, 1)
+
+    with pytest.raises(DataError, match="hf:nowhere: cannot be loaded .no data set nowhere"):
+        load("hf:nowhere", sequence=4)
+    hub["tests"] = {"test": Columns(text=["a"])}
+    with pytest.raises(DataError, match="has the splits test; must have train"):
+        load("hf:tests", sequence=4)
+    with pytest.raises(DataError, match="has the columns tokens, upos; must have text"):
+        load("hf:gum", sequence=4)
+
+
+def test_without_the_datasets_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="hf:wiki: needs the datasets library; pip install datasets"):
+        load("hf:wiki", sequence=4)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import DataError
+from . import hub
 from .files import read_lines, visible_files
 
 # universaldependencies.org/u/pos
@@ -28,11 +29,15 @@ class Sentence:
 def read_conllu(path: str | Path) -> list[Sentence]:
     """The sentences of a file, or of all ``.conllu`` and ``.conllu.gz`` files of a directory, in the files' order.
 
+    Of a data set (:mod:`mlpint.data.hub`) those to train on, from its columns ``tokens`` and ``upos``.
+
     Multiword tokens (``1-2``) and empty nodes (``1.1``) are left out: their parts, or the words around, are tagged.
 
     Raises:
         DataError: naming the file and the line.
     """
+    if str(path).startswith(hub.PREFIX):
+        return _from_hub(str(path))
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -40,6 +45,25 @@ def read_conllu(path: str | Path) -> list[Sentence]:
         if not files:
             raise DataError(f"{path}: the directory holds no .conllu files")
     return [sentence for file in files for sentence in _sentences(file)]
+
+
+def _from_hub(name: str) -> list[Sentence]:
+    train, _ = hub.splits(name)
+    words, tags = hub.column(train, name, "tokens", "words"), hub.column(train, name, "upos", "pos_tags")
+    names = hub.class_names(train, tags)
+    found = []
+    for number, (row, labels) in enumerate(zip(train[words], train[tags], strict=True)):
+        upos = [names[label] if names and isinstance(label, int) else str(label) for label in labels]
+        unknown = [tag for tag in upos if tag not in UPOS and tag != "_"]
+        if unknown or len(row) != len(upos):
+            what = f"the tag {unknown[0]!r}" if unknown else f"{len(row)} words and {len(upos)} tags"
+            raise DataError(f"{name}: row {number} has {what}; UPOS are {', '.join(UPOS)}")
+        kept = [(word, UPOS.index(tag)) for word, tag in zip(row, upos, strict=True) if tag != "_"]
+        if kept:
+            found.append(Sentence([word for word, _ in kept], [tag for _, tag in kept], {"sent_id": f"row {number}"}))
+    if not found:
+        raise DataError(f"{name}: holds no sentences")
+    return found
 
 
 def _sentences(path: Path) -> list[Sentence]:

@@ -6,11 +6,16 @@ import dataclasses
 import io
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DataError
+from . import hub
 from .files import read, visible_files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _NAMES = {"train": (("x_train", "y_train"), ("images", "labels"), ("x", "y")), "test": (("x_test", "y_test"),)}
@@ -71,7 +76,8 @@ def load_images(path: str, validation: str = "", size: int = 0) -> LabelledImage
     Args:
         path: an ``.npz`` file with ``images`` [n, height, width] or [n, height, width, channels] and ``labels`` [n]
             (or ``x_train``, ``y_train``, ``x_test``, ``y_test``), or a directory with one folder of image files for
-            each class (or folders ``train`` and ``val`` of such). Empty: scikit-learn's 1,797 digits, 8 x 8.
+            each class (or folders ``train`` and ``val`` of such), or a data set (:mod:`mlpint.data.hub`) with columns
+            ``image`` and ``label``. Empty: scikit-learn's 1,797 digits, 8 x 8.
         validation: images to validate on, likewise.
         size: side that image files are scaled and cropped to; 0: they must all be of the same size.
 
@@ -81,6 +87,10 @@ def load_images(path: str, validation: str = "", size: int = 0) -> LabelledImage
     where = Path(path)
     if not path:
         everything, held_out = _digits(), None
+    elif path.startswith(hub.PREFIX):
+        train, other = hub.splits(path)
+        everything = _from_hub(path, train, size)
+        held_out = None if other is None else _from_hub(path, other, size)
     elif where.is_dir():
         pair = not validation and (where / "train").is_dir() and (where / "val").is_dir()
         everything = _folders(where / "train" if pair else where, size)
@@ -154,6 +164,26 @@ def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray, names: tuple[s
     return Images(name, pixels, labels.astype(np.int64), classes, pixels.shape[1:], largest)
 
 
+def _from_hub(name: str, part: hub.Dataset, size: int) -> Images:
+    """All images of a part, decoded."""
+    images, labels = hub.column(part, name, "image", "img"), hub.column(part, name, "label", "labels", "fine_label")
+    classes = hub.class_names(part, labels)
+    found, first = [], None
+    for n, image in enumerate(part[images]):
+        shape = (size or image.height, size or image.width, _channels(image))
+        first = first or shape
+        if shape != first:
+            raise DataError(
+                f"{name}: image {n} is {' x '.join(map(str, shape))}, image 0 {' x '.join(map(str, first))}; "
+                "must be of one size, or give --image-size"
+            )
+        found.append(_fitted(image, shape))
+    if not found:
+        raise DataError(f"{name}: holds no images")
+    numbers = np.array(part[labels], np.int64)
+    return Images(name, np.stack(found), numbers, classes or [str(n) for n in range(int(numbers.max()) + 1)], first)
+
+
 def _folders(path: Path, size: int, known: list[str] | None = None) -> Images:
     try:
         folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -178,7 +208,7 @@ def _common_size(files: list[Path], size: int) -> tuple[int, int, int]:
     first: tuple[int, int, int] | None = None
     for path in files:
         with _opened(path) as image:
-            found = (image.height, image.width, 1 if image.mode in ("1", "L", "I;16") else 3)
+            found = (image.height, image.width, _channels(image))
         if size:
             found = (size, size, found[2])
         first = first or found
@@ -190,25 +220,33 @@ def _common_size(files: list[Path], size: int) -> tuple[int, int, int]:
     return first
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> Image:
     try:
-        from PIL import Image
+        from PIL import Image as pillow
     except ImportError:
         raise DataError(f"{path}: reading image files needs pillow; pip install pillow") from None
     try:
-        return Image.open(path)
+        return pillow.open(path)
     except OSError as error:
         raise DataError(f"{path}: is not an image ({error})") from None
 
 
 def _decoded(path: Path, size: tuple[int, int, int]) -> np.ndarray:
+    try:
+        with _opened(path) as image:
+            return _fitted(image, size)
+    except OSError as error:
+        raise DataError(f"{path}: is damaged ({error})") from None
+
+
+def _channels(image: Image) -> int:
+    return 1 if image.mode in ("1", "L", "I;16") else 3
+
+
+def _fitted(image: Image, size: tuple[int, int, int]) -> np.ndarray:
     """[height, width, channels] uint8: the shorter side is scaled, then the middle is cut out."""
     from PIL import ImageOps
 
     height, width, channels = size
-    try:
-        with _opened(path) as image:
-            pixels = np.asarray(ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height)))
-    except OSError as error:
-        raise DataError(f"{path}: is damaged ({error})") from None
-    return pixels.reshape(height, width, channels)
+    pixels = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+    return np.asarray(pixels).reshape(height, width, channels)

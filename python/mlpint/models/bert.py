@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .encoder import encoder_blocks, normal_
+from .encoder import encoder_blocks, normal_, start_positions_
 
 
 class BERT(nn.Module):
@@ -44,7 +44,8 @@ class BERT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
-        normal_(self.tokens, self.positions, self.head)
+        normal_(self.tokens, self.head)
+        start_positions_(self.positions.weight)
         nn.init.normal_(self.transform.weight, std=1 / math.sqrt(dim))
         nn.init.zeros_(self.transform.bias)
         if tied:
