@@ -301,9 +301,10 @@ def test_resumed_metrics_drop_later_steps_and_a_cut_line(tmp_path):
 
 
 def test_smoothed_curve_keeps_a_constant():
-    assert plots._smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
-    rising = plots._smoothed(range(50))
+    assert plots._smoothed([2.0] * 50, [0, *range(3, 52)]) == pytest.approx([2.0] * 50)
+    rising = plots._smoothed(range(50), range(50))
     assert all(0 <= value < n for n, value in enumerate(rising) if n) and rising == sorted(rising)
+    assert plots._smoothed([9.0, 9.0, 1.0, 1.0], [0, 1, 1001, 1002])[2:] == pytest.approx([1.0, 1.0])
 
 
 def test_info(capsys):

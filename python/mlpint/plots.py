@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
         fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
         steps, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
         axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smoothed(losses), color=color, label=f"{label}: training")
+        axes.plot(steps, _smoothed(losses, steps), color=color, label=f"{label}: training")
         held_out = [(line["place"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
@@ -104,10 +105,13 @@ def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     return found
 
 
-def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smoothed, average = [], 0.0
-    for n, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**n))
+def _smoothed(values: Sequence[float], places: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start; what lies far back on the axis counts less."""
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    usual = statistics.median(gaps) if gaps else 1.0
+    smoothed, average, total = [], 0.0, 0.0
+    for value, gap in zip(values, [usual, *gaps], strict=True):
+        kept = weight ** (gap / usual) if usual > 0 else weight
+        average, total = kept * average + (1 - kept) * value, kept * total + 1 - kept
+        smoothed.append(average / total)
     return smoothed
