@@ -103,7 +103,8 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
     steps = steps_of(run_directory)
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert [line["step"] for line in steps if line["val_loss"] is not None] == [20, 40, 60]
-    assert set(steps[0]) == set("step loss val_loss lr grad_norm seconds tokens mode iterations flops flops_all".split())
+    names = "step loss val_loss lr grad_norm seconds tokens mode iterations flops flops_all"
+    assert set(steps[0]) == set(names.split())
     assert steps[-1]["tokens"] == 60 * 4 * 16 and steps[-1]["iterations"] == {"forward": 2, "backward": 1}
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.5 and steps[-1]["val_loss"] < steps[0]["loss"] - 1.5
 
