@@ -1,6 +1,9 @@
 """Parallel text: which files are taken, what is wrong with them, byte pairs, and batches of similar lengths."""
 
 import gzip
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +45,7 @@ def test_splits_are_found_by_their_names(names, prefix, tmp_path):
     assert set(found) == {"train", "validation", "test"}
     for sentences in found.values():
         assert sentences.source == GERMAN.splitlines() and sentences.target == ENGLISH.splitlines()
-    assert found["test"].paths[1].name.startswith(prefix.replace("__", "-").replace("_", ".") + "test")
+    assert Path(found["test"].names[1]).name.startswith(prefix.replace("__", "-").replace("_", ".") + "test")
 
 
 def test_the_end_is_held_out_where_no_file_is(tmp_path):
@@ -52,7 +55,7 @@ def test_the_end_is_held_out_where_no_file_is(tmp_path):
     assert len(found["train"].source) == 27 and found["validation"].source == GERMAN.splitlines()
     assert found["validation"].lines == [28, 29, 30]
     named = load(tmp_path / "corpus", validation=str(tmp_path / "other"))
-    assert len(named["train"].source) == 30 and named["validation"].paths[0].name == "other.de"
+    assert len(named["train"].source) == 30 and Path(named["validation"].names[0]).name == "other.de"
 
 
 def test_pairs_with_an_empty_side_are_left_out(tmp_path):
@@ -101,6 +104,37 @@ def test_text_that_is_no_utf8_is_refused(tmp_path):
     (tmp_path / "corpus.de").write_bytes(GERMAN.encode("latin-1"))
     with pytest.raises(DataError, match=r"corpus.de: is not UTF-8"):
         load(tmp_path / "corpus")
+
+
+class Columns:
+    """As much of a ``datasets.Dataset`` as is used."""
+
+    def __init__(self, **columns):
+        self.columns, self.column_names = columns, list(columns)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+def test_data_sets(monkeypatch):
+    pairs = list(zip(GERMAN.splitlines(), ENGLISH.splitlines(), strict=True))
+    both = Columns(translation=[{"de": de, "en": en, "fr": ""} for de, en in pairs])
+    apart = Columns(de=[de for de, _ in pairs], en=[en for _, en in pairs])
+    found = {"both": {"train": both, "validation": apart}, "apart": {"train": apart}}
+    found["other"] = {"train": Columns(translation=[{"fr": "un", "en": "one"}])}
+    found["swapped"] = {"train": apart, "test": Columns(de=ENGLISH.splitlines(), en=GERMAN.splitlines())}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, _: found[name]))
+    texts = load("hf:both"), load("hf:apart", validation="hf:both")
+    for text in texts:
+        assert set(text) == {"train", "validation"}
+        assert all(list(zip(s.source, s.target, strict=True)) == pairs for s in text.values())
+    assert len(load("hf:apart")["train"].source) == 2  # one is held out
+    with pytest.raises(DataError, match="hf:other: has translations between fr, en; must have de and en"):
+        load("hf:other")
+    with pytest.raises(DataError, match="hf:apart: has the columns de, en; must have fr"):
+        parallel_text.load("hf:apart", "fr", "en")
+    with pytest.raises(DataError, match=r"hf:swapped, validation.de: is in the language of hf:swapped, train.en"):
+        load("hf:swapped")
 
 
 # --- byte pairs ------------------------------------------------------------------------------------------------------

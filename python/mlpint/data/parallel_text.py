@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import DataError
+from . import hub
 from .files import read_lines
 
 HELD_OUT = ("val", "valid", "validation", "dev")
@@ -21,20 +22,20 @@ class Sentences:
 
     Attributes:
         source, target: a sentence and its translation have the same index.
-        paths: of both files.
+        names: of both files.
         lines: number of each pair's line in them, from 1.
         left_out: lines where one side or both are empty.
     """
 
     source: list[str]
     target: list[str]
-    paths: tuple[Path, Path]
+    names: tuple[str, str]
     lines: list[int]
     left_out: int
 
     def part(self, start: int, stop: int) -> Sentences:
         return Sentences(
-            self.source[start:stop], self.target[start:stop], self.paths, self.lines[start:stop], self.left_out
+            self.source[start:stop], self.target[start:stop], self.names, self.lines[start:stop], self.left_out
         )
 
 
@@ -80,17 +81,17 @@ def load(data: str, source: str, target: str, validation: str = "") -> dict[str,
     """The sentences of each split. Where no file is held out, the last tenth of the text is, 1,000 pairs at most.
 
     Args:
-        data, source, target: as for :func:`find`.
-        validation: ``held`` for the held-out text in ``held.de`` and ``held.en``.
+        data, source, target: as for :func:`find`; or a data set (see :mod:`mlpint.data.hub`) with a column for each
+            language, or with a column ``translation`` of both.
+        validation: ``held`` for the held-out text in ``held.de`` and ``held.en``, or a data set.
 
     Raises:
         DataError: what :func:`find` raises; files that cannot be read, that differ in their number of lines, or that
             are in other languages than the names say.
     """
-    files = find(data, source, target)
+    found = _splits(data, source, target)
     if validation:
-        files["validation"] = find(validation, source, target)["train"]
-    found = {split: _read(paths) for split, paths in files.items()}
+        found["validation"] = _splits(validation, source, target)["train"]
     train = found["train"]
     for name in ("validation", "test"):
         if name in found:
@@ -99,25 +100,48 @@ def load(data: str, source: str, target: str, validation: str = "") -> dict[str,
         count = len(train.source)
         held_out = min(max(1, count // 10), _MOST_HELD_OUT)
         if count < 2:
-            raise DataError(f"{train.paths[0]}: one pair of sentences is too little to train on and to hold some out")
+            raise DataError(f"{train.names[0]}: one pair of sentences is too little to train on and to hold some out")
         found |= {"train": train.part(0, count - held_out), "validation": train.part(count - held_out, count)}
     return found
 
 
-def _read(paths: tuple[Path, Path]) -> Sentences:
-    sides = [[line.strip() for line in read_lines(path)] for path in paths]
-    if len(sides[0]) != len(sides[1]):
+def _splits(data: str, source: str, target: str) -> dict[str, Sentences]:
+    if not data.startswith(hub.PREFIX):
+        return {split: _of_files(paths) for split, paths in find(data, source, target).items()}
+    parts = zip(("train", "validation"), hub.splits(data), strict=True)
+    return {split: _of_data_set(data, split, part, (source, target)) for split, part in parts if part is not None}
+
+
+def _of_files(paths: tuple[Path, Path]) -> Sentences:
+    return _pairs(*(read_lines(path) for path in paths), (str(paths[0]), str(paths[1])))
+
+
+def _of_data_set(data: str, split: str, part: hub.Dataset, languages: tuple[str, str]) -> Sentences:
+    if "translation" in part.column_names:
+        rows = list(part["translation"])
+        if rows and not all(language in rows[0] for language in languages):
+            has, wanted = ", ".join(rows[0]), " and ".join(languages)
+            raise DataError(f"{data}: has translations between {has}; must have {wanted}")
+        source, target = ([row[language] for row in rows] for language in languages)
+    else:
+        source, target = (list(part[hub.column(part, data, language)]) for language in languages)
+    return _pairs(source, target, (f"{data}, {split}.{languages[0]}", f"{data}, {split}.{languages[1]}"))
+
+
+def _pairs(source: list[str], target: list[str], names: tuple[str, str]) -> Sentences:
+    if len(source) != len(target):
         raise DataError(
-            f"{paths[0]}: has {len(sides[0])} lines, {paths[1]} has {len(sides[1])}; line n of the one has to be the "
+            f"{names[0]}: has {len(source)} lines, {names[1]} has {len(target)}; line n of the one has to be the "
             "translation of line n of the other"
         )
+    sides = [[line.strip() for line in lines] for lines in (source, target)]
     if sides[0] == sides[1]:
-        raise DataError(f"{paths[0]}: holds the same text as {paths[1]}, not its translation")
+        raise DataError(f"{names[0]}: holds the same text as {names[1]}, not its translation")
     kept = [n for n, pair in enumerate(zip(*sides, strict=True)) if all(pair)]
     if not kept:
-        raise DataError(f"{paths[0]}: no line of it and of {paths[1]} holds text on both sides")
+        raise DataError(f"{names[0]}: no line of it and of {names[1]} holds text on both sides")
     source, target = ([side[n] for n in kept] for side in sides)
-    return Sentences(source, target, paths, [n + 1 for n in kept], len(sides[0]) - len(kept))
+    return Sentences(source, target, names, [n + 1 for n in kept], len(sides[0]) - len(kept))
 
 
 def _check_languages(held_out: Sentences, train: Sentences) -> None:
@@ -127,8 +151,8 @@ def _check_languages(held_out: Sentences, train: Sentences) -> None:
         words = _words(sentences)
         if _cosine(words, own[1 - side]) > 2 * _cosine(words, own[side]):
             raise DataError(
-                f"{held_out.paths[side]}: is in the language of {train.paths[1 - side]}, by its words, and not in that "
-                f"of {train.paths[side]}; the files have been mixed up"
+                f"{held_out.names[side]}: is in the language of {train.names[1 - side]}, by its words, and not in that "
+                f"of {train.names[side]}; the files have been mixed up"
             )
 
 

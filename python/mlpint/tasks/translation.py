@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import zlib
@@ -47,7 +48,7 @@ class TranslationTask(Task):
             raise ConfigError(f"vocabulary = {model.vocabulary}: must be at least {bpe.SMALLEST} for translation")
         self.encoder_layers = _encoder_layers(config)
         self.text = parallel_text.load(data.data, data.source, data.target, data.validation)
-        self.name = str(self.text["train"].paths[0])
+        self.name = self.text["train"].names[0]
         arrays = self._arrays(model.vocabulary or _VOCABULARY, versions["tokenizers"])
         self.bpe = bpe.BytePairs(arrays["bpe"].tobytes())
         self.pairs = {
@@ -74,25 +75,24 @@ class TranslationTask(Task):
                     arrays |= {f"{split}_{side}": found.tokens, f"{split}_{side}_ends": found.ends}
             return arrays
 
-        sources = dict.fromkeys(path for sentences in self.text.values() for path in sentences.paths)
-        counts = {split: len(sentences.source) for split, sentences in self.text.items()}
-        settings = {"task": "translation", "vocabulary": vocabulary, "tokenizers": version, "pairs": counts}
-        return cached(sources, settings, build)
+        text = json.dumps([[split, s.source, s.target] for split, s in self.text.items()])
+        settings = {"task": "translation", "vocabulary": vocabulary, "tokenizers": version}
+        return cached((), settings | {"text": hashlib.sha256(text.encode()).hexdigest()}, build)
 
     def _check_lengths(self, split: str) -> None:
         longest = self.config.data.sequence
-        for path, side in zip(self.text[split].paths, _SIDES, strict=True):
+        for name, side in zip(self.text[split].names, _SIDES, strict=True):
             lengths = getattr(self.pairs[split], side).lengths
             if lengths.max() > longest:
                 n = int(lengths.argmax())
                 raise DataError(
-                    f"{path}: line {self.text[split].lines[n]} has {lengths[n]} tokens, its end token included, more "
+                    f"{name}: line {self.text[split].lines[n]} has {lengths[n]} tokens, its end token included, more "
                     f"than sequence = {longest}; give --sequence {lengths[n]} or leave such pairs out"
                 )
 
     def describe(self) -> str:
         counts = ", ".join(f"{len(found):,} {split}" for split, found in self.pairs.items())
-        left_out = sum(sentences.left_out for sentences in {id(s.paths): s for s in self.text.values()}.values())
+        left_out = sum(sentences.left_out for sentences in {s.names: s for s in self.text.values()}.values())
         empty = f", {left_out:,} left out with an empty side" if left_out else ""
         data = self.config.data
         spans = "; an interval spans both encoder and decoder" if _spans_both(self.config, self.encoder_layers) else ""
