@@ -168,6 +168,10 @@ def test_what_a_phase_tells():
     assert found[0].layers == tuple(range(8)) and found[1].layers == (1, 3, 5, 7) and found[4].layers == (0, 2, 4, 6)
     assert [p.level for p in found[:2]] == [0, 1] and found[0].fine and not found[1].fine
 
+    # Two cycles: a fine step, then 3 + 3 of half the layers, which make 3; then two fine steps.
+    found = phases(4, **options, clock="work")
+    assert [p.clock for p in found] == [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9]
+    assert {p.clock_steps for p in found} == {10}
     found = phases(4, **options, data="same", clock="own")
     assert [p.batch_index for p in found] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
     assert [p.clock for p in found if p.fine] == [0, 1, 2, 3]

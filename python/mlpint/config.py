@@ -132,15 +132,17 @@ class MultilevelConfig(Section):
     coarse_lr: float = key(1.0, "factor of the learning rate in coarse steps", least=0)
     clock: str = key(
         "shared",
-        "coarse steps have the fine step's learning rate (shared) or a schedule of their own (own)",
-        choices=("shared", "own"),
+        "the learning rate goes by fine steps (shared), steps of each depth (own) or layers run so far (work)",
+        choices=("shared", "own", "work"),
     )
     same_data: bool = key(False, "the coarse networks of a cycle see the same batches")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cycles < 0 and self.clock == "own":
-            raise ConfigError("clock = 'own': its length is not known with cycles = -1; give a number of cycles")
+        if self.cycles < 0 and self.clock != "shared":
+            raise ConfigError(
+                f"clock = {self.clock!r}: its length is not known with cycles = -1; give a number of cycles"
+            )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``Multilevel``."""

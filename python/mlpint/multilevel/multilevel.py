@@ -71,7 +71,8 @@ class Multilevel:
         rewarm: see ``state``.
         coherence: weight of the first-order term of MG/OPT, in [0, 1]; see :mod:`mlpint.multilevel.coherence`.
         coarse_lr: factor of the learning rate in coarse steps.
-        clock: ``"shared"`` or ``"own"``, for ``phase.clock``.
+        clock: what ``phase.clock`` counts, for a schedule of the learning rate: fine steps (``"shared"``), the steps on
+            the phase's level (``"own"``), or all steps by the layers they run, in units of fine ones (``"work"``).
         data: ``"fresh"``, or ``"same"``: the coarse networks of one cycle are meant to see the same batches, by
             ``phase.batch_index``.
         window: cycles that ``cycles="auto"`` looks at together.
@@ -167,6 +168,8 @@ class Multilevel:
     def _phase(self, plan: Plan, step: Step) -> Phase:
         if self.settings.clock == "shared":
             return Phase(self, step, step.fine_step, plan.total)
+        if self.settings.clock == "work":
+            return Phase(self, step, step.work, plan.work())
         return Phase(self, step, step.own_step, plan.steps_by_level()[step.network.level])
 
     def _advance(self) -> list[Network]:

@@ -22,8 +22,8 @@ class Phase:
         layers: indices of the layers that run.
         fine_step: fine steps before this one; of a coarse step, before the fine step whose cycle it belongs to.
         batch_index: which batch the step is meant for. Steps that are to see the same data have the same.
-        clock, clock_steps: where a schedule of the learning rate stands, and its length: the fine steps or, with
-            ``clock="own"``, the steps on this level.
+        clock, clock_steps: where a schedule of the learning rate stands, and its length: see ``clock`` of
+            :class:`Multilevel`.
         seconds: what the step took, once it is done.
     """
 

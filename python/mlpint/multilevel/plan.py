@@ -18,6 +18,7 @@ class Step:
         network: the one that steps.
         fine_step: fine steps before this one, not counting the one whose cycle a coarse step belongs to.
         own_step: steps on this network's level before this one.
+        work: layers that all steps before this one have run, over those of the fine network, rounded down.
         group_step: steps of this network since its training began last.
         batch: number of the batch.
     """
@@ -26,6 +27,7 @@ class Step:
     network: Network
     fine_step: int
     own_step: int
+    work: int
     group_step: int
     batch: int
 
@@ -55,6 +57,7 @@ class Plan:
         self._batch = 0
         self._fine_step = 0
         self._own = [0] * settings.levels
+        self._layers_run = 0
 
     def __iter__(self) -> Iterator[Step | Close]:
         return self._train(self.fine, (), self.total)
@@ -63,8 +66,10 @@ class Plan:
         for i in range(steps):
             if not path:
                 self._fine_step = i
-            yield Step(path, network, self._fine_step, self._own[network.level], i, self._batch)
+            work = self._layers_run // len(self.fine.layers)
+            yield Step(path, network, self._fine_step, self._own[network.level], work, i, self._batch)
             self._batch += 1
+            self._layers_run += len(network.layers)
             self._own[network.level] += 1
             if network.children and self._cycles(network, i):
                 yield from self._cycle(network, path, i)
@@ -91,6 +96,11 @@ class Plan:
             groups, length = groups * min(length, cycles) * children, coarse_steps
             counts.append(groups * length)
         return counts
+
+    def work(self) -> int:
+        """All steps in units of fine ones, by the layers that they run; where the number of cycles is known."""
+        parts = (steps // self.settings.networks**level for level, steps in enumerate(self.steps_by_level()))
+        return sum(parts)
 
     def batches(self) -> int:
         """Batches that the steps take; where the number of cycles is known."""

@@ -9,7 +9,7 @@ ORDERS = ("AB", "BA", "alternating")
 STEP_SIZES = ("ode", "unit")
 NEIGHBOURS = ("none", "average", "correction")
 STATES = ("carry", "restrict", "separate", "reset")
-CLOCKS = ("shared", "own")
+CLOCKS = ("shared", "own", "work")
 DATA = ("fresh", "same")
 
 
@@ -60,8 +60,10 @@ class Settings:
         _check_number("coarse_lr", self.coarse_lr, 0, math.inf)
         object.__setattr__(self, "coarse_steps", self._by_level("coarse_steps", 1, None))
         object.__setattr__(self, "cycles", self._by_level("cycles", 0, 1))
-        if self.adaptive and self.clock == "own":
-            raise ValueError("clock = 'own': its length is not known with cycles = 'auto'; give a number of cycles")
+        if self.adaptive and self.clock != "shared":
+            raise ValueError(
+                f"clock = {self.clock!r}: its length is not known with cycles = 'auto'; give a number of cycles"
+            )
 
     @property
     def adaptive(self) -> bool:
