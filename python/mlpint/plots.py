@@ -21,8 +21,9 @@ OVER = {
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, over: str = "steps") -> None:
     """Draws training loss (faint where it is noisy) and validation loss.
 
-    Where the solver's options change, a dotted line names the new ones. Runs with error control get a second picture
-    below, of what the checks measured. Of multilevel training the training loss is the fine network's.
+    Where the solver's options change, a dotted line names the new ones. Below are pictures of what else was measured in
+    validation, and of what the checks of error control measured, where there is any. Of multilevel training the training
+    loss is the fine network's.
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
@@ -37,31 +38,36 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
 
     runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
     checks = {label: _checks(lines) for label, lines in runs.items()}
-    watched = any(checks.values())
-    figure = Figure(figsize=(8, 7 if watched else 5), layout="constrained")
-    axes = figure.add_subplot(3, 1, (1, 2)) if watched else figure.add_subplot()
-    below = figure.add_subplot(3, 1, 3, sharex=axes) if watched else None
+    names = ["loss", *_measures(runs), *(["checks"] if any(checks.values()) else [])]
+    figure = Figure(figsize=(8, 3 + 2 * len(names)), layout="constrained")
+    ratios = [2] + [1] * (len(names) - 1)
+    panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes, below = panels[0], dict(zip(names[1:], panels[1:], strict=True))
     for number, (label, lines) in enumerate(runs.items()):
         color = f"C{number % 10}"
         fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
         steps, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
         axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(steps, _smoothed(losses, steps), color=color, label=f"{label}: training")
-        held_out = [(line["place"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
+        held_out = _measured(lines, "val_loss")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+        for name, panel in below.items():
+            points = checks[label] if name == "checks" else _measured(lines, name)
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
         for step, mode in _changes(lines):
             axes.axvline(step, color=color, linestyle=":", linewidth=0.8)
             place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
             axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
-        if checks[label]:
-            below.plot(*zip(*checks[label], strict=True), "o-", color=color, markersize=3, label=label)
-    axes.set(xlabel=OVER[over], ylabel="cross-entropy (nats)")
-    axes.grid(alpha=0.3)
+    axes.set(ylabel="cross-entropy (nats)")
     axes.legend()
-    if below is not None:
-        below.set(xlabel=OVER[over], ylabel="gradient cosine, or\nconvergence factor")
-        below.grid(alpha=0.3)
+    for name, panel in below.items():
+        checked = name == "checks"
+        panel.set(ylabel="gradient cosine, or\nconvergence factor" if checked else name.removeprefix("val_"))
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[-1].set(xlabel=OVER[over])
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -79,6 +85,16 @@ def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> lis
         elif "loss" in line:
             raise UserError(f"{label}: step {line.get('step')} has no {key!r}, which the curves are to be drawn over")
     return found
+
+
+def _measures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What was measured in validation besides the loss, in the order in which it comes."""
+    names = (name for lines in runs.values() for line in lines for name in line if name.startswith("val_"))
+    return [name for name in dict.fromkeys(names) if name != "val_loss"]
+
+
+def _measured(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["place"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
