@@ -22,8 +22,8 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
     """Draws training loss (faint where it is noisy) and validation loss.
 
     Where the solver's options change, a dotted line names the new ones. Below are pictures of what else was measured in
-    validation, and of what the checks of error control measured, where there is any. Of multilevel training the training
-    loss is the fine network's.
+    validation, and of what the checks of error control measured, where there is any. Of multilevel training the
+    training loss is the fine network's.
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
