@@ -38,7 +38,7 @@ from mlpint.data import Batches, load
 from mlpint.flops import FlopMeter
 from mlpint.models import GPT
 
-SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 64, 8, 1.0, 10, 16
+SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 32, 8, 1.0, 10, 16
 
 
 @dataclasses.dataclass
