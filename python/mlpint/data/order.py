@@ -27,7 +27,8 @@ class Order:
 
     def __init__(self, count: int, batch: int, seed: int, shard: int = 0, shards: int = 1) -> None:
         if count < batch * shards:
-            raise DataError(f"{count} examples to train on are too few for batch = {batch} on {shards} data shards")
+            of = f" on {shards} data shards" if shards > 1 else ""
+            raise DataError(f"{count} examples to train on are too few for batch = {batch}{of}; give a smaller --batch")
         self.count, self.batch, self.seed, self.shard, self.shards = count, batch, seed, shard, shards
         self.per_epoch = count // (batch * shards)
         self._permutation = functools.lru_cache(maxsize=2)(self._draw)
