@@ -172,7 +172,7 @@ class RunConfig(Section):
     eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
     eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
     log_every: int = key(10, "steps between log lines", least=1)
-    sample: int = key(200, "gpt: tokens to generate at the end; else any number shows what was learnt; 0: none", least=0)
+    sample: int = key(200, "gpt: tokens to generate at the end; else any number shows an example; 0: none", least=0)
     beams: int = key(4, "translation: beams of the search for the closing translations; val_bleu's has one", least=1)
     compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)
 
