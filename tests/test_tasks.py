@@ -282,6 +282,9 @@ def test_bad_data_is_told_before_the_first_step(data, tmp_path, capsys):
     small = np.zeros((9, 3, 5), np.uint8)
     np.savez(tmp_path / "other.npz", images=small, labels=np.arange(9) % 3)
     np.savez(tmp_path / "unknown.npz", images=np.zeros((9, 4, 6), np.uint8), labels=np.arange(9) % 4)
+    tokens = np.zeros(400_000, "<u2")
+    tokens[123_456] = 500
+    tokens.tofile(tmp_path / "tokens.bin")
     for arguments, words in (
         (["--task=tagging"], "data = '': must name a CoNLL-U file"),
         (["--task=tagging", f"--data={tmp_path}/nowhere"], "nowhere: cannot be read"),
@@ -295,6 +298,8 @@ def test_bad_data_is_told_before_the_first_step(data, tmp_path, capsys):
         (["--task=vit", f"--data={images}", f"--validation={tmp_path}/unknown.npz"], "label 3 is unknown"),
         (["--task=vit", f"--data={data['bert']['data']}"], "text.txt: is not an .npz file"),
         (["--task=bert", f"--data={data['bert']['data']}", "--sequence=5000"], "are too few for sequence = 5000"),
+        ([f"--data={tmp_path}/tokens.bin", "--vocabulary=500"], "token 500 is outside the vocabulary of 500"),
+        (["--task=bert", f"--data={tmp_path}/tokens.bin", "--vocabulary=400"], "token 500 is outside the vocabulary"),
         (["--task=bert", f"--validation={tmp_path}/nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--task=chess"], "task = 'chess': must be one of gpt"),
     ):

@@ -49,10 +49,6 @@ class Batches:
 
     def _cut(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         windows = np.stack([tokens[start : start + self.sequence + 1] for start in starts]).astype(np.int64)
-        if windows.max() >= self.corpus.vocabulary:
-            raise DataError(
-                f"{self.corpus.name}: token {windows.max()} is outside the vocabulary of {self.corpus.vocabulary}; "
-                "give a larger --vocabulary"
-            )
+        self.corpus.check(windows)
         pairs = torch.from_numpy(windows)
         return pairs[:, :-1], pairs[:, 1:]

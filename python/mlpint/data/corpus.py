@@ -44,6 +44,21 @@ class Corpus:
         """Whether tokens are bytes."""
         return self.train.dtype == np.uint8
 
+    def check(self, tokens: np.ndarray) -> None:
+        """Raises a DataError if some of the tokens are outside the vocabulary."""
+        largest = int(tokens.max())
+        if largest >= self.vocabulary:
+            raise DataError(
+                f"{self.name}: token {largest} is outside the vocabulary of {self.vocabulary}; "
+                "give a larger --vocabulary"
+            )
+
+    def check_samples(self, samples: int = 64, length: int = 1 << 16) -> None:
+        """The same of up to so many stretches of both parts; all of a file of up to 4 million tokens."""
+        for part in (self.train, self.validation):
+            for start in np.unique(np.linspace(0, max(len(part) - length, 0), samples).astype(np.int64)):
+                self.check(part[start : start + length])
+
     def decode(self, tokens: list[int]) -> str:
         """Text of the tokens; token numbers where they are not bytes."""
         if self.subwords is not None:

@@ -28,6 +28,7 @@ class BERTTask(Task):
         super().__init__(config)
         data = config.data
         self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
+        self.corpus.check_samples()
         self.name = self.corpus.name
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.mask_token = self.corpus.vocabulary

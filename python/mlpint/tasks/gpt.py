@@ -23,6 +23,7 @@ class GPTTask(Task):
         super().__init__(config)
         data = config.data
         self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
+        self.corpus.check_samples()
         self.name = self.corpus.name
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.per_batch = data.batch * data.sequence
