@@ -25,7 +25,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,11 @@ class Training:
         fall = (done - self.run.warmup) / (1 - self.run.warmup)
         return self.run.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(fall, 1.0))) / 2)
 
-    def step(self, meter: FlopMeter, phase: Any, within: bool = False) -> None:
-        """One optimiser step; ``within`` where the phase itself counts."""
+    def step(self, meter: FlopMeter, counted: AbstractContextManager, batch: int) -> None:
+        """One optimiser step on a batch, inside what counts it on the meter."""
         before, outside, started = meter.blocks, meter.outside, time.perf_counter()
-        with phase if within else meter.step():
-            inputs, targets = self.batches.train(self.position)
+        with counted:
+            inputs, targets = self.batches.train(batch)
             loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -164,19 +164,18 @@ class Training:
         if always:
             print(f"{self.run}  val {loss:.4f}  accuracy {accuracy:.4f}  {self.seconds:.0f} s", flush=True)
 
-    def _gradients(self) -> list[torch.Tensor]:
-        """Of the blocks on a held-out batch, one tensor a parameter."""
+    def _gradients(self) -> torch.Tensor:
+        """Of the blocks on a held-out batch, one block after the other."""
         self.model.zero_grad(set_to_none=True)
         inputs, targets = self.batches.validation(0, HELD_OUT)
         F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten()).backward()
-        found = [p.grad.double().flatten() for p in self.model.blocks.parameters()]
+        found = torch.cat([p.grad.double().flatten() for p in self.model.blocks.parameters()])
         self.model.zero_grad(set_to_none=True)
         return found
 
     def gradient_norms(self) -> list[float]:
         """Of each block: even and odd ones should not differ."""
-        blocks, found = list(self.model.blocks), iter(self._gradients())
-        return [math.sqrt(sum(float((next(found) ** 2).sum()) for _ in block.parameters())) for block in blocks]
+        return self._gradients().view(len(self.model.blocks), -1).norm(dim=1).tolist()
 
     def mgrit_quality(self) -> dict[str, float]:
         """Cosine of the blocks' gradient by MGRIT (injection) with the exact one, over the whole depth."""
@@ -186,10 +185,8 @@ class Training:
             for cfactor in (2, 4):
                 options = mlpint.MGRIT(2, cfactor, iterations, iterations)
                 self.model.blocks = mlpint.LayerParallel(blocks, options)
-                own = self._gradients()
-                products = [(a @ b, a @ a, b @ b) for a, b in zip(own, exact, strict=True)]
-                ab, aa, bb = (float(sum(p)) for p in zip(*products, strict=True))
-                found[f"cosine_{iterations}{iterations}_cf{cfactor}"] = ab / math.sqrt(aa * bb)
+                cosine = F.cosine_similarity(self._gradients(), exact, dim=0)
+                found[f"cosine_{iterations}{iterations}_cf{cfactor}"] = float(cosine)
         self.model.blocks = blocks
         return found
 
@@ -200,7 +197,7 @@ class Training:
         self.optimizer, meter = self.optimizer_of(self.model), FlopMeter(self.model.blocks, self.model)
         while self.spent < until * self.total:
             self.point()
-            self.step(meter, nullcontext())
+            self.step(meter, meter.step(), self.position)
 
     plain = shallow = deep
 
@@ -232,7 +229,7 @@ class Training:
                 self.point()
                 if self.spent >= self.total:
                     break
-            self.step(multilevel.flops, phase, within=True)
+            self.step(multilevel.flops, phase, phase.batch_index)
 
 
 def probe_steps(multilevel: mlpint.Multilevel) -> dict[str, int]:

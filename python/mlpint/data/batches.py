@@ -7,6 +7,7 @@ import torch
 
 from ..errors import DataError
 from .corpus import Corpus
+from .order import draws
 
 
 class Batches:
@@ -33,12 +34,8 @@ class Batches:
             raise DataError(f"{corpus.name}: {length} tokens are too few for {shards} data shards of {sequence} each")
 
     def train(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch number ``position``: inputs and targets, both [batch, sequence] int64, at random places of the text.
-
-        The places come from a counter-based generator (Philox, Salmon et al., SC 2011): no state to save or to share.
-        """
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, position]))
-        starts = generator.integers(len(self.part) - self.sequence, size=self.batch)
+        """Batch number ``position``: inputs and targets, both [batch, sequence] int64, at random places of the text."""
+        starts = draws(self.seed, position).integers(len(self.part) - self.sequence, size=self.batch)
         return self._cut(self.part, starts)
 
     def validation(self, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,14 @@ import numpy as np
 from ..errors import DataError
 
 
+def draws(seed: int, position: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these alone: no state to save or to share.
+
+    From a counter-based generator (Philox, Salmon et al., SC 2011). Streams keep apart what is drawn for one position.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, stream, position]))
+
+
 class Order:
     """Examples in batches: each once an epoch, every epoch in another order.
 
@@ -25,23 +33,26 @@ class Order:
         DataError: too few examples for one batch.
     """
 
+    things = "examples"
+
     def __init__(self, count: int, batch: int, seed: int, shard: int = 0, shards: int = 1) -> None:
         if count < batch * shards:
             of = f" on {shards} data shards" if shards > 1 else ""
-            raise DataError(f"{count} examples to train on are too few for batch = {batch}{of}; give a smaller --batch")
+            few = f"{count} {self.things} to train on are too few for batch = {batch}{of}"
+            raise DataError(f"{few}; give a smaller --batch")
         self.count, self.batch, self.seed, self.shard, self.shards = count, batch, seed, shard, shards
         self.per_epoch = count // (batch * shards)
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw)
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw)
 
     def __call__(self, position: int) -> np.ndarray:
         """The examples of batch ``position``, [batch] int64."""
         epoch, within = divmod(position, self.per_epoch)
-        start = (within * self.shards + self.shard) * self.batch
-        return self._permutation(epoch)[start : start + self.batch]
+        return self._epoch(epoch)[within * self.shards + self.shard]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        # Counter-based (Philox, Salmon et al., SC 2011): no state to save or to share.
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch])).permutation(self.count)
+        """The batches of an epoch, [per_epoch x shards, batch]."""
+        order = draws(self.seed, epoch).permutation(self.count)
+        return order[: self.per_epoch * self.shards * self.batch].reshape(-1, self.batch)
 
 
 def spread(count: int, batch: int, index: int, batches: int) -> np.ndarray:

@@ -8,9 +8,8 @@ import functools
 import numpy as np
 import torch
 
-from ..errors import DataError
 from .bpe import PAD, START
-from .order import spread
+from .order import Order, draws, spread
 
 _POOL = 64  # batches whose pairs are sorted by length; fewer: more padding, more: less chance
 
@@ -66,39 +65,24 @@ class Pairs:
         return np.lexsort((self.source.lengths, self.target.lengths))
 
 
-class Buckets:
-    """Pairs of similar lengths in batches: each pair once an epoch, every epoch in another order.
-
-    An epoch drops what is left over when its batches are full. Data-parallel groups take different pairs: batch ``p``
-    of shard i and of shard j have none in common.
+class Buckets(Order):
+    """Pairs of similar lengths in batches; otherwise as :class:`mlpint.data.order.Order`.
 
     Args:
         pairs: to take.
-        batch: pairs per batch and shard.
-        seed: of the order.
-        shard, shards: the part of the batches that is wanted, of how many.
-
-    Raises:
-        DataError: too few pairs for one batch.
+        batch, seed, shard, shards: as there.
     """
 
-    def __init__(self, pairs: Pairs, batch: int, seed: int, shard: int = 0, shards: int = 1) -> None:
-        self.pairs, self.batch, self.seed, self.shard, self.shards = pairs, batch, seed, shard, shards
-        self.per_epoch = len(pairs) // (batch * shards)
-        if not self.per_epoch:
-            raise DataError(f"{len(pairs)} pairs to train on are too few for batch = {batch} on {shards} data shards")
-        self._epoch = functools.lru_cache(maxsize=2)(self._draw)
+    things = "pairs"
 
-    def __call__(self, position: int) -> np.ndarray:
-        """The pairs of batch ``position``, [batch] int64: a function of the seed and the position alone."""
-        epoch, within = divmod(position, self.per_epoch)
-        return self._epoch(epoch)[within * self.shards + self.shard]
+    def __init__(self, pairs: Pairs, batch: int, seed: int, shard: int = 0, shards: int = 1) -> None:
+        super().__init__(len(pairs), batch, seed, shard, shards)
+        self.pairs = pairs
 
     def _draw(self, epoch: int) -> np.ndarray:
-        # Counter-based (Philox, Salmon et al., SC 2011): no state to save or to share.
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
+        generator = draws(self.seed, epoch)
         count = self.per_epoch * self.shards
-        order = generator.permutation(len(self.pairs))[: count * self.batch]
+        order = generator.permutation(self.count)[: count * self.batch]
         target, source = self.pairs.target.lengths, self.pairs.source.lengths
         for start in range(0, len(order), _POOL * self.batch):
             pool = order[start : start + _POOL * self.batch]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from ..fingerprint import crc
 
 _AFFIXES = (1, 2, 3, 4)
 _CAPITALS = re.compile(r"[A-Z]")
@@ -61,4 +62,4 @@ class WordFeatures:
         return np.array([self._known[word] for word in words], np.int64)
 
     def digest(self) -> str:
-        return f"{len(self.names)} features, digest {zlib.crc32(chr(10).join(self.names).encode()):08x}"
+        return f"{len(self.names)} features, digest {crc(chr(10).join(self.names).encode())}"

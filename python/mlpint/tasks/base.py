@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..comm import Comm
 from ..config import TrainConfig
 
 Batch = tuple[torch.Tensor, ...]
+
+IGNORED = -100  # a target that does not count: padding
 
 
 class Sample(NamedTuple):
@@ -100,3 +103,16 @@ class Task(abc.ABC):
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """Shows what the model has learnt. Collective; the model is in eval mode."""
         return None
+
+
+def measured(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """What :meth:`Task.measure` gives of a classification: cross-entropy and accuracy, over targets not IGNORED.
+
+    Args:
+        logits: [..., classes].
+        targets: [...] int64.
+    """
+    logits, targets = logits.float().flatten(0, -2), targets.flatten()
+    count = int((targets != IGNORED).sum())
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return {"loss": (float(loss), count), "accuracy": (float((logits.argmax(-1) == targets).sum()), count)}

@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from ..comm import Comm
 from ..config import TrainConfig
-from ..data import Batches, load
+from ..data.order import draws
 from ..models import BERT
-from .base import Batch, Sample, Task
-from .gpt import corpus_digest
+from .base import Batch, Sample, measured
+from .text import TextTask
 
 _TRAIN, _VALIDATION = range(2)
 
 
-class BERTTask(Task):
+class BERTTask(TextTask):
     """An encoder that names masked tokens from those on both sides.
 
     A fixed part of each sequence is to be named: 80% of that are replaced by a mask token, 10% by any token, and 10%
@@ -26,26 +26,11 @@ class BERTTask(Task):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        data = config.data
-        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
-        self.corpus.check_samples()
-        self.name = self.corpus.name
-        self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.mask_token = self.corpus.vocabulary
-        self.masked = max(1, round(data.mask * data.sequence))
-        self.per_batch = data.batch * data.sequence
-        self.held_out_batches = max(1, (len(self.corpus.validation) - 1) // self.per_batch)
+        self.masked = max(1, round(config.data.mask * config.data.sequence))
 
     def describe(self) -> str:
-        train, held_out = len(self.corpus.train), len(self.corpus.validation)
-        masked = f"{self.masked} of {self.config.data.sequence} masked"
-        return f"{self.name}: {train:,} tokens, {held_out:,} held out, {masked}"
-
-    def digest(self) -> str:
-        return corpus_digest(self.corpus)
-
-    def identity(self) -> dict[str, str]:
-        return {"vocabulary": self.corpus.identity}
+        return f"{super().describe()}, {self.masked} of {self.config.data.sequence} masked"
 
     def model(self) -> nn.Module:
         model = self.config.model
@@ -69,7 +54,7 @@ class BERTTask(Task):
 
     def _mask(self, tokens: torch.Tensor, seed: int, part: int, position: int) -> Batch:
         """(inputs [batch, sequence], places [batch, n], targets [batch, n])."""
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1 + part, position]))
+        generator = draws(seed, position, 1 + part)
         places = np.sort(generator.random(tokens.shape).argpartition(self.masked - 1)[:, : self.masked])
         lot = generator.random(places.shape)
         any_token = generator.integers(self.corpus.vocabulary, size=places.shape)
@@ -86,10 +71,7 @@ class BERTTask(Task):
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         inputs, places, targets = batch
-        logits = model(inputs, places).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        right = (logits.argmax(-1) == targets).sum()
-        return {"loss": (float(loss), targets.numel()), "accuracy": (float(right), targets.numel())}
+        return measured(model(inputs, places), targets)
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """A held-out sequence, with what is masked in it and what the model takes it for."""

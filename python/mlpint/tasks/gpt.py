@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..comm import Comm
-from ..config import TrainConfig
-from ..data import Batches, Corpus, load
 from ..models import GPT
 from ..sample import generate
-from .base import Batch, Sample, Task
+from .base import Batch, Sample
+from .text import TextTask
 
 
-class GPTTask(Task):
+class GPTTask(TextTask):
     """A decoder that predicts each token from those before it."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        data = config.data
-        self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
-        self.corpus.check_samples()
-        self.name = self.corpus.name
-        self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
-        self.per_batch = data.batch * data.sequence
-        self.held_out_batches = max(1, (len(self.corpus.validation) - 1) // self.per_batch)
-
-    def describe(self) -> str:
-        return f"{self.name}: {len(self.corpus.train):,} tokens, {len(self.corpus.validation):,} held out"
-
-    def digest(self) -> str:
-        return corpus_digest(self.corpus)
-
-    def identity(self) -> dict[str, str]:
-        return {"vocabulary": self.corpus.identity}
 
     def model(self) -> nn.Module:
         model = self.config.model
@@ -74,10 +52,3 @@ class GPTTask(Task):
         tokens = generate(model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=comm, device=device)
         given, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
         return Sample(f"{given!r} goes on", text, given + text)
-
-
-def corpus_digest(corpus: Corpus) -> str:
-    """What ranks compare to know that they have read the same text: its length and both of its ends."""
-    train, validation = corpus.train, corpus.validation
-    ends = [part.tobytes() for tokens in (train, validation) for part in (tokens[:65536], tokens[-65536:])]
-    return f"{len(train)} + {len(validation)} tokens, digest {zlib.crc32(b''.join(ends)):08x}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import torch
 from torch import nn
@@ -12,13 +10,12 @@ from torch.nn import functional as F
 from ..comm import Comm
 from ..config import TrainConfig
 from ..data.conllu import UPOS, Sentence, read_conllu
-from ..data.order import Order, spread
+from ..data.order import Order, draws, spread
 from ..data.words import FEATURES, WordFeatures
 from ..errors import ConfigError, DataError
+from ..fingerprint import crc
 from ..models import Tagger
-from .base import Batch, Sample, Task
-
-_IGNORED = -100  # the label of padding
+from .base import IGNORED, Batch, Sample, Task, measured
 
 
 class TaggingTask(Task):
@@ -62,7 +59,7 @@ class TaggingTask(Task):
 
     def digest(self) -> str:
         text = "\n".join(f"{s.words} {s.tags}" for s in (*self.training, *self.held_out))
-        return f"{len(self.training)} + {len(self.held_out)} sentences, digest {zlib.crc32(text.encode()):08x}"
+        return f"{len(self.training)} + {len(self.held_out)} sentences, digest {crc(text.encode())}"
 
     def identity(self) -> dict[str, str]:
         return {"vocabulary": self.features.digest()}
@@ -82,7 +79,7 @@ class TaggingTask(Task):
 
     def train(self, position: int) -> Batch:
         features, tags, lengths = self._batch([self.training[i] for i in self.order(position)])
-        generator = np.random.Generator(np.random.Philox(key=self.config.run.seed, counter=[0, 0, 1, position]))
+        generator = draws(self.config.run.seed, position, 1)
         unseen = generator.random(features.shape[:2] + (1,)) < self.hidden[features]
         return torch.from_numpy(np.where(unseen, 0, features)), tags, lengths
 
@@ -95,7 +92,7 @@ class TaggingTask(Task):
         """(features [batch, longest, FEATURES], tags [batch, longest], lengths [batch]), padded to the longest."""
         lengths = [len(s.words) for s in sentences]
         features = np.zeros((len(sentences), max(lengths), FEATURES), np.int64)
-        tags = np.full((len(sentences), max(lengths)), _IGNORED)
+        tags = np.full((len(sentences), max(lengths)), IGNORED)
         for row, sentence in enumerate(sentences):
             features[row, : lengths[row]] = self.features(sentence.words)
             tags[row, : lengths[row]] = sentence.tags
@@ -105,14 +102,11 @@ class TaggingTask(Task):
         """Mean cross-entropy in nats per word."""
         features, tags, lengths = batch
         logits = model(features, lengths).float()
-        return F.cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=_IGNORED)
+        return F.cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=IGNORED)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         features, tags, lengths = batch
-        logits = model(features, lengths).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=_IGNORED, reduction="sum")
-        right, words = (logits.argmax(-1) == tags).sum(), int(lengths.sum())
-        return {"loss": (float(loss), words), "accuracy": (float(right), words)}
+        return measured(model(features, lengths), tags)
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """A held-out sentence, tagged."""

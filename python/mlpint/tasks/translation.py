@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..config import TrainConfig
 from ..data import bpe, pairs, parallel_text
 from ..data.cache import cached
 from ..errors import ConfigError, DataError
+from ..fingerprint import crc
 from ..models.translation import Stepwise, Translator
 from ..whole import whole
 from .base import Batch, Sample, Task
@@ -104,10 +104,10 @@ class TranslationTask(Task):
     def digest(self) -> str:
         sides = (side for found in self.pairs.values() for side in (found.source, found.target))
         parts = (array.tobytes() for side in sides for array in (side.tokens, side.ends))
-        return f"{len(self.pairs['train'])} pairs, digest {_crc([self.bpe.saved, *parts])}"
+        return f"{len(self.pairs['train'])} pairs, digest {crc(self.bpe.saved, *parts)}"
 
     def identity(self) -> dict[str, str]:
-        return {"vocabulary": f"{self.bpe.vocabulary} tokens, digest {_crc([self.bpe.saved])}"}
+        return {"vocabulary": f"{self.bpe.vocabulary} tokens, digest {crc(self.bpe.saved)}"}
 
     def model(self) -> Translator:
         model = self.config.model
@@ -242,10 +242,3 @@ def _cross_entropy(model: nn.Module, batch: Batch, reduction: str, smoothing: fl
     return F.cross_entropy(
         logits, wanted.flatten(), ignore_index=bpe.PAD, reduction=reduction, label_smoothing=smoothing
     )
-
-
-def _crc(parts: list[bytes]) -> str:
-    digest = 0
-    for part in parts:
-        digest = zlib.crc32(part, digest)
-    return f"{digest:08x}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import torch
 from torch import nn
@@ -12,10 +10,11 @@ from torch.nn import functional as F
 from ..comm import Comm
 from ..config import TrainConfig
 from ..data.images import Images, load_images
-from ..data.order import Order, spread
+from ..data.order import Order, draws, spread
 from ..errors import ConfigError
+from ..fingerprint import crc
 from ..models import ViT
-from .base import Batch, Sample, Task
+from .base import Batch, Sample, Task, measured
 
 
 class ViTTask(Task):
@@ -49,13 +48,13 @@ class ViTTask(Task):
 
     def digest(self) -> str:
         labels = np.concatenate([self.training.labels, self.held_out.labels])
-        pixels = f"mean {self.mean:.9g}, labels' digest {zlib.crc32(labels.tobytes()):08x}"
+        pixels = f"mean {self.mean:.9g}, labels' digest {crc(labels.tobytes())}"
         return f"{len(self.training)} + {len(self.held_out)} images, {pixels}"
 
     def identity(self) -> dict[str, str]:
         classes = self.training.classes
-        digest = zlib.crc32("\n".join(classes).encode())
-        return {"images": " x ".join(map(str, self.size)), "classes": f"{len(classes)}, digest {digest:08x}"}
+        digest = crc("\n".join(classes).encode())
+        return {"images": " x ".join(map(str, self.size)), "classes": f"{len(classes)}, digest {digest}"}
 
     def model(self) -> nn.Module:
         m = self.config.model
@@ -78,7 +77,7 @@ class ViTTask(Task):
         most = self.config.data.augment
         if not most:
             return images
-        generator = np.random.Generator(np.random.Philox(key=self.config.run.seed, counter=[0, 0, 1, position]))
+        generator = draws(self.config.run.seed, position, 1)
         moves = generator.integers(2 * most + 1, size=(len(images), 2)).tolist()
         _, height, width = self.size
         larger = F.pad(images, [most] * 4, mode="replicate")
@@ -93,9 +92,7 @@ class ViTTask(Task):
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         images, labels = batch
-        logits = model(images).float()
-        loss, right = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
-        return {"loss": (float(loss), len(labels)), "accuracy": (float(right), len(labels))}
+        return measured(model(images), labels)
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """What held-out images of each class are taken for."""
