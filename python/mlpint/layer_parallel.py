@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._core import CyclicSolver, Grid, Solver
 from .comm import Comm
 from .fingerprint import fingerprint
 from .nn import BlockStack
 from .operators import LearntOperator
 from .options import MGRIT
-from .ownership import block_owners, cyclic_owners, partition_of
+from .ownership import block_owners, cyclic_owners
 from .plain_pass import plain_pass
 from .propagators import AnyStream, Stream
 from .random import LayerRandom
 from .run import Run, Solve
 from .sharing import SharedParameters, gather_state_dict
+from .solvers import AnySolver, block_solver, cyclic_solver
 from .stack_stream import StackStream
 from .states import State
 from .stats import Stats
@@ -125,7 +125,7 @@ class LayerParallel(nn.Module):
                 stacklevel=2,
             )
         self._shared = SharedParameters(layers if whole is None else [], self.rank_of, self.comm)
-        self._solvers: dict[tuple, Solver] = {}
+        self._solvers: dict[tuple, AnySolver] = {}
         self._learnt: dict[tuple[str, str], LearntOperator] = {}
         self._submodules: dict[int, list[nn.Module]] = {n: list(m.modules()) for n, m in self.local_layers.items()}
 
@@ -223,42 +223,14 @@ class LayerParallel(nn.Module):
             raise TypeError(f"options must be an mlpint.MGRIT, got {type(value).__name__}")
         self._options = value
 
-    def solver(self, direction: str) -> Solver:
+    def solver(self, direction: str) -> AnySolver:
         """The solver of a direction for the current options."""
         o = self._options
         key = (direction, o.cfactor, o.levels, o.relaxation, o.coarse, o.tolerance, self.watch_residuals)
-        if key not in self._solvers and self.layout == "cyclic":
-            self._solvers[key] = self._cyclic_solver(direction)
         if key not in self._solvers:
-            grid, ranks = Grid(self.depth, o.cfactor, o.levels), list(range(self.comm.size))
-            partition = partition_of(self._owners, self.comm.size)
-            if direction == "backward":
-                grid, partition, ranks = grid.mirrored(), partition.mirrored(), ranks[::-1]
-            self._solvers[key] = Solver(
-                grid,
-                partition,
-                ranks,
-                self.comm.transport,
-                coarse=o.coarse,
-                fcf=o.relaxation == "FCF",
-                tolerance=o.tolerance,
-                norms=self.watch_residuals,
-            )
+            make = block_solver if self.layout == "block" else cyclic_solver
+            self._solvers[key] = make(o, direction, self._owners, self.comm, norms=self.watch_residuals)
         return self._solvers[key]
-
-    def _cyclic_solver(self, direction: str) -> CyclicSolver:
-        o = self._options
-        if not o.exact and (o.coarse != "sum" or o.relaxation != "F" or o.levels > 2):
-            raise ValueError(
-                f"layout='cyclic' is for MGRIT(levels=2, relaxation='F', coarse='sum') or exact sweeps, not {o}; "
-                "use layout='block'"
-            )
-        grid, owners = Grid(self.depth, o.cfactor, 2), self._owners
-        if direction == "backward":
-            grid, owners = grid.mirrored(), owners[::-1]
-        return CyclicSolver(
-            grid, owners, self.comm.transport, tolerance=o.tolerance, norms=self.watch_residuals
-        )
 
     def learnt_operator(self, direction: str) -> LearntOperator | None:
         """What the coarse operator of the current options has learnt; None where it learns nothing."""
