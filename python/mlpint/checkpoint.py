@@ -149,7 +149,7 @@ def save(
     comm = Comm.of(comm)
     directory = Path(directory)
     final, partial = directory / f"step-{step:08d}", directory / f".step-{step:08d}.partial"
-    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
+    tensors = {**model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
     tensors |= {f"extra.{name}": tensor.detach() for name, tensor in (extra or {}).items()}
 
     def make() -> None:
@@ -198,7 +198,7 @@ def load(
     """
     comm = Comm.of(comm)
     found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    targets = _model_tensors(model)
+    targets = model_tensors(model)
     values: dict[str, torch.Tensor] = {}
 
     def read() -> None:
@@ -208,10 +208,7 @@ def load(
             wanted += [name for name in found.tensors if name.rpartition(".")[0] in own]
         wanted += [name for name in found.tensors if name.startswith("learnt.")]
         values.update(found.read(wanted))
-        for name, target in targets.items():
-            if values[name].shape != target.shape:
-                shapes = f"{list(values[name].shape)} in the checkpoint, {list(target.shape)} in the model"
-                raise CheckpointError(f"{found.path}: {name} is {shapes}")
+        check_shapes(found, values, targets)
 
     jointly(comm, read)
     with torch.no_grad():
@@ -226,7 +223,17 @@ def load(
     return found
 
 
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def check_shapes(
+    checkpoint: Checkpoint, values: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], hint: str = ""
+) -> None:
+    """Raises a CheckpointError, with ``hint`` at its end, where a value read has not the shape of its target."""
+    for name, target in targets.items():
+        if name in values and values[name].shape != target.shape:
+            shapes = f"{list(values[name].shape)} in the checkpoint, {list(target.shape)} in the model"
+            raise CheckpointError(f"{checkpoint.path}: {name} is {shapes}{hint}")
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
     found = {f"model.{name}": _row(p.detach(), row) for name, p, row in named_rows(model)}
     return found | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}

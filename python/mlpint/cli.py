@@ -168,6 +168,11 @@ def _train(options: argparse.Namespace) -> None:
 def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainConfig, Task, Checkpoint | None]:
     """The whole configuration, the task and the checkpoint to go on from; all that reads files before training."""
     values = {**(read_toml(config_file) if config_file else {}), **flags}
+    if values.get("resume") and values.get("init_from"):
+        raise ConfigError(
+            f"init_from = {values['init_from']!r}: is for a new run, and resume = {values['resume']!r} goes on with "
+            "one; give one of them"
+        )
     checkpoint = open_checkpoint(values["resume"]) if values.get("resume") else None
     if checkpoint is not None:
         saved = from_saved(checkpoint.info["config"])

@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .fields import Section, key, similar
 from .options import MGRIT
 
-TASKS = ("gpt", "bert", "vit", "tagging", "translation")
+TASKS = ("gpt", "bert", "vit", "tagging", "classification", "translation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,11 @@ class DataConfig(Section):
     validation: str = key("", "data to validate on; empty: a tenth of the training data is held out")
     source: str = key("de", "translation: language to translate from, the ending of its files' names")
     target: str = key("en", "translation: language to translate to, the ending of its files' names")
+    label: str = key("", "classification: comment or column with the class; empty: s_type of CoNLL-U, else label")
     tokenizer: str = key("bytes", "of text: bytes or bpe, byte pairs learnt from it", choices=("bytes", "bpe"))
-    sequence: int = key(64, "tokens per sequence; tagging: words of the longest sentence", least=1)
+    sequence: int = key(
+        64, "tokens per sequence; tagging: words of the longest sentence; classification: bytes of a text", least=1
+    )
     batch: int = key(8, "sequences per microbatch", least=1)
     mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)
     image_size: int = key(0, "vit: side that images are scaled and cropped to; 0: all must be of one size", least=0)
@@ -167,6 +170,7 @@ class RunConfig(Section):
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     threads: int = key(0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0)
     out: str = key("", "directory for results; empty: runs/NNN, the next free number")
+    init_from: str = key("", "run directory or checkpoint whose weights a new run starts from")
     resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
     checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)
     eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)

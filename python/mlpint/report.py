@@ -69,6 +69,8 @@ class Report:
             f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
         )
         self._say(task.describe())
+        if trainer.origin:
+            self._say(trainer.origin)
 
     def _say(self, line: str) -> None:
         if self.bar is not None:

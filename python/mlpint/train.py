@@ -43,6 +43,8 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
         raise ConfigError(str(error)) from None
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    elif config.run.init_from:
+        trainer.start_from(config.run.init_from)
     directory = _run_directory(config, comm, checkpoint)
     report = Report(trainer, directory)
     with report.decisions():

@@ -27,6 +27,7 @@ from .ladder import describe
 from .layer_parallel import LayerParallel
 from .multilevel import Multilevel, Phase
 from .optim import learning_rate, make_optimizer
+from .origin import check_identity, start_from
 from .tasks import Sample, Task
 
 
@@ -40,6 +41,7 @@ class Trainer:
         position: batches taken from the training data.
         iterations: of the last step's solves, by direction; 0 where exact.
         mode: the solver's options in the last step, in short.
+        origin: where weights that were not drawn came from, in one line.
         decision: what error control made of the last step; None without control.
         model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
     """
@@ -73,6 +75,7 @@ class Trainer:
             self.flops = FlopMeter(self.blocks, self.model) if _alike(self.blocks) else None
         self.phase: Phase | None = None
         self.step = self.position = 0
+        self.origin = ""
         self.iterations: dict[str, int] = {}
         self.mode = describe(self.blocks.options)
         self.decision: Decision | None = None
@@ -201,14 +204,12 @@ class Trainer:
             info["fine_steps"] = self.flops.steps["fine"]
         checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, extra=extra, comm=self.comm)
 
+    def start_from(self, path: str) -> None:
+        """Takes the weights of another run where they fit, before the first step; see :func:`origin.start_from`."""
+        self.origin = start_from(path, self.model, self.config, self.task, self.comm)
+
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
-        saved = checkpoint.info.get("task", {})
-        for name, value in self.task.identity().items():
-            if value != saved.get(name, value):
-                raise ConfigError(
-                    f"{self.task.name}: {name} is {value}, that of {checkpoint.path} is {saved[name]}; "
-                    "go on with the data that the run began with"
-                )
+        check_identity(checkpoint, self.task, "go on with the data that the run began with")
         checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
         if self.flops is not None and "flops" in checkpoint.info:

@@ -11,16 +11,52 @@ from torch.nn import functional as F
 from .encoder import encoder_blocks, normal_, start_positions_
 
 
-class BERT(nn.Module):
-    """Logits of the tokens that stand, or stood, at some places: [batch, sequence] int64 -> [batch, n, vocabulary].
+class BERTEncoder(nn.Module):
+    """A BERT without a head: what is pre-trained for other tasks.
 
     Pre-LN blocks, as arXiv 2601.09026 has them, where the original's are post-LN. ``blocks`` may be replaced by
-    ``LayerParallel(model.blocks, ...)``.
+    ``LayerParallel(model.blocks, ...)``. A model that derives from it draws the token embedding with its head.
 
     Args:
         vocabulary: number of tokens, special ones included.
         sequence: longest input.
         layers, dim, heads, ffn, dropout: of the blocks; ``ffn`` 0 is 4 dim.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        sequence: int,
+        layers: int,
+        dim: int,
+        heads: int,
+        ffn: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(sequence, dim)
+        # Embeddings of unit size: next to smaller ones the first blocks' steps are large, and MGRIT's error with them.
+        self.embedding_norm = nn.LayerNorm(dim)
+        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
+        self.norm = nn.LayerNorm(dim)
+        start_positions_(self.positions.weight)
+
+    def encode(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The states behind the last block, normalised: [batch, sequence, dim]. ``lengths`` as in :class:`Block`."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding_norm(self.tokens(tokens) + self.positions(places))
+        return self.norm(self.blocks(self._drop(x), lengths=lengths))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class BERT(BERTEncoder):
+    """Logits of the tokens that stand, or stood, at some places: [batch, sequence] int64 -> [batch, n, vocabulary].
+
+    Args:
+        vocabulary, sequence, layers, dim, heads, ffn, dropout: as in :class:`BERTEncoder`.
         tied: use the token embedding as the output matrix.
     """
 
@@ -35,28 +71,14 @@ class BERT(nn.Module):
         dropout: float = 0.0,
         tied: bool = True,
     ) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(sequence, dim)
-        # Embeddings of unit size: next to smaller ones the first blocks' steps are large, and MGRIT's error with them.
-        self.embedding_norm = nn.LayerNorm(dim)
-        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
-        self.norm = nn.LayerNorm(dim)
+        super().__init__(vocabulary, sequence, layers, dim, heads, ffn, dropout)
         self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
         normal_(self.tokens, self.head)
-        start_positions_(self.positions.weight)
         nn.init.normal_(self.transform.weight, std=1 / math.sqrt(dim))
         nn.init.zeros_(self.transform.bias)
         if tied:
             self.head.weight = self.tokens.weight
-
-    def encode(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """The states behind the last block, normalised: [batch, sequence, dim]. ``lengths`` as in :class:`Block`."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.embedding_norm(self.tokens(tokens) + self.positions(places))
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.norm(self.blocks(x, lengths=lengths))
 
     def forward(
         self, tokens: torch.Tensor, places: torch.Tensor | None = None, lengths: torch.Tensor | None = None

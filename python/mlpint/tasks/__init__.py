@@ -3,6 +3,7 @@
 from ..config import TrainConfig
 from .base import Batch, Sample, Task
 from .bert import BERTTask
+from .classification import ClassificationTask
 from .gpt import GPTTask
 from .tagging import TaggingTask
 from .translation import TranslationTask
@@ -13,6 +14,7 @@ _TASKS: dict[str, type[Task]] = {
     "bert": BERTTask,
     "vit": ViTTask,
     "tagging": TaggingTask,
+    "classification": ClassificationTask,
     "translation": TranslationTask,
 }
 
