@@ -21,7 +21,8 @@ import torch
 from setting import write
 
 import mlpint
-from mlpint.config import TrainConfig, read_toml
+from mlpint.config import KEYS, TrainConfig, read_toml
+from mlpint.fields import parsed
 from mlpint.metrics import read_lines
 from mlpint.tasks import make
 from mlpint.train import train
@@ -55,8 +56,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "tagging": PAPER | {"forward_iters": 2, "backward_iters": 1},
         "translation": PAPER | {"forward_iters": 2, "backward_iters": 1},
     },
-    # The last layers of the decoder move the state most: they are better left to the exact sweep.
-    "best": {task: BEST for task in DATA} | {"translation": BEST | {"cfactor": 2, "open_layers": 0, "close_layers": 4}},
+    # Buffers at the decoder's end alone: translation_intervals.py.
+    "best": {task: BEST for task in DATA} | {"translation": BEST | {"open_layers": 0, "close_layers": 4}},
 }
 
 
@@ -82,7 +83,7 @@ def one(task: str, setting: str, seed: int, args: argparse.Namespace, comm: mlpi
     values = read_toml(EXAMPLES / f"{EXAMPLE.get(task, task)}.toml") | COMMON[task] | SETTINGS[setting][task]
     values |= {key: str(Path(args.data) / name) for key, name in DATA[task].items()}
     more = dict(pair.split("=") for pair in args.keys.split())
-    values |= {key: type(values.get(key, ""))(value) for key, value in more.items()}
+    values |= {key: parsed(KEYS[key], value) for key, value in more.items()}
     name = "-".join([task, setting, str(seed), *args.keys.split()])
     values |= {"seed": seed, "threads": 1, "out": str(Path(args.runs) / name)}
     values |= {"compare": 0 if setting == "serial" else 11}

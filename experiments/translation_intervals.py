@@ -16,8 +16,11 @@ import torch
 from mlpint import MGRIT, LayerParallel, checkpoint, tasks
 from mlpint.config import TrainConfig, from_saved
 
-INTERVALS = ((2, 0, 0), (2, 2, 2), (2, 0, 4), (2, 1, 1), (3, 0, 0), (3, 1, 2))  # cfactor, open and close layers
+# cfactor, open and close layers
+INTERVALS = ((2, 0, 0), (2, 2, 2), (2, 0, 4), (2, 1, 1), (3, 0, 0), (3, 1, 2), (4, 0, 4))
 ITERATIONS = ((1, 1), (2, 1), (2, 2))
+OPERATORS = ("injection", "fitted", "sum")
+LEARN = 12  # batches that the learnt operator sees first
 
 
 def gradient(task, model, blocks, batch):
@@ -44,9 +47,11 @@ def main():
     batch = task.train(1000)
     exact = gradient(task, model, model.blocks, batch)
     print(f"step {found.step}, {len(model.blocks)} layers, {task.encoder_layers} of the encoder; {torch.__version__}")
-    for coarse, (k_f, k_b), (cfactor, first, last) in itertools.product(("injection", "sum"), ITERATIONS, INTERVALS):
+    for coarse, (k_f, k_b), (cfactor, first, last) in itertools.product(OPERATORS, ITERATIONS, INTERVALS):
         mgrit = MGRIT(cfactor=cfactor, forward_iters=k_f, backward_iters=k_b, coarse=coarse)
         blocks = LayerParallel(model.blocks, mgrit, open_layers=first, close_layers=last)
+        for n in range(LEARN if coarse == "fitted" else 0):
+            gradient(task, model, blocks, task.train(1001 + n))
         g = gradient(task, model, blocks, batch)
         spans = (task.encoder_layers - first) % cfactor != 0
         error, cosine = (g - exact).norm() / exact.norm(), g @ exact / (g.norm() * exact.norm())
