@@ -5,9 +5,10 @@
 
 Each run is examples/TASK.toml with a setting's keys over it, from the same seed and in the same data order whatever the
 setting. ``paper``: the solver as there, as far as known: injection, its iterations and coarsening. ``best``: learnt
-coarse steps under error control. Tasks whose data nobody carries need --data: the directory with the files named
-in DATA. Every run's directory is kept under --runs, so that ``mlpint report`` can draw them over each other; what they
-measured goes to the results, a line a run.
+coarse steps under error control. Tasks whose data nobody carries need --data: the directory with the files named in
+DATA. Classification starts from the BERT in --runs/pretrained (examples/finetune.toml says how to make one), or from
+nothing in the setting ``scratch``. Every run's directory is kept under --runs, so that ``mlpint report`` can draw them
+over each other; what they measured goes to the results, a line a run.
 """
 
 from __future__ import annotations
@@ -34,27 +35,32 @@ DATA = {
     "vit": {},
     "tagging": {"data": "en_gum-ud-dev.conllu.gz", "validation": "en_gum-ud-test.conllu.gz"},
     "translation": {"data": "multi30k"},
+    "classification": {"data": "en_gum-ud-dev.conllu.gz", "validation": "en_gum-ud-test.conllu.gz"},
 }
-EXAMPLE = {"gpt": "gpt2"}  # where it is not called like the task
+EXAMPLE = {"gpt": "gpt2", "classification": "finetune"}  # where it is not called like the task
 # What the runs of a task have in common: lengths that end in reasonable time on two cores.
 COMMON = {
     "gpt": {"steps": 500, "eval_every": 100, "eval_batches": 16},
-    "bert": {"steps": 800},
+    "bert": {"steps": 700},
     "vit": {},
     "tagging": {},
-    "translation": {"steps": 900, "warmup": 150},
+    "translation": {"steps": 800, "warmup": 150, "eval_every": 200},
+    "classification": {},
 }
+SERIAL = {"levels": 1, "control": "off"}
 PAPER = {"coarse": "injection", "control": "off"}
 BEST = {"coarse": "fitted", "cfactor": 4, "forward_iters": 1, "backward_iters": 1, "control": "gradient"}
 BEST |= {"control_every": 100, "open_layers": 2, "close_layers": 2}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "serial": {task: {"levels": 1, "control": "off"} for task in DATA},
+    "serial": {task: SERIAL for task in DATA},
+    "scratch": {"classification": SERIAL | {"init_from": ""}},
     "paper": {
         "gpt": PAPER | {"forward_iters": 0, "backward_iters": 1},
         "bert": PAPER | {"forward_iters": 1, "backward_iters": 1, "open_layers": 0, "close_layers": 0},
         "vit": PAPER | {"forward_iters": 0, "backward_iters": 1, "open_layers": 0, "close_layers": 0},
         "tagging": PAPER | {"forward_iters": 2, "backward_iters": 1},
         "translation": PAPER | {"forward_iters": 2, "backward_iters": 1},
+        "classification": PAPER | {"forward_iters": 1, "backward_iters": 1, "open_layers": 0, "close_layers": 0},
     },
     # Buffers at the decoder's end alone: translation_intervals.py.
     "best": {task: BEST for task in DATA} | {"translation": BEST | {"open_layers": 0, "close_layers": 4}},
@@ -64,7 +70,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=" ".join(DATA))
-    parser.add_argument("--settings", default=" ".join(SETTINGS))
+    parser.add_argument("--settings", default="serial paper best")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--data", default="data", help="directory with the data")
     parser.add_argument("--runs", default="runs/comparison", help="where the runs' directories go")
@@ -80,8 +86,11 @@ def main() -> None:
 
 
 def one(task: str, setting: str, seed: int, args: argparse.Namespace, comm: mlpint.Comm) -> None:
-    values = read_toml(EXAMPLES / f"{EXAMPLE.get(task, task)}.toml") | COMMON[task] | SETTINGS[setting][task]
+    values = read_toml(EXAMPLES / f"{EXAMPLE.get(task, task)}.toml") | COMMON[task]
     values |= {key: str(Path(args.data) / name) for key, name in DATA[task].items()}
+    if task == "classification":
+        values["init_from"] = str(Path(args.runs) / "pretrained")
+    values |= SETTINGS[setting][task]
     more = dict(pair.split("=") for pair in args.keys.split())
     values |= {key: parsed(KEYS[key], value) for key, value in more.items()}
     name = "-".join([task, setting, str(seed), *args.keys.split()])

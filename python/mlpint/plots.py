@@ -75,7 +75,7 @@ def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> lis
     """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
     found, seconds, tokens = [], 0.0, "tokens"
     for line in lines:
-        tokens = next((name for name in ("tokens", "images", "sentences") if name in line), tokens)
+        tokens = next((name for name in ("tokens", "images", "sentences", "texts") if name in line), tokens)
         key = {"steps": "step", "flops-all": "flops_all", "tokens": tokens}.get(over, over)
         seconds += line.get("seconds", 0.0)
         if over == "seconds":
