@@ -6,7 +6,7 @@
 Each run is examples/TASK.toml with a setting's keys over it, from the same seed and in the same data order whatever the
 setting. ``paper``: the solver as there, as far as known: injection, its iterations and coarsening. ``best``: learnt
 coarse steps under error control. Tasks whose data nobody carries need --data: the directory with the files named in
-DATA. Classification starts from the BERT in --runs/pretrained (examples/finetune.toml says how to make one), or from
+DATA. Classification starts from the BERT that the serial run of ``bert`` has trained, so run that first, or from
 nothing in the setting ``scratch``. Every run's directory is kept under --runs, so that ``mlpint report`` can draw them
 over each other; what they measured goes to the results, a line a run.
 """
@@ -41,7 +41,7 @@ EXAMPLE = {"gpt": "gpt2", "classification": "finetune"}  # where it is not calle
 # What the runs of a task have in common: lengths that end in reasonable time on two cores.
 COMMON = {
     "gpt": {"steps": 500, "eval_every": 100, "eval_batches": 16},
-    "bert": {"steps": 700},
+    "bert": {"steps": 700, "checkpoint_every": 700},
     "vit": {},
     "tagging": {},
     "translation": {"steps": 800, "warmup": 150, "eval_every": 200},
@@ -89,7 +89,7 @@ def one(task: str, setting: str, seed: int, args: argparse.Namespace, comm: mlpi
     values = read_toml(EXAMPLES / f"{EXAMPLE.get(task, task)}.toml") | COMMON[task]
     values |= {key: str(Path(args.data) / name) for key, name in DATA[task].items()}
     if task == "classification":
-        values["init_from"] = str(Path(args.runs) / "pretrained")
+        values["init_from"] = str(Path(args.runs) / "bert-serial-0")
     values |= SETTINGS[setting][task]
     more = dict(pair.split("=") for pair in args.keys.split())
     values |= {key: parsed(KEYS[key], value) for key, value in more.items()}
