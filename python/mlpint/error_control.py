@@ -23,6 +23,8 @@ from .rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
 _RETRY = 10  # checks after which a ladder that does not reach the target is tried again
+_SETTLED = 10  # checks that a cheaper rung must last not to have been taken too soon
+_MOST_PATIENCE = 16
 
 
 class ErrorControl:
@@ -45,6 +47,7 @@ class ErrorControl:
     If the options in use miss the target, the next rungs of the ladder are measured on the same batch, now against the
     exact sweep, and the first that meets it is taken. If they meet it with a margin, the rung below is tried; after
     ``patience`` checks in a row that it passed with the margin, it is taken, or one further down that passes as well.
+    Where it has to be left again soon, that number doubles until a cheaper rung lasts.
 
     Measures:
 
@@ -73,7 +76,7 @@ class ErrorControl:
         reference: ``"finer"`` or ``"exact"``.
         margin: fraction of what the target allows (1 - cosine, convergence factor) that must be to spare for a cheaper
             rung.
-        patience: checks in a row that a cheaper rung has to pass.
+        patience: checks in a row that a cheaper rung has to pass, at first.
         skip_limit: steps in a row that are not finite, after which training ends.
 
     Attributes:
@@ -112,6 +115,8 @@ class ErrorControl:
         self.history: list[Decision] = []
         self.steps = self.skipped = 0
         self._skipped_in_a_row = self._good = 0
+        self._wanted = patience
+        self._descended_since: int | None = None  # checks since a cheaper rung was taken that has not lasted yet
         self._missed_since: int | None = None  # checks since the whole ladder was found to miss the target
         self._told = False
         self._passes = 1
@@ -262,6 +267,10 @@ class ErrorControl:
     def _check(self, gauge: Gauge) -> Decision:
         options = self.blocks.options
         measured = gauge.start()
+        if self._descended_since is not None:
+            self._descended_since += 1
+            if self._descended_since > _SETTLED:
+                self._wanted, self._descended_since = self.patience, None
         if self._meets(measured):
             self._missed_since = None
             return self._try_below(gauge, measured)
@@ -283,11 +292,11 @@ class ErrorControl:
         tried = [gauge.measure(self.ladder[place - 1])]
         passed = self._meets(tried[0], self.margin)
         self._good = self._good + 1 if passed else 0
-        if self._good < self.patience:
+        if self._good < self._wanted:
             reason = f"{measured}; {describe(self.ladder[place - 1])}: {tried[0]}"
-            reason += f", good {self._good} of {self.patience} times" if passed else ", not good enough"
+            reason += f", good {self._good} of {self._wanted} times" if passed else ", not good enough"
             return self._decision("hold", options, reason, measured, *tried)
-        place, self._good = place - 1, 0
+        place, self._good, self._descended_since = place - 1, 0, 0
         while place:
             tried.append(gauge.measure(self.ladder[place - 1]))
             if not self._meets(tried[-1], self.margin):
@@ -305,6 +314,8 @@ class ErrorControl:
         if first is not None and self._meets(measured):
             reason = f"{first}: misses {self._target}; against the exact sweep {measured}: does not"
             return self._decision("hold", options, reason, measured)
+        if self._descended_since is not None:  # too soon
+            self._wanted, self._descended_since = max(self.patience, min(2 * self._wanted, _MOST_PATIENCE)), None
         miss = "not finite, but the exact sweep is" if first is None else f"{first}: misses {self._target}"
         tried = []
         for rung in self.ladder[place + 1 :]:
@@ -343,6 +354,8 @@ class ErrorControl:
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "good": self._good,
+            "wanted": self._wanted,
+            "descended_since": self._descended_since,
             "missed_since": self._missed_since,
             "told": self._told,
             "checking": self._checking,
@@ -364,6 +377,7 @@ class ErrorControl:
         self.blocks.options = options
         self.steps, self.skipped, self._skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
         self._good, self._missed_since, self._told = state["good"], state["missed_since"], state["told"]
+        self._wanted, self._descended_since = state["wanted"], state["descended_since"]
         self._checking, self._before, self._started = state["checking"], state["seconds"], time.perf_counter()
 
 

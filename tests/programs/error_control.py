@@ -186,6 +186,28 @@ def a_planted_deterioration(comm):
         assert 0 < training.control.share < 1
 
 
+def a_cheaper_rung_that_does_not_last_is_tried_later(comm):
+    """A layer goes bad, recovers, and goes bad again as soon as the cheap rung is back."""
+    training = Training(comm, small_layers(), MGRIT(2, 4, 1, 1), every=1, margin=0.1, patience=1)
+    floor, waited = training.control.ladder[0], []
+    for _ in range(4):
+        training.scale_layer(6, 100)
+        training.step()
+        assert training.control.history[-1].action == "climb", training.control.history[-1]
+        training.scale_layer(6, 1 / 100)
+        start = training.count
+        while training.blocks.options != floor:
+            training.step()
+        waited.append(training.count - start)
+    assert waited == [1, 2, 4, 8], waited
+    assert [d.action for d in training.steps(12)] == ["hold"] * 12
+    training.scale_layer(6, 100)
+    training.step()
+    training.scale_layer(6, 1 / 100)
+    assert [d.action for d in training.steps(1)] == ["descend"]  # the last one had lasted
+    assert_alike(comm, training.history())
+
+
 def where_it_climbs_the_gradient_is_right(comm):
     """Against autograd, on the batch it was decided on."""
     torch.set_default_dtype(torch.float64)
@@ -468,7 +490,7 @@ def resuming(comm):
         ({"options": MGRIT(2, 7).__dict__}, "are no rung of the ladder"),
     ):
         state = first.control.state_dict() | damage
-        state = {k: v for k, v in state.items() if v is not None or k == "missed_since"}
+        state = {k: v for k, v in state.items() if k not in damage or v is not None}
         try:
             second.control.load_state_dict(state)
         except ValueError as error:
@@ -538,6 +560,7 @@ if __name__ == "__main__":
             the_estimate_is_too_good_where_iterations_do_not_help,
             the_residual_rule,
             a_planted_deterioration,
+            a_cheaper_rung_that_does_not_last_is_tried_later,
             where_it_climbs_the_gradient_is_right,
             checks_leave_no_trace,
             a_check_is_cheap,
