@@ -200,6 +200,16 @@ def test_saving_a_step_again_replaces_it(saved):
     assert not list(saved.glob(".*"))
 
 
+def test_older_checkpoints_are_deleted(saved):
+    model = make_model(0)
+    checkpoint.save(saved, 7, model)
+    checkpoint.save(saved, 4, model, keep=2)  # a run that was resumed at step 2
+    assert sorted(p.name for p in saved.iterdir()) == ["latest", *(f"step-0000000{n}" for n in (2, 4, 7))]
+    checkpoint.save(saved, 5, model, keep=1)
+    assert sorted(p.name for p in saved.iterdir()) == ["latest", *(f"step-0000000{n}" for n in (5, 7))]
+    assert checkpoint.open_checkpoint(saved).step == 5
+
+
 def test_a_directory_without_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no such run or checkpoint directory"):
         checkpoint.open_checkpoint(tmp_path / "none")

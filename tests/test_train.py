@@ -130,7 +130,8 @@ def test_resuming_is_as_if_never_stopped(optimizer, tmp_path, capsys):
     options = {"steps": 6, "checkpoint_every": 2, "dropout": 0.1, "accumulate": 2, "optimizer": optimizer}
     options |= {"coarse": "fitted", "cfactor": 2}  # which learns as it goes
     assert cli.main(["train", *flags(out=whole, **options)]) == 0
-    assert cli.main(["train", *flags(out=cut, **options)]) == 0
+    assert cli.main(["train", *flags(out=cut, checkpoint_keep=2, **options)]) == 0
+    assert len([*(cut / "checkpoints").glob("step-*")]) == 2
     (cut / "checkpoints" / "latest").write_text("step-00000004\n")  # as if it had been killed in step 5 or 6
     assert cli.main(["train", "--resume", str(cut)]) == 0
     assert losses_of(cut) == losses_of(whole)

@@ -125,6 +125,7 @@ def save(
     *,
     info: Mapping[str, Any] | None = None,
     extra: Mapping[str, torch.Tensor] | None = None,
+    keep: int = 0,
     comm: Comm | None = None,
 ) -> Path:
     """Writes ``directory/step-...`` and then points ``latest`` to it. Collective; the directory is shared by all ranks.
@@ -139,6 +140,7 @@ def save(
         optimizer: the state that it keeps for each parameter is saved; hyperparameters are not.
         info: anything JSON can hold.
         extra: more tensors, for :meth:`Checkpoint.extra`; what several ranks have under one name is the same on all.
+        keep: of the checkpoints up to this step so many are kept, this one included; 0: all.
 
     Returns:
         The checkpoint's path.
@@ -166,6 +168,8 @@ def save(
             found = {name: f"rank-{owner:05d}.safetensors" for name, owner in owners.items()}
             listed = {f"rank-{r:05d}.safetensors": entry for r, entry in enumerate(entries) if entry}
             _commit(partial, final, Checkpoint(final, step, dict(info or {}), found, listed))
+            if keep:
+                _delete_all_but(keep, final)
 
     try:
         jointly(comm, make)
@@ -308,6 +312,15 @@ def _commit(partial: Path, final: Path, checkpoint: Checkpoint) -> None:
     _write_text(directory / ".latest.partial", final.name + "\n")
     (directory / ".latest.partial").rename(directory / "latest")
     _sync(directory)
+
+
+def _delete_all_but(keep: int, newest: Path) -> None:
+    """Checkpoints of later steps, which a run that was resumed earlier has yet to come by again, stay."""
+    found = sorted(p for p in newest.parent.iterdir() if _NAME.fullmatch(p.name) and p.name <= newest.name)
+    for path in found[:-keep]:
+        deleted = path.with_name(f".{path.name}.deleted")
+        path.rename(deleted)  # never half a checkpoint under its name
+        shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -173,6 +173,7 @@ class RunConfig(Section):
     init_from: str = key("", "run directory or checkpoint whose weights a new run starts from")
     resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
     checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)
+    checkpoint_keep: int = key(0, "newest checkpoints to keep; 0: all", least=0)
     eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
     eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
     log_every: int = key(10, "steps between log lines", least=1)

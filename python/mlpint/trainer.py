@@ -202,7 +202,10 @@ class Trainer:
             state = self.multilevel.state_dict()
             info["multilevel"], extra = state["info"], state["tensors"]
             info["fine_steps"] = self.flops.steps["fine"]
-        checkpoints.save(directory, self.step, self.model, self.optimizer, info=info, extra=extra, comm=self.comm)
+        keep = self.config.run.checkpoint_keep
+        checkpoints.save(
+            directory, self.step, self.model, self.optimizer, info=info, extra=extra, keep=keep, comm=self.comm
+        )
 
     def start_from(self, path: str) -> None:
         """Takes the weights of another run where they fit, before the first step; see :func:`origin.start_from`."""
