@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _RETRY = 10  # checks after which a ladder that does not reach the target is tried again
 _SETTLED = 10  # checks that a cheaper rung must last not to have been taken too soon
 _MOST_PATIENCE = 16
+_EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
 
 
 class ErrorControl:
@@ -40,7 +41,8 @@ class ErrorControl:
                 optimizer.step()
             optimizer.zero_grad()
 
-    On the first step and every so many steps the batch is gone through again, under other options. ``.grad`` is left
+    On the first step and every so many steps the batch is gone through again, under other options; before the second of
+    these checks also after an eighth, a quarter and half as many, since untrained networks change fast. ``.grad`` is left
     alone, and the layers draw the random numbers that they drew in the step. Where microbatches are accumulated, it is
     enough to compute the last one's loss again.
 
@@ -175,7 +177,8 @@ class ErrorControl:
     @property
     def check_due(self) -> bool:
         """Whether the coming :meth:`step` will check."""
-        return self.steps % self.every == 0
+        early = _EARLY if self.every >= _EARLY[0] else ()
+        return self.steps % self.every == 0 or self.steps in [self.every // part for part in early]
 
     @property
     def share(self) -> float:

@@ -186,6 +186,12 @@ def a_planted_deterioration(comm):
         assert 0 < training.control.share < 1
 
 
+def checks_come_sooner_at_first(comm):
+    training = Training(comm, small_layers(4), MGRIT(2, 2, 1, 1), every=16)
+    training.steps(40)
+    assert [d.step for d in training.control.history] == [1, 3, 5, 9, 17, 33]
+
+
 def a_cheaper_rung_that_does_not_last_is_tried_later(comm):
     """A layer goes bad, recovers, and goes bad again as soon as the cheap rung is back."""
     training = Training(comm, small_layers(), MGRIT(2, 4, 1, 1), every=1, margin=0.1, patience=1)
@@ -560,6 +566,7 @@ if __name__ == "__main__":
             the_estimate_is_too_good_where_iterations_do_not_help,
             the_residual_rule,
             a_planted_deterioration,
+            checks_come_sooner_at_first,
             a_cheaper_rung_that_does_not_last_is_tried_later,
             where_it_climbs_the_gradient_is_right,
             checks_leave_no_trace,
