@@ -42,9 +42,9 @@ class ErrorControl:
             optimizer.zero_grad()
 
     On the first step and every so many steps the batch is gone through again, under other options; before the second of
-    these checks also after an eighth, a quarter and half as many, since untrained networks change fast. ``.grad`` is left
-    alone, and the layers draw the random numbers that they drew in the step. Where microbatches are accumulated, it is
-    enough to compute the last one's loss again.
+    these checks also after an eighth, a quarter and half as many, since untrained networks change fast. ``.grad`` is
+    left alone, and the layers draw the random numbers that they drew in the step. Where microbatches are accumulated,
+    it is enough to compute the last one's loss again.
 
     If the options in use miss the target, the next rungs of the ladder are measured on the same batch, now against the
     exact sweep, and the first that meets it is taken. If they meet it with a margin, the rung below is tried; after
