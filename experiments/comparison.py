@@ -49,8 +49,8 @@ COMMON = {
 }
 SERIAL = {"levels": 1, "control": "off"}
 PAPER = {"coarse": "injection", "control": "off"}
-BEST = {"coarse": "fitted", "cfactor": 4, "forward_iters": 1, "backward_iters": 1, "control": "gradient"}
-BEST |= {"control_every": 100, "open_layers": 2, "close_layers": 2}
+BEST = {"coarse": "fitted", "cfactor": 4, "forward_iters": 2, "backward_iters": 1, "control": "gradient"}
+BEST |= {"control_every": 50, "open_layers": 2, "close_layers": 2}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "serial": {task: SERIAL for task in DATA},
     "scratch": {"classification": SERIAL | {"init_from": ""}},
