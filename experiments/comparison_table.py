@@ -2,9 +2,9 @@
 
     python experiments/comparison_table.py [--out docs/comparison.png] [RESULTS.jsonl]
 
-Where there are several seeds, the table has the mean, and the mean difference from the serial run of the same seed
-with its smallest and largest. The speed-up is that of a forward and backward at the end of a run, layer-parallel and
-exact taking turns on the same batches.
+Where there are several seeds, the table has the mean, and the mean difference from the serial run of the same seed, if
+possible with the same further keys, with its smallest and largest. The speed-up is that of a forward and backward at
+the end of a run, layer-parallel and exact taking turns on the same batches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MEASURES: dict[str, list[tuple[str, float, str]]] = {
     "vit": [("val_accuracy", 100, " points")],
     "tagging": [("val_loss", 1, ""), ("val_accuracy", 100, " points")],
     "translation": [("val_loss", 1, ""), ("test_bleu", 1, " BLEU")],
+    "classification": [("val_loss", 1, ""), ("val_accuracy", 100, " points")],
 }
 Record = dict[str, Any]
 
@@ -33,7 +34,7 @@ def difference(value: float, reference: float, unit: str) -> float:
 
 
 def rows(task: str, records: list[Record]) -> list[str]:
-    serial = {r["seed"]: r for r in records if r["setting"] == "serial" and not r["keys"]}
+    serial = {(r["seed"], r["keys"]): r for r in records if r["setting"] == "serial"}
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in records:
         groups[r["setting"], r["keys"]].append(r)
@@ -42,10 +43,11 @@ def rows(task: str, records: list[Record]) -> list[str]:
         cells = []
         for measure, factor, unit in MEASURES[task]:
             cell = f"{factor * statistics.mean(r[measure] for r in group):.{3 if factor == 1 and not unit else 2}f}"
+            references = [serial.get((r["seed"], keys), serial.get((r["seed"], ""))) for r in group]
             gaps = [
-                difference(factor * r[measure], factor * serial[r["seed"]][measure], unit)
-                for r in group
-                if r["seed"] in serial and r is not serial[r["seed"]]
+                difference(factor * r[measure], factor * reference[measure], unit)
+                for r, reference in zip(group, references, strict=True)
+                if reference is not None and setting != "serial"
             ]
             if gaps:
                 spread = f", {min(gaps):+.2f} to {max(gaps):+.2f}" if len(gaps) > 1 else ""
@@ -68,15 +70,15 @@ def draw(records: list[Record], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = [task for task in MEASURES if any(r["task"] == task for r in records)]
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), squeeze=False, constrained_layout=True)
-    colors = {"serial": "black", "paper": "C3", "best": "C0"}
-    for panel, task in zip(panels[0], tasks, strict=True):
+    figure, panels = plt.subplots(2, -(-len(tasks) // 2), figsize=(13, 8), squeeze=False, constrained_layout=True)
+    colors = {"serial": "black", "paper": "C3", "best": "C0", "scratch": "C2"}
+    for panel, task in zip(panels.flat, tasks, strict=False):
         for r in records:
             if r["task"] == task and not r["keys"]:
                 label = r["setting"] if r["seed"] == 0 else None
                 points = r["curves"]["val_loss"]
                 panel.plot(*zip(*points, strict=True), color=colors[r["setting"]], label=label, marker=".", alpha=0.8)
-        panel.set(title=task, xlabel="step", ylabel="held-out loss (nats)", yscale="log")
+        panel.set(title=task, xlabel="step", ylabel="held-out loss (nats)")
         panel.legend()
     figure.savefig(out, dpi=90)
 
