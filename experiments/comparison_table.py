@@ -54,7 +54,8 @@ def rows(task: str, records: list[Record]) -> list[str]:
                 cell += f" ({statistics.mean(gaps):+.2f}{unit or '%'}{spread})"
             cells.append(cell)
         exact = statistics.mean(r["exact_share"] for r in group)
-        speeds = [r["comparison"]["exact_seconds"] / r["comparison"]["seconds"] for r in group if "comparison" in r]
+        timed = [r["comparison"] for r in group if "comparison" in r and r["ranks"] == 2]
+        speeds = [t["exact_seconds"] / t["seconds"] for t in timed]
         speed = f"{statistics.median(speeds):.2f}x" if speeds else ""
         modes = group[0]["modes"]
         way = modes[0][1] + "".join(f", {mode} from {step}" for step, mode in modes[1:])
