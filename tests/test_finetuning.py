@@ -21,6 +21,7 @@ from mlpint.errors import DataError
 from mlpint.metrics import read_lines
 from mlpint.models import BERT, TextClassifier
 from mlpint.trainer import Trainer
+from refusal import fails
 
 SMALL = {"layers": 6, "dim": 16, "heads": 2, "ffn": 24, "open_layers": 1, "close_layers": 1, "cfactor": 2}
 SMALL |= {"batch": 4, "sequence": 20, "lr": 1e-2, "warmup": 2, "compare": 0, "eval_batches": 0, "threads": 1}
@@ -281,16 +282,6 @@ def test_long_texts_are_cut(bank, tmp_path):
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def fails(tmp_path, capsys, *arguments):
-    """The one line of a run that ends before its first step and writes nothing."""
-    before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["train", *map(str, arguments), f"--out={tmp_path}/never"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("mlpint: error: ") and err.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-    return err
 
 
 def test_bad_texts_are_told_before_the_first_step(bank, tmp_path, capsys):

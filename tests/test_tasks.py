@@ -14,6 +14,7 @@ from mlpint.config import TrainConfig
 from mlpint.metrics import read_lines
 from mlpint.models import BERT, Tagger, ViT
 from mlpint.trainer import Trainer
+from refusal import fails
 
 SMALL = {"layers": 6, "dim": 16, "heads": 2, "ffn": 24, "open_layers": 1, "close_layers": 1, "cfactor": 2}
 SMALL |= {"batch": 4, "sequence": 16, "lr": 1e-2, "warmup": 2, "compare": 0, "eval_batches": 0, "threads": 1}
@@ -261,16 +262,6 @@ def test_shifted_images(data):
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def fails(tmp_path, capsys, *arguments):
-    """The one line of a run that ends before its first step and writes nothing."""
-    before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["train", *map(str, arguments), f"--out={tmp_path}/never"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("mlpint: error: ") and err.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-    return err
 
 
 def test_bad_data_is_told_before_the_first_step(data, tmp_path, capsys):

@@ -12,16 +12,17 @@ from torch.nn import functional as F
 from ..comm import Comm
 from ..config import TrainConfig
 from ..data.labelled import LabelledText, load_labelled
-from ..data.order import Order, spread
+from ..data.order import spread
 from ..errors import ConfigError
 from ..fingerprint import crc
 from ..models import TextClassifier
-from .base import Batch, Sample, Task, measured
+from .base import Batch, Sample, measured
+from .examples import ExamplesTask
 
 _BYTES = 256
 
 
-class ClassificationTask(Task):
+class ClassificationTask(ExamplesTask):
     """An encoder that names the class of a text. Its tokens are those of ``task = "bert"`` on text: bytes."""
 
     unit = "texts"
@@ -41,9 +42,7 @@ class ClassificationTask(Task):
         self.training, self.held_out = load_labelled(data.data, data.validation, data.label)
         self.name = data.data
         self.classes = sorted({text.label for text in (*self.training, *self.held_out)})
-        self.order = Order(len(self.training), data.batch, config.run.seed)
-        self.per_batch = data.batch
-        self.held_out_batches = -(-len(self.held_out) // data.batch)
+        self._deal()
 
     def describe(self) -> str:
         everyone, limit = (*self.training, *self.held_out), self.config.data.sequence
@@ -80,8 +79,7 @@ class ClassificationTask(Task):
         return self._batch([self.training[i] for i in self.order(position)])
 
     def validation(self, index: int, count: int) -> Batch:
-        chosen = spread(len(self.held_out), self.config.data.batch, index, count)
-        return self._batch([self.held_out[i] for i in chosen])
+        return self._batch([self.held_out[i] for i in self._validated(index, count)])
 
     def _batch(self, texts: list[LabelledText]) -> Batch:
         """(tokens [batch, longest], classes [batch], lengths [batch]), padded to the longest."""

@@ -10,15 +10,16 @@ from torch.nn import functional as F
 from ..comm import Comm
 from ..config import TrainConfig
 from ..data.conllu import UPOS, Sentence, read_conllu
-from ..data.order import Order, draws, spread
+from ..data.order import draws
 from ..data.words import FEATURES, WordFeatures
 from ..errors import ConfigError, DataError
 from ..fingerprint import crc
 from ..models import Tagger
-from .base import IGNORED, Batch, Sample, Task, measured
+from .base import IGNORED, Batch, Sample, measured
+from .examples import ExamplesTask
 
 
-class TaggingTask(Task):
+class TaggingTask(ExamplesTask):
     """An encoder that tags the words of a sentence. What it knows of words comes from the training sentences alone."""
 
     unit = "sentences"
@@ -35,12 +36,10 @@ class TaggingTask(Task):
             cut = len(sentences) - max(1, len(sentences) // 10)
             self.training, self.held_out = sentences[:cut], sentences[cut:]
         self._check_lengths(data.sequence)
-        self.order = Order(len(self.training), data.batch, config.run.seed)
+        self._deal()
         self.features = WordFeatures(word for sentence in self.training for word in sentence.words)
         # How often a training word is shown as if it had never been seen, so that unknown ones are learnt from.
         self.hidden = np.where(np.arange(len(self.features)) > 0, 0.5 / (0.5 + self.features.counts), 0)
-        self.per_batch = data.batch
-        self.held_out_batches = -(-len(self.held_out) // data.batch)
 
     def _check_lengths(self, limit: int) -> None:
         longest = max((s for s in (*self.training, *self.held_out)), key=lambda s: len(s.words))
@@ -84,8 +83,7 @@ class TaggingTask(Task):
         return torch.from_numpy(np.where(unseen, 0, features)), tags, lengths
 
     def validation(self, index: int, count: int) -> Batch:
-        chosen = spread(len(self.held_out), self.config.data.batch, index, count)
-        features, tags, lengths = self._batch([self.held_out[i] for i in chosen])
+        features, tags, lengths = self._batch([self.held_out[i] for i in self._validated(index, count)])
         return torch.from_numpy(features), tags, lengths
 
     def _batch(self, sentences: list[Sentence]) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:

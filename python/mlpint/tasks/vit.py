@@ -10,14 +10,15 @@ from torch.nn import functional as F
 from ..comm import Comm
 from ..config import TrainConfig
 from ..data.images import Images, load_images
-from ..data.order import Order, draws, spread
+from ..data.order import draws, spread
 from ..errors import ConfigError
 from ..fingerprint import crc
 from ..models import ViT
-from .base import Batch, Sample, Task, measured
+from .base import Batch, Sample, measured
+from .examples import ExamplesTask
 
 
-class ViTTask(Task):
+class ViTTask(ExamplesTask):
     """An encoder on patches that names an image's class."""
 
     unit = "images"
@@ -33,11 +34,9 @@ class ViTTask(Task):
             raise ConfigError(
                 f"patch = {config.model.patch}: must divide the images' size, {height} x {width}, of {self.name}"
             )
-        self.order = Order(len(self.training), data.batch, config.run.seed)
+        self._deal()
         some = self.training.take(spread(len(self.training), 1000, 0, 1))
         self.mean, self.deviation = float(some.mean()), float(some.std()) or 1.0
-        self.per_batch = data.batch
-        self.held_out_batches = -(-len(self.held_out) // data.batch)
 
     def describe(self) -> str:
         channels, height, width = self.size
@@ -65,7 +64,7 @@ class ViTTask(Task):
         return self._shifted(images, position), labels
 
     def validation(self, index: int, count: int) -> Batch:
-        return self._batch(self.held_out, spread(len(self.held_out), self.config.data.batch, index, count))
+        return self._batch(self.held_out, self._validated(index, count))
 
     def _batch(self, images: Images, indices: np.ndarray) -> Batch:
         """(images [n, channels, height, width] of mean 0 and deviation 1, labels [n])."""
