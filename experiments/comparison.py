@@ -40,7 +40,7 @@ DATA = {
 EXAMPLE = {"gpt": "gpt2", "classification": "finetune"}  # where it is not called like the task
 # What the runs of a task have in common: lengths that end in reasonable time on two cores.
 COMMON = {
-    "gpt": {"steps": 500, "eval_every": 100, "eval_batches": 16},
+    "gpt": {"beta2": 0.95, "steps": 500, "eval_every": 100, "eval_batches": 16},
     "bert": {"steps": 700, "checkpoint_every": 700},
     "vit": {},
     "tagging": {},

@@ -25,7 +25,7 @@ from mlpint.trainer import Trainer
 
 BUFFERS = 4
 VALUES = {"open_layers": BUFFERS, "close_layers": BUFFERS, "warmup": 50, "final_lr": 1.0, "weight_decay": 0.01}
-VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0}
+VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0, "control": "off"}
 
 
 def arguments(doc: str, out: str, **numbers: float) -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def elsewhere(tmp_path, monkeypatch):
         (["--relaxation", "CF"], ["relaxation = 'CF'", "F, FCF"]),
         (["--coarse", "rough"], ["coarse = 'rough'", "injection"]),
         (["--tolerance", "1"], ["tolerance = 1", "[0, 1)"]),
-        (["--control", "loss"], ["control = 'loss'", "off, gradient, residual"]),
+        (["--control", "loss"], ["control = 'loss'", "auto, off, gradient, residual"]),
         (["--control", "gradient", "--levels", "1"], ["control = 'gradient'", "the sweeps are exact"]),
         (["--control", "gradient", "--control-target", "1"], ["control_target = 1.0", "below 1"]),
         (["--control-target", "-1"], ["control_target = -1.0", "at least 0"]),

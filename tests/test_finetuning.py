@@ -110,7 +110,7 @@ def test_exact_fine_tuning_is_plain_fine_tuning(bank, bert, tmp_path, capsys):
     pretrained = {n.removeprefix("model."): t for n, t in tensors(bert / "checkpoints/step-00000002").items()}
     assert model.load_state_dict(pretrained, strict=False).missing_keys == ["classes.weight", "classes.bias"]
     assert torch.equal(model.classes.weight, head)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     expected = []
     for step in range(6):
         batch = task.train(step)

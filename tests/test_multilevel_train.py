@@ -13,6 +13,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "multilevel.toml"
 SMALL = {"layers": 4, "dim": 8, "heads": 2, "sequence": 8, "batch": 2, "eval_batches": 1, "sample": 0, "compare": 0}
 SMALL |= {"open_layers": 0, "close_layers": 0, "cfactor": 2, "forward_iters": 1, "optimizer": "adamw", "lr": 0.01}
 SMALL |= {"dropout": 0.1, "coarse_steps": 2, "cycles": 2, "steps": 3, "warmup": 0, "device": "cpu", "clip": 0.5}
+SMALL |= {"control": "off"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +36,16 @@ def weights(run):
 
 
 def test_a_run_and_going_on_with_it_in_the_middle_of_a_cycle(capsys):
-    options = {"optimizer_state": "restrict", "coherence": 0.5, "coarse": "fitted"}
+    options = {"optimizer_state": "restrict", "coherence": 0.5, "coarse": "fitted", "control": "gradient"}
     assert train("--out=whole", checkpoint_every=4, **options) == 0
     lines = steps_of("whole")
     assert [line["network"] for line in lines] == ["fine", *"AABB", "fine", *"AABB", "fine"]
     assert [line["fine_step"] for line in lines] == [1] * 5 + [2] * 5 + [3]
     assert [lines[n]["lr"] for n in (0, 4, -1)] == pytest.approx([0.01, 0.01, 0.001])
-    fine = lines[0]["flops"]
-    assert [line["flops"] / fine for line in lines] == [1, 1.5, 2, 2.5, 3, 4, 4.5, 5, 5.5, 6, 7]
+    fine = lines[5]["flops"] - lines[4]["flops"]
+    checked = lines[0]["flops"] / fine - 1  # passes of the first step's check
+    assert checked == 2
+    assert [line["flops"] / fine - checked for line in lines] == [1, 1.5, 2, 2.5, 3, 4, 4.5, 5, 5.5, 6, 7]
     assert all(line["flops_all"] > line["flops"] for line in lines)
     assert "step 11/11  fine" in capsys.readouterr().out
 

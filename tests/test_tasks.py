@@ -76,7 +76,7 @@ def test_exact_training_is_plain_training(name, data, tmp_path):
     task = tasks.make(TrainConfig.of(values))
     torch.manual_seed(0)
     model = task.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     expected = []
     for step in range(6):
         loss = F.cross_entropy(*logits_and_targets(name, model, task.train(step)))

@@ -43,7 +43,7 @@ class SolverConfig(Section):
     forward_iters: int = key(2, "iterations of the forward solve; 0: exact")
     backward_iters: int = key(1, "iterations of the adjoint solve; 0: exact")
     relaxation: str = key("F", "F or FCF")
-    coarse: str = key("injection", "coarse operator")
+    coarse: str = key("fitted", "coarse operator")
     tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
     open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
     close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
@@ -52,7 +52,9 @@ class SolverConfig(Section):
     serial_microbatches: int = key(1, "slices of a batch that exact sweeps stream through the ranks", least=1)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
-        "off", "error control: off, gradient or residual", choices=("off", "gradient", "residual")
+        "auto",
+        "error control: off, gradient, residual, or auto: gradient where sweeps are not exact",
+        choices=("auto", "off", "gradient", "residual"),
     )
     control_target: float = key(
         0.0, "smallest gradient cosine, or largest convergence factor; 0: 0.95, or 1 for residual", least=0
@@ -61,10 +63,17 @@ class SolverConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mgrit().exact and self.control != "off":
+        if self.mgrit().exact and self.control in ("gradient", "residual"):
             raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
-        if self.control == "gradient" and self.control_target >= 1:
+        if self.measure == "gradient" and self.control_target >= 1:
             raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
+
+    @property
+    def measure(self) -> str | None:
+        """What error control measures; None where there is none."""
+        if self.control == "auto":
+            return None if self.mgrit().exact else "gradient"
+        return None if self.control == "off" else self.control
 
     def mgrit(self) -> MGRIT:
         """The solver's options."""
@@ -100,7 +109,7 @@ class OptimizerConfig(Section):
     warmup: int = key(20, "steps of linear warm-up", least=0)
     final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
-    beta2: float = key(0.95, "decay of adamw's average of squared gradients", least=0, below=1)
+    beta2: float = key(0.999, "decay of adamw's average of squared gradients", least=0, below=1)
     momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
     label_smoothing: float = key(0.0, "translation: part of the probability that all tokens share", least=0, below=1)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)

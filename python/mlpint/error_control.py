@@ -223,7 +223,7 @@ class ErrorControl:
             if decision.skip and decision.action == "skip" and self._skipped_in_a_row >= self.skip_limit:
                 raise TrainingError(
                     f"{self._skipped_in_a_row} steps in a row were not finite, the last one's loss was {float(value)}: "
-                    f"{first_not_finite(rehearsal)}"
+                    f"{first_not_finite(rehearsal)}; lower the learning rate, or look at the data of this step"
                 )
         if finite:
             self._skipped_in_a_row = 0

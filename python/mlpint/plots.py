@@ -73,10 +73,10 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
 
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
     """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
-    found, seconds, tokens = [], 0.0, "tokens"
+    found, seconds, unit = [], 0.0, "tokens"
     for line in lines:
-        tokens = next((name for name in ("tokens", "images", "sentences", "texts") if name in line), tokens)
-        key = {"steps": "step", "flops-all": "flops_all", "tokens": tokens}.get(over, over)
+        unit = line.get("unit", unit)
+        key = {"steps": "step", "flops-all": "flops_all", "tokens": unit}.get(over, over)
         seconds += line.get("seconds", 0.0)
         if over == "seconds":
             found.append({**line, "place": seconds})

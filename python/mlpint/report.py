@@ -57,6 +57,7 @@ class Report:
             "transport": self.comm.name,
             "threads": torch.get_num_threads(),
             "data": trainer.task.name,
+            "unit": trainer.task.unit,
             "machine": machine(),
         }
         self.metrics = Metrics(

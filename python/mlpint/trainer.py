@@ -27,6 +27,7 @@ from .ladder import describe
 from .layer_parallel import LayerParallel
 from .multilevel import Multilevel, Phase
 from .optim import learning_rate, make_optimizer
+from .options import MGRIT
 from .origin import check_identity, start_from
 from .tasks import Sample, Task
 
@@ -80,9 +81,9 @@ class Trainer:
         self.mode = describe(self.blocks.options)
         self.decision: Decision | None = None
         self.control: ErrorControl | None = None
-        if solver.control != "off":
+        if solver.measure is not None:
             self.control = ErrorControl(
-                self.blocks, measure=solver.control, target=solver.control_target or None, every=solver.control_every
+                self.blocks, measure=solver.measure, target=solver.control_target or None, every=solver.control_every
             )
 
     def autocast(self) -> torch.autocast:
@@ -227,9 +228,11 @@ class Trainer:
         if self.control is None:
             return
         self.control.steps = self.step
-        if "control" in checkpoint.info:
+        state = checkpoint.info.get("control")
+        # Where other options have been asked for, those it had come to are no rung above them: it begins anew.
+        if state is not None and MGRIT(**state["options"]) in self.control.ladder:
             try:
-                self.control.load_state_dict(checkpoint.info["control"])
+                self.control.load_state_dict(state)
             except ValueError as error:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
 
