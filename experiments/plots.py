@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+OPERATORS = ("injection", "scaled", "fitted", "sum")
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs"
 Records = list[dict[str, Any]]
 
@@ -42,23 +43,33 @@ def column(points: Records, name: str) -> tuple[list[int], list[float]]:
 
 
 def online(name: str, target: str) -> None:
-    """Held-out loss above the exact curve, cosine, and the convergence factor that the paper's rule looks at."""
+    """A row for each coarsening factor: held-out loss above the exact curve, cosine, and the larger convergence factor.
+
+    Colours tell operators, lines iterations.
+    """
     found = curves(read(name))
-    exact = dict(zip(*column(found["exact"], "val_loss"), strict=True))
-    figure, (loss, cosine, factor) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    for i, (setting, points) in enumerate((s, p) for s, p in found.items() if s != "exact"):
-        style = {"label": setting, "marker": ".", "color": f"C{i}"}
-        steps, values = column(points, "val_loss")
-        loss.plot(steps, [v / exact[s] - 1 for s, v in zip(steps, values, strict=True)], **style)
-        cosine.plot(*column(points, "cosine"), **style)
-        factor.plot(*column(points, "rho_forward"), **style)
-        factor.plot(*column(points, "rho_backward"), **style | {"linestyle": ":", "label": None})
-    loss.axhline(0, color="black", linewidth=0.8)
-    loss.set(xlabel="step", ylabel="held-out loss over the exact run's, minus 1", ylim=(-0.03, 0.15))
-    cosine.set(xlabel="step", ylabel="cosine with the exact gradient", ylim=(0, 1.02))
-    factor.axhline(1, color="black", linewidth=0.8)
-    factor.set(xlabel="step", ylabel="convergence factor (adjoint dotted)", yscale="log")
-    loss.legend(title="operator:iterations:cf", fontsize="small")
+    exact = dict(zip(*column(found.pop("exact"), "val_loss"), strict=True))
+    lines = {"1,1": "-", "2,1": "--", "2,2": ":"}
+    figure, rows = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    for (loss, cosine, factor), cfactor in zip(rows, ("4", "8"), strict=True):
+        for setting, points in sorted(found.items()):
+            operator, iterations, cf = setting.split(":")
+            if cf != cfactor:
+                continue
+            style = {"label": f"{operator} ({iterations})", "marker": ".", "linestyle": lines[iterations]}
+            style["color"] = f"C{OPERATORS.index(operator)}"
+            steps, values = column(points, "val_loss")
+            loss.plot(steps, [v / exact[s] - 1 for s, v in zip(steps, values, strict=True)], **style)
+            cosine.plot(*column(points, "cosine"), **style)
+            worse = [p | {"rho": max(p["rho_forward"], p["rho_backward"])} for p in points]
+            factor.plot(*column(worse, "rho"), **style)
+        loss.axhline(0, color="black", linewidth=0.8)
+        loss.set(xlabel="step", ylabel="held-out loss over the exact run's, minus 1", ylim=(-0.03, 0.15))
+        loss.set_title(f"cf {cfactor}")
+        cosine.set(xlabel="step", ylabel="cosine with the exact gradient", ylim=(0, 1.02))
+        factor.axhline(1, color="black", linewidth=0.8)
+        factor.set(xlabel="step", ylabel="convergence factor, larger of both directions", yscale="log", ylim=(0.01, 2))
+    figure.legend(*rows[0][0].get_legend_handles_labels(), fontsize="small", loc="outside right")
     figure.savefig(DOCS / target, dpi=100)
 
 
@@ -87,7 +98,7 @@ def frontier(target: str) -> None:
     figure, panels = plt.subplots(1, len(depths), figsize=(4 * len(depths), 4), sharey=True, constrained_layout=True)
     for panel, depth in zip(panels, depths, strict=True):
         points = [r for r in records if r["depth"] == depth]
-        for i, coarse in enumerate(("injection", "scaled", "fitted", "sum")):
+        for i, coarse in enumerate(OPERATORS):
             for iterations, marker in markers.items():
                 of = [r for r in points if r["coarse"] == coarse and r["iterations"] == iterations]
                 x, y = [r["speed_up"] for r in of], [max(1 - r["cosine"], 1e-5) for r in of]
