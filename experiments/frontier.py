@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setting import BUFFERS, arguments, gradient_quality, options_of, trainer_of, write
+from setting import BUFFERS, OPERATORS, arguments, gradient_quality, options_of, trainer_of, write
 
 import mlpint
 from mlpint import MGRIT, propagators
@@ -22,7 +22,6 @@ from mlpint import MGRIT, propagators
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import critical_path  # noqa: E402
 
-OPERATORS = ("injection", "scaled", "fitted", "sum")
 ITERATIONS = ("1,1", "2,1", "2,2")
 
 

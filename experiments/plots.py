@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from setting import OPERATORS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-OPERATORS = ("injection", "scaled", "fitted", "sum")
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs"
 Records = list[dict[str, Any]]
 

@@ -24,6 +24,7 @@ from mlpint.tasks import make
 from mlpint.trainer import Trainer
 
 BUFFERS = 4
+OPERATORS = ("injection", "scaled", "fitted", "sum")
 VALUES = {"open_layers": BUFFERS, "close_layers": BUFFERS, "warmup": 50, "final_lr": 1.0, "weight_decay": 0.01}
 VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0, "control": "off"}
 

@@ -112,6 +112,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
     assert (run_directory / "sample.txt").stat().st_size >= 16 + 10
     assert checkpoint.open_checkpoint(run_directory).step == 60
     assert "step 60/60  loss" in out and "layer-parallel (2,1) cf 2 fitted" in out and "error control: 3 checks" in out
+    assert "gradient against the exact one on one batch: relative error" in out and "cosine" in out
     assert err == ""  # no progress bar where there is no terminal
 
     assert cli.main(["train", *flags(steps=1)]) == 0  # a second run never writes over the first
