@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from .attention_backward import attention_backward, attention_backward_packed
 from .attention_backward import configs as backward_configs
@@ -193,7 +193,7 @@ def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, in
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-@torch.library.custom_op("mlpint::attention", mutates_args=())
+@library.custom_op("mlpint::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T) v of each head, forward only.
 
@@ -212,7 +212,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | N
     return _forward(q, k, v, causal, lengths, scale, save=False)[0]
 
 
-@torch.library.custom_op("mlpint::attention_train", mutates_args=())
+@library.custom_op("mlpint::attention_train", mutates_args=())
 def attention_train(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

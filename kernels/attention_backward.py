@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from .attention_tiles import (
     LOG2_E,
@@ -241,7 +241,7 @@ def _config(own: int, other: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_OWN": own, "BLOCK_OTHER": other, "num_warps": warps, "num_stages": stages}
 
 
-@torch.library.custom_op("mlpint::attention_backward", mutates_args=())
+@library.custom_op("mlpint::attention_backward", mutates_args=())
 def attention_backward(
     do: Tensor,
     q: Tensor,
@@ -267,7 +267,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-@torch.library.custom_op("mlpint::attention_backward_packed", mutates_args=())
+@library.custom_op("mlpint::attention_backward_packed", mutates_args=())
 def attention_backward_packed(
     do: Tensor,
     q: Tensor,

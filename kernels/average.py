@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import Launch, round_to, to_float
@@ -196,7 +196,7 @@ def _check(name: str, tensors: Sequence[Tensor], fine: Sequence[Tensor], count: 
             )
 
 
-@torch.library.custom_op("mlpint::average_", mutates_args=("fine", "shadow"))
+@library.custom_op("mlpint::average_", mutates_args=("fine", "shadow"))
 def _average_op(
     fine: Sequence[Tensor],
     coarse: Sequence[Tensor],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import Launch, check, check_dense, round_to, to_float
@@ -65,7 +65,7 @@ def configs() -> list[dict[str, int]]:
     return [{"BLOCK": block, "num_warps": warps} for block, warps in candidates]
 
 
-@torch.library.custom_op("mlpint::axpby_norm", mutates_args=())
+@library.custom_op("mlpint::axpby_norm", mutates_args=())
 def axpby_norm(a: float, x: Tensor, b: float, y: Tensor) -> tuple[Tensor, Tensor]:
     """``a x + b y`` and its squared 2-norm.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import Launch, check, check_dense, dot, input_precision, round_to, tile_of, to_float
@@ -129,7 +129,7 @@ def _check(a, weight, bias, y, x):
     check("x", x, (layers, m, n), like=a)
 
 
-@torch.library.custom_op("mlpint::linear_axpy", mutates_args=())
+@library.custom_op("mlpint::linear_axpy", mutates_args=())
 def linear_axpy(a: Tensor, weight: Tensor, bias: Tensor, y: Tensor, x: Tensor, h: float) -> Tensor:
     """x + h ((y - x) + a @ weight^T + bias) of J independent layers.
 

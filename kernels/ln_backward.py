@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import Launch, check, check_dense, round_to, to_float
@@ -134,7 +134,7 @@ def configs(d: int, m: int, j: int) -> list[dict[str, int]]:
     return [c for i, c in enumerate(found) if c not in found[:i]]
 
 
-@torch.library.custom_op("mlpint::ln_backward_add", mutates_args=())
+@library.custom_op("mlpint::ln_backward_add", mutates_args=())
 def ln_backward_add(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import (
@@ -299,7 +299,7 @@ def _config(x: Tensor) -> dict[str, int]:
     return dispatch.config("ln_linear", d, m, layers, x.dtype, x.device) or default_config(d, x.dtype)
 
 
-@torch.library.custom_op("mlpint::ln_linear", mutates_args=())
+@library.custom_op("mlpint::ln_linear", mutates_args=())
 def ln_linear(
     x: Tensor,
     ln_weight: Tensor,
@@ -338,7 +338,7 @@ def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[1])
 
 
-@torch.library.custom_op("mlpint::ln_linear_train", mutates_args=())
+@library.custom_op("mlpint::ln_linear_train", mutates_args=())
 def ln_linear_train(
     x: Tensor,
     ln_weight: Tensor,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dispatch
 from .common import Launch, activate, check, check_activation, check_dense, dot, input_precision, round_to, to_float
@@ -179,7 +179,7 @@ def _check(y, x, ln_weight, ln_bias, w1, b1, w2, b2, activation):
     check("b2", b2, (layers, d), like=y)
 
 
-@torch.library.custom_op("mlpint::mlp", mutates_args=())
+@library.custom_op("mlpint::mlp", mutates_args=())
 def mlp(
     y: Tensor,
     x: Tensor,

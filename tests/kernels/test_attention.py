@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from mlpint.kernels import attention as forward
 from mlpint.kernels import attention_backward as backward
@@ -133,10 +134,10 @@ def test_opcheck_and_compile(device):
     q, k, v, do = heads(1, 2, 2, 5, 8, torch.float32, device)
     shape = (False, torch.tensor([5, 3], dtype=torch.int32, device=device), 0.5)
     o, lse = attention_train(q, k, v, *shape)
-    torch.library.opcheck(torch.ops.mlpint.attention, (q, k, v, *shape))
-    torch.library.opcheck(torch.ops.mlpint.attention_train, (q, k, v, True, None, 0.5))
-    torch.library.opcheck(torch.ops.mlpint.attention_backward, (do, q, k, v, o, lse, *shape))
-    torch.library.opcheck(torch.ops.mlpint.attention_backward_packed, (do, q, k, v, o, lse, *shape))
+    library.opcheck(torch.ops.mlpint.attention, (q, k, v, *shape))
+    library.opcheck(torch.ops.mlpint.attention_train, (q, k, v, True, None, 0.5))
+    library.opcheck(torch.ops.mlpint.attention_backward, (do, q, k, v, o, lse, *shape))
+    library.opcheck(torch.ops.mlpint.attention_backward_packed, (do, q, k, v, o, lse, *shape))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(q, k, v, do):

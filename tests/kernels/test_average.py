@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from mlpint.kernels import average
 
@@ -91,7 +92,7 @@ def test_opcheck(device):
     fine, coarse = stacks(4, ODD, torch.float32, device), stacks(2, ODD, torch.float32, device)
     shadow = [f.bfloat16() for f in fine]
     for chosen in ([], shadow):
-        torch.library.opcheck(torch.ops.mlpint.average_, (fine, coarse, 0, 2, 0.25, chosen))
+        library.opcheck(torch.ops.mlpint.average_, (fine, coarse, 0, 2, 0.25, chosen))
 
 
 def test_compile(device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from kernel_checks import assert_as_good_as_torch, layered
 from mlpint.kernels.dispatch import Choice, forced
@@ -69,8 +70,8 @@ def test_default_configuration(device, poisoned, dtype):
 
 def test_opcheck(device):
     tensors = inputs((2, 5, 12, 7), torch.float32, device)
-    torch.library.opcheck(OPERATION, (*tensors, 0.5))
-    torch.library.opcheck(OPERATION, (*tensors[:3], tensors[4], tensors[4], 0.5))
+    library.opcheck(OPERATION, (*tensors, 0.5))
+    library.opcheck(OPERATION, (*tensors[:3], tensors[4], tensors[4], 0.5))
 
 
 def test_no_rows(device):

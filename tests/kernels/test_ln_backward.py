@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from mlpint.kernels import ln_backward
 from mlpint.kernels.ln_backward import ln_backward_add, ln_backward_add_reference
@@ -97,8 +98,8 @@ def test_gradcheck(device):
 def test_opcheck_and_compile(device):
     dy, x, weight, residual_grad = inputs(2, 5, 40, torch.float32, device, strided=True)
     given = (dy, x, *statistics(x), weight, residual_grad)
-    torch.library.opcheck(torch.ops.mlpint.ln_backward_add, given)
-    torch.library.opcheck(torch.ops.mlpint.ln_backward_add, (*given[:-1], None))
+    library.opcheck(torch.ops.mlpint.ln_backward_add, given)
+    library.opcheck(torch.ops.mlpint.ln_backward_add, (*given[:-1], None))
     run = torch.compile(lambda *a: [2 * t for t in ln_backward_add(*a)], fullgraph=True, backend="aot_eager")
     for a, b in zip(run(*given), ln_backward_add(*given), strict=True):
         assert torch.equal(a, 2 * b)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from kernel_checks import assert_as_good_as_torch, layered
 from mlpint.kernels import ln_linear
@@ -88,9 +89,9 @@ def test_rows_too_wide_to_hold_are_streamed(device):
 
 def test_opcheck(device):
     tensors = inputs((2, 5, 12, 7), torch.float32, device)
-    torch.library.opcheck(OPERATION, (*tensors, 1e-5, "gelu"))
-    torch.library.opcheck(TRAIN, (*tensors, 1e-5, "gelu"))
-    torch.library.opcheck(TRAIN, (*tensors, 1e-5, "none"))
+    library.opcheck(OPERATION, (*tensors, 1e-5, "gelu"))
+    library.opcheck(TRAIN, (*tensors, 1e-5, "gelu"))
+    library.opcheck(TRAIN, (*tensors, 1e-5, "none"))
 
 
 def test_no_rows(device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from kernel_checks import assert_as_good_as_torch, layered
 from mlpint.kernels.dispatch import Choice, forced
@@ -59,7 +60,7 @@ def test_a_configuration_of_a_narrower_network_does_not_spill(device):
 
 
 def test_opcheck(device):
-    torch.library.opcheck(OPERATION, (*inputs((2, 5, 12, 7), torch.float32, device), 0.5, 1e-5, "gelu"))
+    library.opcheck(OPERATION, (*inputs((2, 5, 12, 7), torch.float32, device), 0.5, 1e-5, "gelu"))
 
 
 def test_no_rows(device):
