@@ -25,7 +25,9 @@ test: lint $(TEST_ENVIRONMENT)
 test-slow: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m slow $(ARGS)
 
+# With a GPU the kernels' tests run the kernels as they are, not in Triton's interpreter.
 test-gpu: $(TEST_ENVIRONMENT)
+	$(PYTEST) tests/kernels $(ARGS)
 	$(PYTEST) -m gpu $(ARGS)
 
 # A script whose figure is over its limit says so and exits with 1; the others still run.

@@ -171,13 +171,12 @@ def average_(
         raise ValueError(f"layers has step {layers.step}, expected at least 1")
     if not fine:
         raise ValueError("fine is empty: pass at least one stacked tensor")
-    start, stop, step = layers.indices(fine[0].shape[0])
-    count = len(range(start, stop, step))
+    chosen = range(fine[0].shape[0])[layers]  # not slice.indices, which torch.compile of 2.11 cannot trace
     lists = {"fine": fine, "coarse": coarse} | ({} if shadow is None else {"shadow": shadow})
     for name, tensors in lists.items():
-        _check(name, tensors, fine, count if name == "coarse" else None)
+        _check(name, tensors, fine, len(chosen) if name == "coarse" else None)
     with torch.no_grad():  # leaves that require grad are what is averaged
-        return torch.ops.mlpint.average_(fine, coarse, start, step, delta, shadow or ())
+        return torch.ops.mlpint.average_(fine, coarse, chosen.start, chosen.step, delta, shadow or ())
 
 
 def _check(name: str, tensors: Sequence[Tensor], fine: Sequence[Tensor], count: int | None) -> None:

@@ -19,10 +19,15 @@ DIM, DEPTH = 8, 8
 
 
 class Rerun:
-    """A recorder whose graphs do the work again and put its results where the first ones were."""
+    """A recorder whose graphs do the work again and put its results where the first ones were.
+
+    CUDA graphs share a memory pool: what a later graph writes its results to is memory that an earlier one may use on
+    the way. So a replay spoils the results of all graphs recorded after it.
+    """
 
     def __init__(self):
         self.replays = 0
+        self.graphs = []
 
     def warm_up(self, work):
         work()
@@ -35,10 +40,16 @@ class RerunGraph:
     def __init__(self, work, recorder):
         self.work, self.recorder = work, recorder
         self.outputs = work()
+        recorder.graphs.append(self)
 
     def replay(self):
         self.recorder.replays += 1
+        graphs = self.recorder.graphs
         with torch.no_grad():
+            for later in graphs[graphs.index(self) + 1 :]:
+                for output in later.outputs:
+                    if output is not None:
+                        output.fill_(torch.nan)
             for kept, new in zip(self.outputs, self.work(), strict=True):
                 if kept is not None:
                     kept.copy_(new)

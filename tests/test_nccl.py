@@ -16,10 +16,10 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "fake_nccl" / "fake_nccl.cpp"
 
 
-def _compile(directory, *flags):
+def _compile(directory, *flags, name="libnccl.so.2"):
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
-    library = directory / "libnccl.so.2"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", *flags]
+    library = directory / name
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", *flags]
     subprocess.run([compiler, *flags, "-o", library, SOURCE], check=True)
     return library
 
@@ -59,9 +59,10 @@ def test_argument_before_environment(library, monkeypatch):
         nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
 
 
-def test_loaded_library_is_found_by_name(library):
-    """As with torch, which loads it from a place that the system does not know."""
-    names = ["libnccl.so.2", str(library)]
+def test_loaded_library_is_found_by_name(tmp_path):
+    """As with torch, which loads it from a place that the system does not know; by a name that no real one has."""
+    name = "libnccl-substitute.so.2"
+    names = [name, str(_compile(tmp_path, name=name))]
     program = (
         "import ctypes, sys; from mlpint import _core; found = sys.argv[1:]\n"
         "try: _core.NcclLibrary(found[:1])\n"
@@ -69,7 +70,7 @@ def test_loaded_library_is_found_by_name(library):
         "print(_core.NcclLibrary(found[:1]).path, _core.NcclLibrary(found[:1]).version)"
     )
     run = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["libnccl.so.2", "22703"]
+    assert run.stdout.split() == [name, "22703"]
 
 
 def test_library_without_a_symbol(tmp_path):

@@ -144,6 +144,7 @@ class Captured:
 
     def _replay_forward(self) -> torch.Tensor:
         self._pass += 1
+        self._hand_over_gradients()
         self._forward.replay()
         return self._forward.outputs[0].clone()
 
@@ -158,13 +159,23 @@ class Captured:
         self._grad.copy_(grad)
         outputs = iter(self._backward.outputs)
         found = [next(outputs) if t.requires_grad else None for t in (self._inputs[0], *self._weights)]
-        for weight, gradient in zip(self._weights, found[1:], strict=True):
-            # Autograd may have made the last gradient the weight's own; the replay would overwrite it.
-            if gradient is not None and weight.grad is not None and weight.grad.data_ptr() == gradient.data_ptr():
-                weight.grad = weight.grad.clone()
+        self._hand_over_gradients()
         self._backward.replay()
         dx = None if found[0] is None else found[0].clone()
         return [dx, *(None if g is None else g.detach() for g in found[1:])]
+
+    def _hand_over_gradients(self) -> None:
+        """Gives weights whose ``.grad`` lies where the backward wrote it memory of their own, before any replay.
+
+        Autograd makes a first gradient the weight's own without a copy. The graphs share a memory pool, so the next
+        forward pass may write its states there, and the next backward writes its gradient there.
+        """
+        if self._backward is None:
+            return
+        written = {t.data_ptr() for t in self._backward.outputs if t is not None}
+        for weight in self._weights:
+            if weight.grad is not None and weight.grad.data_ptr() in written:
+                weight.grad = weight.grad.clone()
 
     def replay(self) -> None:
         """Both passes on what the inputs and the gradient held last, for timing."""
@@ -244,8 +255,8 @@ def capture(stack: nn.Module, x: torch.Tensor, *args: Any, recorder: Recorder | 
 
     ``captured = capture(blocks, x)``, then ``captured(x)`` in place of ``blocks(x)``; or ``captured.install()``, and
     ``blocks(x)`` itself replays until ``captured.remove()``. Results and gradients are those of the stack. A pass
-    overwrites what the one before has saved: each forward pass is followed by its backward before the next one, and
-    the parameters' ``.grad`` is overwritten by the next backward unless it accumulates there.
+    overwrites what the one before has saved: each forward pass is followed by its backward before the next one.
+    Gradients that ``.grad`` holds at that time are moved out of the way; references to them from elsewhere are not.
 
     Args:
         stack: a :class:`mlpint.LayerParallel` of one rank, or any module whose work depends on shapes alone, such

@@ -7,8 +7,14 @@ Each candidate must be as accurate as plain PyTorch before it is timed. The resu
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +62,10 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--suite", default="full", choices=("full", "figures"), help="figures: what its table times")
     parser.add_argument("--seconds", type=float, default=0.02, metavar="S", help="per candidate (default 0.02)")
     parser.add_argument(
+        "--jobs", type=int, default=min(16, os.cpu_count() or 1), metavar="N",
+        help="processes that compile candidates before they are timed (default: the cores, at most 16)",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", metavar="JSON", help="default: where dispatch looks, $MLPINT_TUNED or the user's cache"
     )
 
@@ -83,8 +93,15 @@ def run(options: argparse.Namespace) -> None:
     known = _known(path, capability)
     tuner = Tuner(device, timing.Effort(options.seconds, 5, 100))
     print(f"{name}: {path}", flush=True)
-    for kernel in kernels:
-        shapes = tuned_shapes(kernel) if options.suite == "figures" else grid.shapes(CASES[kernel].masked)
+    if options.jobs < 1:
+        raise UserError(f"jobs = {options.jobs}: must be an integer of at least 1")
+    shapes_of = {
+        kernel: list(tuned_shapes(kernel) if options.suite == "figures" else grid.shapes(CASES[kernel].masked))
+        for kernel in kernels
+    }
+    if device.type == "cuda" and options.jobs > 1:
+        print(compile_ahead(tuner, shapes_of, options.jobs), flush=True)
+    for kernel, shapes in shapes_of.items():
         for line in tuner.tune(CASES[kernel], shapes):
             print(line, flush=True)
         # Of the same shape the newer entry holds.
@@ -92,6 +109,34 @@ def run(options: argparse.Namespace) -> None:
         _write(path, name, capability, list(merged.values()))
     dispatch.forget()
     print(f"written: {path}, {len(tuner.entries)} shapes tuned, {len(merged)} in all")
+
+
+def compile_ahead(tuner: Tuner, shapes_of: dict[str, list[Shape]], jobs: int) -> str:
+    """Fills Triton's cache on disk by running every candidate once, in so many processes; a line for people.
+
+    Compiling one after the other takes most of the time of tuning. What fails here fails again, and is told, when it is
+    timed.
+    """
+    tasks = []
+    for kernel, shapes in shapes_of.items():
+        for shape, mode in tuner.untuned(CASES[kernel], shapes):
+            tasks += [(kernel, shape, mode, config) for config in tuner.candidates(CASES[kernel], shape, mode)]
+    # A process that has initialised CUDA must not be forked.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    started = time.perf_counter()
+    try:
+        with pool:
+            list(pool.map(_run_once, [tuner.device] * len(tasks), tasks))
+    except BrokenProcessPool:
+        return "compiling ahead ended early: a process died; what is missing is compiled when it is timed"
+    return f"{len(tasks)} candidates compiled by {jobs} processes in {time.perf_counter() - started:.0f} s"
+
+
+def _run_once(device: torch.device, task: tuple[str, Shape, str, dict[str, int]]) -> None:
+    kernel, shape, mode, config = task
+    torch.set_num_threads(1)
+    with suppress(Exception):
+        Tuner(device, timing.Effort()).call(CASES[kernel], shape, mode, providers.TRITON, config)()
 
 
 def _identity(entry: Entry) -> tuple:
@@ -135,18 +180,24 @@ class Tuner:
 
     def tune(self, case: Case, shapes: Iterable[Shape]) -> Iterator[str]:
         """One kernel in all its modes; lines for people on the way. What is the same to dispatch is tuned once."""
+        for shape, mode in self.untuned(case, shapes):
+            yield f"{case.name} {mode}: {shape}"
+            entry, notes = self.best(case, shape, mode)
+            yield from notes
+            if entry is not None:
+                self.entries.append(entry)
+
+    def untuned(self, case: Case, shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str]]:
+        """Shapes and modes that have no entry yet; of what is the same to dispatch, the first."""
+        done = {_identity(entry) for entry in self.entries}
         for shape in shapes:
-            done = {_identity(entry) for entry in self.entries}
+            dtype = str(shape.dtype).removeprefix("torch.")
             for mode in (m for m in case.modes if m != "full"):
                 key = case.key(shape, mode)
-                dtype = str(shape.dtype).removeprefix("torch.")
-                if (key.op, key.d, key.m, key.j, dtype) in done:
-                    continue
-                yield f"{case.name} {mode}: {shape}"
-                entry, notes = self.best(case, shape, mode)
-                yield from notes
-                if entry is not None:
-                    self.entries.append(entry)
+                identity = (key.op, key.d, key.m, key.j, dtype)
+                if identity not in done:
+                    done.add(identity)
+                    yield shape, mode
 
     def best(self, case: Case, shape: Shape, mode: str) -> tuple[Entry | None, list[str]]:
         """The entry of one shape, and what is to be told of it."""
@@ -158,7 +209,7 @@ class Tuner:
         except (RuntimeError, Inaccurate) as error:
             return None, [f"  left out: {_first_line(error)}"]
         fastest = None
-        for config in self._candidates(case, shape, mode):
+        for config in self.candidates(case, shape, mode):
             try:
                 time = self._time(case, shape, mode, judge, providers.TRITON, config)
             except Exception as error:  # a configuration may ask for more than the GPU has, or hit the compiler's bugs
@@ -175,7 +226,8 @@ class Tuner:
         told = ", ".join(f"{name} {us:.1f} us" for name, us in entry.microseconds.items())
         return entry, [*notes, f"  {path}: {told}" + (f" with {fastest}" if fastest else "")]
 
-    def _candidates(self, case: Case, shape: Shape, mode: str) -> list[dict[str, int]]:
+    def candidates(self, case: Case, shape: Shape, mode: str) -> list[dict[str, int]]:
+        """Launch configurations to be tried; none where no kernel runs."""
         if providers.left_out(providers.TRITON, self.device):
             return []
         return case.configs(shape, mode)
@@ -186,7 +238,7 @@ class Tuner:
         """Median seconds of a graph's replays from a cold cache; on a CPU, of calls. Checks accuracy first."""
 
         def build() -> timing.Call:
-            return self._call(case, shape, mode, provider, config)
+            return self.call(case, shape, mode, provider, config)
 
         call = build()
         judge.check(provider, call())
@@ -195,9 +247,10 @@ class Tuner:
         graph = timing.Graph(build, self.device)
         return statistics.median(timing.replays(graph, self.effort, timing.Flush(self.device)))
 
-    def _call(
+    def call(
         self, case: Case, shape: Shape, mode: str, provider: str, config: dict[str, int] | None
     ) -> Callable[[], object]:
+        """What is timed: one provider's call on inputs of its own."""
         every = case.inputs(shape, self.device)
         if provider == providers.TRITON:
             op = case.key(shape, mode).op

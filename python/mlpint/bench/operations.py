@@ -182,15 +182,16 @@ class LnBackward(Case):
         return grads[0] + one["residual"], *grads[1:]
 
     def _saved(self, every: Inputs) -> Tensors:
+        """Mean and 1 / deviation as torch keeps them: in the dtype of x on a CPU, in float32 on a GPU."""
         _, mean, rstd = torch.native_layer_norm(every["x"], every["x"].shape[-1:], None, None, EPS)
-        return mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+        return mean.squeeze(-1), rstd.squeeze(-1)
 
     def batched(self, every: Inputs, mode: str) -> Call:
         mean, rstd = self._saved(every)
         x, weight, bias, grad, residual = every.values()
 
         def call() -> Tensors:
-            dx, sums = ops.ln_backward_add(grad, x, mean.to(x.dtype), rstd.to(x.dtype), weight, residual)
+            dx, sums = ops.ln_backward_add(grad, x, mean, rstd, weight, residual)
             into = torch.empty_like(weight), torch.empty_like(bias)
             ops.ln_weight_grads(grad, sums, x, mean, rstd, *into)
             return dx, *into
@@ -200,7 +201,7 @@ class LnBackward(Case):
     def kernel(self, every: Inputs, mode: str) -> Call:
         from ..kernels.ln_backward import ln_backward_add
 
-        mean, rstd = self._saved(every)
+        mean, rstd = (t.float() for t in self._saved(every))
         return lambda: ln_backward_add(every["grad"], every["x"], mean, rstd, every["weight"], every["residual"])
 
     def flops(self, shape: Shape, mode: str) -> float:
