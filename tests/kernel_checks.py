@@ -13,7 +13,7 @@ def layered(*shape, dtype, device, scale=1.0):
 
 
 def assert_as_good_as_torch(out, torch_out, exact, atol=2e-6):
-    """The error of a kernel is at most twice that of the same formula in plain torch, in the same dtype, and a rounding.
+    """The error of a kernel is at most twice that of the same formula in plain torch, in its dtype, and a rounding.
 
     Of few entries plain torch may by chance have rounded all the right way.
     """
