@@ -39,10 +39,12 @@ bench: $(VENV)/.package
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/.test

@@ -47,9 +47,7 @@ class Case:
         def views(of: Weights, start: int) -> Weights:
             return Weights(*(t.detach()[::CFACTOR][start : start + width] for t in of))
 
-        self.parts = [
-            (slice(i, i + width), views(stack.weights(), i), views(gradients, i)) for i in range(0, j, width)
-        ]
+        self.parts = [(slice(i, i + width), views(stack.weights(), i), views(gradients, i)) for i in range(0, j, width)]
 
     def loop_forward(self) -> None:
         with torch.no_grad():

@@ -18,7 +18,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from mlpint import MGRIT, Comm, LayerParallel, _core, propagators
+from mlpint import MGRIT, Comm, LayerParallel, _core
+from mlpint.layers import propagators
 
 UNITS = {"forward": 1, "input_vjp": 1, "parameter_vjp": 1, "combined_vjp": 2}
 clock = threading.local()

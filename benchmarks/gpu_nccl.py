@@ -24,7 +24,7 @@ from block import Block
 
 import mlpint
 from mlpint import MGRIT, LayerParallel, _core
-from mlpint.nccl import nccl_transport, synchronize
+from mlpint.comm.nccl import nccl_transport, synchronize
 
 SLACK = 3.0  # the error of a sweep may be so many times that of the plain loop in the same dtype
 

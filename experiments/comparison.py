@@ -22,11 +22,11 @@ import torch
 from setting import write
 
 import mlpint
-from mlpint.config import KEYS, TrainConfig, read_toml
-from mlpint.fields import parsed
-from mlpint.metrics import read_lines
-from mlpint.tasks import make
-from mlpint.train import train
+from mlpint.training.command import train
+from mlpint.training.config import KEYS, TrainConfig, read_toml
+from mlpint.training.fields import parsed
+from mlpint.training.metrics import read_lines
+from mlpint.training.tasks import make
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = {

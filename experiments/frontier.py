@@ -17,7 +17,8 @@ import torch
 from setting import BUFFERS, OPERATORS, arguments, gradient_quality, options_of, trainer_of, write
 
 import mlpint
-from mlpint import MGRIT, propagators
+from mlpint import MGRIT
+from mlpint.layers import propagators
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import critical_path  # noqa: E402

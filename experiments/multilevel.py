@@ -34,9 +34,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import mlpint
-from mlpint.data import Batches, load
 from mlpint.flops import FlopMeter
-from mlpint.models import GPT
+from mlpint.training.data import Batches, load
+from mlpint.training.models import GPT
 
 SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 32, 8, 1.0, 10, 16
 

@@ -32,7 +32,7 @@ def main() -> None:
             measure(trainer, args, comm)
 
 
-def measure(trainer: mlpint.trainer.Trainer, args, comm: mlpint.Comm) -> None:
+def measure(trainer: mlpint.training.trainer.Trainer, args, comm: mlpint.Comm) -> None:
     measured = trainer.position
     for cfactor in map(int, args.cfactors.split()):
         for coarse in args.operators.split():

@@ -1,6 +1,6 @@
 """Draws what the experiments on gradients have written.
 
-    python experiments/plots.py            # every docs/*.png of docs/experiments.md whose results are there
+python experiments/plots.py            # every docs/*.png of docs/experiments.md whose results are there
 
 """
 

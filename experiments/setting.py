@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from mlpint import MGRIT
-from mlpint.comm import Comm
-from mlpint.compare import exact
-from mlpint.config import TrainConfig
-from mlpint.gauges import GradientGauge, ResidualGauge
-from mlpint.rehearsal import Rehearsal
-from mlpint.tasks import make
-from mlpint.trainer import Trainer
+from mlpint.comm.communicator import Comm
+from mlpint.control.gauges import GradientGauge, ResidualGauge
+from mlpint.control.rehearsal import Rehearsal
+from mlpint.training.comparison import exact
+from mlpint.training.config import TrainConfig
+from mlpint.training.tasks import make
+from mlpint.training.trainer import Trainer
 
 BUFFERS = 4
 OPERATORS = ("injection", "scaled", "fitted", "sum")

@@ -13,8 +13,9 @@ import itertools
 
 import torch
 
-from mlpint import MGRIT, LayerParallel, checkpoint, tasks
-from mlpint.config import TrainConfig, from_saved
+from mlpint import MGRIT, LayerParallel, checkpoint
+from mlpint.training import tasks
+from mlpint.training.config import TrainConfig, from_saved
 
 # cfactor, open and close layers
 INTERVALS = ((2, 0, 0), (2, 2, 2), (2, 0, 4), (2, 1, 1), (3, 0, 0), (3, 1, 2), (4, 0, 4))

@@ -21,8 +21,10 @@ class Net(nn.Module):
     def __init__(self, layers, dim=4, container=nn.Sequential):
         super().__init__()
         self.embed, self.head = nn.Linear(3, dim), nn.Linear(dim, 2)
-        self.blocks = container(Block(dim) for _ in range(layers)) if container is nn.ModuleList else container(
-            *(Block(dim) for _ in range(layers))
+        self.blocks = (
+            container(Block(dim) for _ in range(layers))
+            if container is nn.ModuleList
+            else container(*(Block(dim) for _ in range(layers)))
         )
 
     def forward(self, x):
@@ -142,9 +144,7 @@ class Reference:
             for k in kinds:
                 places = range(c - 1 - k, len(blocks), c)
                 child = name + chr(ord("A") + k)
-                coarse = [
-                    {n: self.start(child, w, ratio, (j, n)) for n, w in blocks[j].items()} for j in places
-                ]
+                coarse = [{n: self.start(child, w, ratio, (j, n)) for n, w in blocks[j].items()} for j in places]
                 losses += self.train(
                     coarse, h * ratio, coarse_steps[0], cycles[1:], coarse_steps[1:], stream, child, order, single
                 )

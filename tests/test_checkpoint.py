@@ -10,7 +10,7 @@ from torch import nn
 
 from mlpint import MGRIT, LayerParallel, checkpoint
 from mlpint.errors import CheckpointError, UserError
-from mlpint.models import GPT
+from mlpint.training.models import GPT
 
 
 def make_model(seed, layers=4):

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlpint import MGRIT, LayerParallel
 from mlpint.flops import FlopMeter
-from mlpint.models import GPT
 from mlpint.nn import BlockStack
+from mlpint.training.models import GPT
 from reference_multilevel import Net, batches
 
 

@@ -3,15 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import testing
-from .clip import clip_grad_norm_
 from .comm import Comm, init
-from .error_control import ErrorControl
-from .graphs import capture
-from .layer_parallel import LayerParallel
+from .control import ErrorControl
+from .hf import parallelize
+from .mgrit import MGRIT
 from .multilevel import Multilevel
-from .options import MGRIT
-from .parallelize import parallelize
-from .replicas import check_replicas, sync_replicas
+from .parallel import LayerParallel, capture, check_replicas, clip_grad_norm_, sync_replicas
 
 try:
     __version__ = version("mlpint")

@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .clip import stacks_of
-from .comm import Comm
+from .comm.collectively import jointly
+from .comm.communicator import Comm
 from .errors import CheckpointError, UserError
-from .joint import jointly
 from .nn.stack import named_rows
+from .parallel.clip import stacks_of
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{8}")

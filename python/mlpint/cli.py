@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import launchers
 from .bench.command import add_flags as bench_flags
+from .bench.tune import add_flags as tune_flags
 from .checkpoint import Checkpoint, open_checkpoint
-from .comm import init
-from .config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
+from .comm import launchers
+from .comm.communicator import init
 from .errors import ConfigError, UserError
-from .fields import parsed
-from .plots import OVER
-from .tasks import Task, make
-from .tune import add_flags as tune_flags
+from .training.config import KEYS, SECTIONS, SolverConfig, TrainConfig, from_saved, read_toml
+from .training.fields import parsed
+from .training.plots import OVER
+from .training.tasks import Task, make
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,8 +148,8 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .joint import jointly
-    from .train import train
+    from .comm.collectively import jointly
+    from .training.command import train
 
     flags = _given(options)  # known to be right before the ranks are connected
     try:
@@ -201,7 +201,7 @@ _PLAN_KEYS = tuple(f.name for f in dataclasses.fields(SolverConfig) if f.name no
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .plan import plan
+    from .planning.cost_model import plan
 
     config = TrainConfig.of(_given(options))
     for name in ("ranks", "microbatches"):
@@ -241,14 +241,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from .tune import run
+    from .bench.tune import run
 
     run(options)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .metrics import read_lines
-    from .plots import loss_curves
+    from .training.metrics import read_lines
+    from .training.plots import loss_curves
 
     if options.over not in OVER:
         raise ConfigError(f"over = {options.over!r}: must be one of {', '.join(OVER)}")

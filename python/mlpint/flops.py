@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import models
-from .layer_parallel import LayerParallel
 from .nn import Block, BlockStack
+from .parallel.layer_parallel import LayerParallel
+from .training import models
 
 _TRAINING = 3
 

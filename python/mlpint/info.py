@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import launchers
-from .metrics import machine
+from .comm import launchers
+from .training.metrics import machine
 
 
 def info() -> Iterator[tuple[str, str]]:

@@ -62,21 +62,27 @@ def test_every_kernel_in_every_candidate_configuration():
 
 
 def test_dots_are_told_apart(tmp_path):
-    run(tmp_path, """
+    run(
+        tmp_path,
+        """
 assert compiled(64, 90).instructions == ("wgmma",)
 assert compiled(64, 80).instructions == ("mma.sync",)
 assert compiled(32, 90).instructions == ("mma.sync",)
 assert compiled(64, 90, dtype=torch.float16).problems == ()
-""")
+""",
+    )
 
 
 def test_what_is_wrong_is_a_problem(tmp_path):
-    run(tmp_path, """
+    run(
+        tmp_path,
+        """
 found = compiled(64, 80, num_warps=1, maxnreg=32)
 assert found.stack > 0 and any("bytes of stack" in p for p in found.problems), found
 aot.SHARED_MEMORY[90] = 1000
 assert any("of shared memory" in p for p in compiled(64, 90).problems)
-""")
+""",
+    )
 
 
 def test_a_dot_without_tensor_cores_is_a_problem():

@@ -99,9 +99,7 @@ def exact_is_the_formulas(comm):
             x = z = batch().requires_grad_()
             for n, p in enumerate(reference):
                 own_h = 1 if n in (0, 6) else h
-                z = block_reference.step(
-                    p, z, heads=HEADS, norm=norm, attention=attention, h=own_h, lengths=lengths
-                )
+                z = block_reference.step(p, z, heads=HEADS, norm=norm, attention=attention, h=own_h, lengths=lengths)
             (z**3).sum().backward()
             network = LayerParallel(stack, options, comm=comm, step_size=h, open_layers=1, close_layers=1, **more)
             y, gx = solve(network, batch(), lengths=lengths)
@@ -289,5 +287,13 @@ def error_control_sees_the_same(comm):
 
 
 if __name__ == "__main__":
-    run([f for f in list(globals().values()) if callable(f) and getattr(f, "__code__", None) is not None
-         and f.__code__.co_varnames[:1] == ("comm",) and f.__code__.co_argcount == 1])
+    run(
+        [
+            f
+            for f in list(globals().values())
+            if callable(f)
+            and getattr(f, "__code__", None) is not None
+            and f.__code__.co_varnames[:1] == ("comm",)
+            and f.__code__.co_argcount == 1
+        ]
+    )

@@ -6,9 +6,10 @@ import torch
 from runner import run
 
 import mlpint
-from mlpint import Comm, _core, launchers
-from mlpint.staged import StagedTransport
-from mlpint.states import State
+from mlpint import Comm, _core
+from mlpint.comm import launchers
+from mlpint.comm.host_staging import StagedTransport
+from mlpint.state import State
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

@@ -6,8 +6,9 @@ import json
 import torch
 from layers import assert_close
 
-from mlpint import MGRIT, parallelize
-from mlpint.clip import stacks_of
+from mlpint import MGRIT
+from mlpint.hf import parallelize
+from mlpint.parallel.clip import stacks_of
 
 TOLERANCE = 1e-10
 

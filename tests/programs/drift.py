@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import mlpint
-from mlpint import MGRIT, parallelize
-from mlpint.replicas import check_replicas
+from mlpint import MGRIT
+from mlpint.hf import parallelize
+from mlpint.parallel.replicas import check_replicas
 
 
 def a_thousand_steps(comm):

@@ -16,7 +16,7 @@ from torch import nn
 
 import mlpint
 from mlpint import MGRIT, LayerParallel
-from mlpint.random import key
+from mlpint.nn.random_keys import key
 
 EXACT = MGRIT(cfactor=2, forward_iters=0, backward_iters=0)
 
@@ -544,5 +544,13 @@ def layers_that_change_shape_or_dtype(comm):
 
 
 if __name__ == "__main__":
-    run([f for f in list(globals().values()) if callable(f) and getattr(f, "__code__", None) is not None
-         and f.__code__.co_varnames[:1] == ("comm",) and f.__code__.co_argcount == 1])
+    run(
+        [
+            f
+            for f in list(globals().values())
+            if callable(f)
+            and getattr(f, "__code__", None) is not None
+            and f.__code__.co_varnames[:1] == ("comm",)
+            and f.__code__.co_argcount == 1
+        ]
+    )

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, ErrorControl, LayerParallel
+from mlpint.control.ladder import default_ladder, doubled, finer
 from mlpint.errors import TrainingError
-from mlpint.ladder import default_ladder, doubled, finer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reference_mgrit  # noqa: E402
@@ -337,7 +337,8 @@ def bad_numbers_are_skipped_together(comm):
     training.scale = 1.0
     handles = [
         p.register_hook(lambda g: g * float("nan"))
-        for n, layer in training.blocks.local_layers.items() if n == 15
+        for n, layer in training.blocks.local_layers.items()
+        if n == 15
         for p in layer.parameters()
     ]
     decision = training.step()

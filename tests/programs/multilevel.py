@@ -132,7 +132,7 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
 
 
 def lone():
-    from mlpint import comm
+    from mlpint.comm import communicator as comm
 
     return comm._alone(60.0)
 
@@ -171,5 +171,13 @@ def what_ranks_cannot_do_is_refused(comm):
 
 
 if __name__ == "__main__":
-    run([f for f in list(globals().values()) if callable(f) and getattr(f, "__code__", None) is not None
-         and f.__code__.co_varnames[:1] == ("comm",) and f.__code__.co_argcount == 1])
+    run(
+        [
+            f
+            for f in list(globals().values())
+            if callable(f)
+            and getattr(f, "__code__", None) is not None
+            and f.__code__.co_varnames[:1] == ("comm",)
+            and f.__code__.co_argcount == 1
+        ]
+    )

@@ -38,8 +38,9 @@ from transformers import (
 )
 
 import mlpint
-from mlpint import MGRIT, parallelize
-from mlpint.replicas import check_replicas
+from mlpint import MGRIT
+from mlpint.hf import parallelize
+from mlpint.parallel.replicas import check_replicas
 
 transformers.logging.set_verbosity_error()
 IDS = torch.randint(2, 30, (3, 6), generator=torch.Generator().manual_seed(1))

@@ -12,10 +12,11 @@ from runner import run
 from torch import nn
 from torch.nn import functional as F
 
-from mlpint import MGRIT, parallelize
+from mlpint import MGRIT
+from mlpint.hf import parallelize
 from mlpint.nn import BlockStack
 from mlpint.nn.stack import named_rows
-from mlpint.replicas import check_replicas, sync_replicas, tensors_outside
+from mlpint.parallel.replicas import check_replicas, sync_replicas, tensors_outside
 
 
 class Language(nn.Module):

@@ -200,7 +200,7 @@ def split_backward_needs_no_second_visit(comm):
 
 def graphs_are_freed_as_they_are_used(comm):
     """In the last adjoint sweep the tapes held fall one by one; outside a pass none are held."""
-    from mlpint import propagators
+    from mlpint.layers import propagators
 
     held, finish = [], propagators.Stream._finish
 

@@ -100,7 +100,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    from ..metrics import machine
+    from ..training.metrics import machine
 
     return machine()["processor"]
 

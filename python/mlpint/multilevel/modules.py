@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import states
-from ..states import State
+from ..mgrit.vectors import extrapolate
+from ..state import State, describe
 from .copies import ModuleCopies, Named, trainable
 from .hierarchy import Network
 from .settings import Settings
@@ -88,10 +88,10 @@ class ModuleRunner:
             new = (output,) if isinstance(output, torch.Tensor) else tuple(output)
             if [t.shape for t in old] != [t.shape for t in new[: len(old)]]:
                 raise ValueError(
-                    f"layer {n} turned {states.describe(old)} into {states.describe(new[: len(old)])}: a coarse "
+                    f"layer {n} turned {describe(old)} into {describe(new[: len(old)])}: a coarse "
                     "network needs layers that keep the shape of their state"
                 )
-            moved = states.extrapolate(State(old), State(new[: len(old)]), stretch).tensors
+            moved = extrapolate(State(old), State(new[: len(old)]), stretch).tensors
             return moved[0] if isinstance(output, torch.Tensor) else (*moved, *new[len(old) :])
 
         return stretched

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..layer_parallel import LayerParallel
 from ..nn import BlockStack
+from ..parallel.layer_parallel import LayerParallel
 from .modules import ModuleRunner
 from .stacks import ParallelRunner, StackRunner
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.stack_evaluator import as_slice, progressions
 from ..nn import BlockStack
 from ..nn.kernels import kernel
 from ..nn.settings import NAMES, Weights
-from ..stack_stream import as_slice, progressions
 from .copies import Key
 from .hierarchy import Network
 from .settings import Settings
@@ -49,9 +49,7 @@ class StackCopies:
         self.ahead, self._parent = ahead, list(parent_layers)
         self.layers = [n for n in network.layers if n in set(parent_layers)]
         self.rows = [self._parent.index(n) for n in self.layers]
-        self.aside = {
-            field: nn.Parameter(p.detach()[self.rows], p.requires_grad) for field, p in self._now().items()
-        }
+        self.aside = {field: nn.Parameter(p.detach()[self.rows], p.requires_grad) for field, p in self._now().items()}
         self.state = {field: self._start(field, p, kept) for field, p in self._now().items()}
         self._counts = {(f, k): float(v) for f, state in self.state.items() for k, v in state.items() if _is_count(v)}
 

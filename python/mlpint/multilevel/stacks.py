@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..layer_parallel import LayerParallel
 from ..nn import BlockStack
+from ..parallel.layer_parallel import LayerParallel
 from .copies import ModuleCopies, Named, trainable
 from .hierarchy import Network
 from .settings import Settings

@@ -21,9 +21,7 @@ class StepHooks:
         coherences: the terms by name of their network; empty without coherence.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, settings: Settings, coherences: dict[str, Coherence]
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, coherences: dict[str, Coherence]) -> None:
         self.optimizer, self.settings, self.coherences = optimizer, settings, coherences
         self._handles: list[Any] = []
 

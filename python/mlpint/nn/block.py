@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from ..random import draw_key
 from . import attention as attn
 from . import plain, post_norm, pre_norm
 from .call import Call, autocast_dtype, for_products
+from .random_keys import draw_key
 from .settings import Settings, Weights
 
 STEPS = {"pre": pre_norm, "post": post_norm}
@@ -120,7 +120,7 @@ class Block(nn.Module):
         return plain.step(self.settings, self.weights(), x, lengths, self._key(), self.settings.step_size)
 
     def split_forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, BlockTape]:
-        """One step without autograd, and the tape for its backward (:class:`mlpint.tapes.SplitTape`)."""
+        """One step without autograd, and the tape for its backward (:class:`mlpint.layers.tapes.SplitTape`)."""
         s = self.settings
         s.check_state(x, lengths)
         key = self._key()
@@ -137,9 +137,7 @@ class Block(nn.Module):
 class BlockTape:
     """What one evaluation of a block has saved, and its backward in two halves."""
 
-    def __init__(
-        self, call: Call, parameters: Weights, weights: Weights, saved: tuple[torch.Tensor, ...]
-    ) -> None:
+    def __init__(self, call: Call, parameters: Weights, weights: Weights, saved: tuple[torch.Tensor, ...]) -> None:
         self._call, self._parameters, self._weights, self._saved = call, parameters, weights, saved
         self._step = STEPS[call.settings.norm]
         self._inner: tuple[torch.Tensor, ...] | None = None

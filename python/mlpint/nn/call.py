@@ -88,6 +88,4 @@ def for_products(w: Weights, dtype: torch.dtype | None) -> Weights:
     """Weights whose matrices and their biases have the dtype that products are to be taken in."""
     if dtype is None:
         return w
-    return Weights(
-        *(t if name.startswith("ln") else t.to(dtype) for name, t in zip(Weights._fields, w, strict=True))
-    )
+    return Weights(*(t if name.startswith("ln") else t.to(dtype) for name, t in zip(Weights._fields, w, strict=True)))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import random
+from . import random_keys
 
 ATTENTION, PROJECTION, FFN = range(3)  # places in a block: attention weights, and the outputs of both halves
 
@@ -35,7 +35,7 @@ def keep_mask(
     count = 1
     for size in shape:
         count *= size
-    starts = [_signed(random.key(key, place, 0, 0)) for key in keys]
+    starts = [_signed(random_keys.key(key, place, 0, 0)) for key in keys]
     z = torch.arange(1, count + 1, device=device) * _signed(_GOLDEN)
     z = z + torch.tensor(starts, device=device).unsqueeze(1)
     z = _xor_shift(_xor_shift(z, 30) * _signed(_MIX1), 27) * _signed(_MIX2)
@@ -43,9 +43,7 @@ def keep_mask(
     return (z >= int(probability * 2.0**64) - 2**63).view(len(starts), *shape)
 
 
-def dropped(
-    x: torch.Tensor, keys: Sequence[int] | None, place: int, probability: float
-) -> torch.Tensor:
+def dropped(x: torch.Tensor, keys: Sequence[int] | None, place: int, probability: float) -> torch.Tensor:
     """x [J, ...] with dropped elements zero and the others scaled up; x itself without keys. Linear in x, and its own
     adjoint."""
     if keys is None or probability == 0:

@@ -146,7 +146,7 @@ def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: floa
 
 
 def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """"none", "gelu" or "gelu_tanh"."""
+    """ "none", "gelu" or "gelu_tanh"."""
     if activation == "none":
         return pre
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")

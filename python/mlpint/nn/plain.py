@@ -42,9 +42,7 @@ def _attend(s: Settings, qkv: torch.Tensor, padding: attn.Padding | None, key: i
     batch, sequence, _ = qkv.shape
     flat = qkv.view(1, batch * sequence, -1)
     if key is not None and s.attention_dropout:
-        o, _ = attn.dropout_attention(
-            flat, batch, s.heads, s.causal, padding, s.scale, [key], s.attention_dropout
-        )
+        o, _ = attn.dropout_attention(flat, batch, s.heads, s.causal, padding, s.scale, [key], s.attention_dropout)
     else:
         o = attn.attention(flat, batch, s.heads, s.causal, padding, s.scale)
     return o.view(batch, sequence, -1)

@@ -30,9 +30,7 @@ def forward(call: Call, w: Weights, x: torch.Tensor) -> torch.Tensor:
 
 def forward_train(call: Call, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
     """One step, and what its backward needs; every tensor of it has the leading dimension J."""
-    qkv, mean1, rstd1, _ = ops.ln_linear_train(
-        x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, call.eps, "none"
-    )
+    qkv, mean1, rstd1, _ = ops.ln_linear_train(x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, call.eps, "none")
     o, attended = call.attention_train(qkv)
     y = call.onto_stream(o, w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
     a, mean2, rstd2, pre = ops.ln_linear_train(

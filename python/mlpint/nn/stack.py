@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..random import draw_key
 from . import plain
 from .block import Block, initialize
+from .random_keys import draw_key
 from .settings import NAMES, Settings, Weights
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]

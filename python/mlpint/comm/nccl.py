@@ -1,0 +1,133 @@
+"""NCCL between GPUs, through the library that torch has loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import _core
+from ..state import State
+
+if TYPE_CHECKING:
+    from .communicator import Comm
+
+_NAME = "libnccl.so.2"
+_ID_BYTES = 128
+
+
+def nccl_transport(
+    control: _core.Transport,
+    device: torch.device | str | int,
+    library: str | os.PathLike[str] | None = None,
+    *,
+    host_memory: bool = False,
+) -> _core.NcclTransport:
+    """A transport that moves CUDA tensors with NCCL, on torch's current stream. Collective over the ranks of `control`.
+
+    Args:
+        control: transport between the same ranks for host memory: the rendezvous, headers and norms go over it.
+        device: this rank's GPU; it becomes the process's current CUDA device. One rank a GPU.
+        library: path of ``libnccl.so.2``. By default the environment variable ``MLPINT_NCCL``, else the library that
+            torch has loaded, else the one the system or the ``nvidia-nccl`` wheel has.
+        host_memory: move CPU tensors instead. NCCL cannot; for a substitute library in tests.
+
+    Raises:
+        RuntimeError: no usable NCCL library here or on another rank, or not the same version everywhere.
+        ValueError: the device is no GPU of this machine.
+    """
+    nccl, index, error = None, -1, None
+    try:
+        index = -1 if host_memory else _device_index(device, control)
+        nccl = _core.NcclLibrary(_candidates(library))
+    except (RuntimeError, ValueError) as e:
+        error = e
+    _vote(control, error, "NCCL cannot be used")
+
+    header = bytearray(_ID_BYTES + 8)
+    if control.rank == 0:
+        header[:] = nccl.unique_id() + nccl.version.to_bytes(8, "little")
+    control.broadcast(State([torch.frombuffer(header, dtype=torch.uint8)]), 0)
+    version = int.from_bytes(header[_ID_BYTES:], "little")
+    if nccl.version != version:
+        error = RuntimeError(
+            f"rank {control.rank} has NCCL {nccl.version} ({nccl.path}) and rank 0 has {version}: install the same "
+            "torch for all ranks, or set MLPINT_NCCL to the same library"
+        )
+    _vote(control, error, "NCCL has another version")
+
+    if host_memory:
+        return _core.NcclTransport(nccl, control, bytes(header[:_ID_BYTES]), -1, lambda: 0)
+    torch.cuda.set_device(index)
+    return _core.NcclTransport(
+        nccl, control, bytes(header[:_ID_BYTES]), index, lambda: torch.cuda.current_stream(index).cuda_stream
+    )
+
+
+def own_gpu_each(comm: Comm) -> bool:
+    """Whether every rank has a GPU that no other rank has, as NCCL demands. Collective."""
+    mine = str(torch.cuda.get_device_properties(comm.device).uuid) if comm.device.type == "cuda" else ""
+    gpus = comm.gather(mine.encode())
+    return b"" not in gpus and len(set(gpus)) == comm.size
+
+
+def synchronize(transport: _core.Transport) -> None:
+    """Waits until this rank's GPU has done what is on its current stream; does nothing without a GPU.
+
+    A rank that waits for another does so on the GPU, where nothing limits the wait: ``loss.item()`` would wait for a
+    stopped rank for ever. Call this before it.
+
+    Raises:
+        TransferError: NCCL reports a failed transfer, or the stream has not moved for ``transport.stall_limit``
+            seconds; what was enqueued is aborted then.
+    """
+    if not isinstance(transport, _core.NcclTransport) or transport.device < 0:
+        return
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(transport.device))
+    start = time.monotonic()
+    while not event.query():
+        transport.check()
+        waited = time.monotonic() - start
+        if waited > transport.stall_limit:
+            transport.abort()
+            raise _core.TransferError(
+                f"rank {transport.rank}: GPU {transport.device} has waited {waited:.0f} s for another rank, which is "
+                "stopped, hung or out of step"
+            )
+        if waited > 1e-3:
+            time.sleep(1e-4)
+
+
+def _candidates(library: str | os.PathLike[str] | None) -> list[str]:
+    chosen = library or os.environ.get("MLPINT_NCCL")
+    if chosen:
+        return [os.fspath(chosen)]
+    wheel = importlib.util.find_spec("nvidia")
+    places = wheel.submodule_search_locations if wheel else ()
+    return [_NAME, *(str(Path(place, "nccl", "lib", _NAME)) for place in places)]
+
+
+def _device_index(device: torch.device | str | int, control: _core.Transport) -> int:
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"rank {control.rank}: NCCL moves memory of GPUs, not of device {str(device)!r}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {control.rank} was given GPU {index} and sees {torch.cuda.device_count()} GPUs; start one rank a GPU"
+        )
+    return index
+
+
+def _vote(control: _core.Transport, error: Exception | None, what: str) -> None:
+    """Raises on every rank if there is an error on one: a rank that went on alone would wait for ever."""
+    failed = int(control.sum(float(error is not None)))
+    if error:
+        raise error
+    if failed:
+        raise RuntimeError(f"rank {control.rank}: {what} on {failed} of {control.size} ranks, see their messages")

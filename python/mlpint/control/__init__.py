@@ -1,0 +1,9 @@
+"""Error control: how wrong the stack's gradients are, and which options follow from that (arXiv 2601.09026, 3.2.3).
+
+A rehearsal goes through the present batch again, gauges turn it into figures, the ladder orders options by cost, and
+:class:`ErrorControl` decides. May import :mod:`mlpint.parallel` and what that may. Public: :class:`ErrorControl`.
+"""
+
+from .error_control import ErrorControl
+
+__all__ = ["ErrorControl"]

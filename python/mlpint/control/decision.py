@@ -1,0 +1,53 @@
+"""A decision of error control, for logs and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from ..mgrit.options import MGRIT
+from .gauges import Measurement
+from .ladder import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What came of one step; the same on every rank but for the seconds.
+
+    Attributes:
+        step: counted from 1.
+        action: ``"none"``, no check was due; ``"hold"``; ``"climb"`` or ``"descend"`` to other options; ``"skip"``.
+        before, after: options of this step and of the next one.
+        reason: in a line.
+        measured: the options in use, where there was a check.
+        tried: others, in the order in which they were measured.
+        skip: loss or gradients are not finite on some rank: the optimiser must not step on any.
+        seconds: that the check took on this rank.
+    """
+
+    step: int
+    action: Literal["none", "hold", "climb", "descend", "skip"]
+    before: MGRIT
+    after: MGRIT
+    reason: str = ""
+    measured: Measurement | None = None
+    tried: tuple[Measurement, ...] = ()
+    skip: bool = False
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        change = "" if self.after == self.before else f" -> {describe(self.after)}"
+        return f"step {self.step}, {describe(self.before)}{change}: {self.reason}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what is not finite is None."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,388 @@
+"""Error control: the solver's options follow the error that they are measured to make (arXiv 2601.09026, 3.2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..comm.agreement import agree
+from ..errors import TrainingError
+from ..mgrit.options import MGRIT
+from ..parallel.layer_parallel import LayerParallel
+from .decision import Decision
+from .diagnosis import first_not_finite
+from .gauges import Gauge, GradientGauge, Measurement, ResidualGauge
+from .ladder import default_ladder, describe
+from .rehearsal import Rehearsal
+
+_log = logging.getLogger(__name__)
+_RETRY = 10  # checks after which a ladder that does not reach the target is tried again
+_SETTLED = 10  # checks that a cheaper rung must last not to have been taken too soon
+_MOST_PATIENCE = 16
+_EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
+
+
+class ErrorControl:
+    """Watches a stack's error during training and changes ``blocks.options`` between steps. Collective.
+
+    One call a step, after the backward and before the optimiser::
+
+        control = ErrorControl(blocks, every=200)
+        for inputs, targets in batches:
+            loss = loss_of(model(inputs), targets)
+            loss.backward()
+            if not control.step(loss, lambda: loss_of(model(inputs), targets)).skip:
+                optimizer.step()
+            optimizer.zero_grad()
+
+    On the first step and every so many steps the batch is gone through again, under other options; before the second of
+    these checks also after an eighth, a quarter and half as many, since untrained networks change fast. ``.grad`` is
+    left alone, and the layers draw the random numbers that they drew in the step. Where microbatches are accumulated,
+    it is enough to compute the last one's loss again.
+
+    If the options in use miss the target, the next rungs of the ladder are measured on the same batch, now against the
+    exact sweep, and the first that meets it is taken. If they meet it with a margin, the rung below is tried; after
+    ``patience`` checks in a row that it passed with the margin, it is taken, or one further down that passes as well.
+    Where it has to be left again soon, that number doubles until a cheaper rung lasts.
+
+    Measures:
+
+    - ``"gradient"``: cosine, and relative error if ``max_error`` is given, of the stack's gradient against that of one
+      more iteration in both directions. Where iterations converge slowly or not at all (the decision's convergence
+      factors tell) that one is wrong too, and what is measured may be too good or too bad. ``reference="exact"``
+      compares with the exact sweep at each check, at the price of a serial pass.
+    - ``"residual"``: the paper's rule. Iterations are doubled and the convergence factor of the last one, the larger of
+      both directions, must not exceed the target. It says whether iterations help, not how wrong the gradient is.
+
+    A step whose loss or gradients are not finite on any rank is to be skipped on all. If the exact sweep's are finite
+    on that batch, the solver is at fault and the options climb at once; otherwise the step is only counted, and after
+    ``skip_limit`` in a row training ends with an error that names the layer.
+
+    Args:
+        blocks: the stack.
+
+    Keyword args:
+        measure: ``"gradient"`` or ``"residual"``.
+        target: smallest cosine, 0.95 by default; or largest convergence factor, 1 by default.
+        every: steps between checks. A check takes the time of 3 to 4 steps.
+        ladder: options from cheap to exact, the stack's among them; by default :func:`default_ladder` of the stack's.
+            Operators, cfactor and levels may differ from rung to rung. An operator that learns and is not in use
+            learns from two passes before it is measured.
+        max_error: largest ||g - g_ref|| / ||g_ref||, beside the cosine.
+        reference: ``"finer"`` or ``"exact"``.
+        margin: fraction of what the target allows (1 - cosine, convergence factor) that must be to spare for a cheaper
+            rung.
+        patience: checks in a row that a cheaper rung has to pass, at first.
+        skip_limit: steps in a row that are not finite, after which training ends.
+
+    Attributes:
+        ladder: the rungs.
+        history: decisions of checks and of skipped steps.
+        skipped: steps that were not finite so far.
+
+    Raises:
+        ValueError: arguments out of range, a ladder that the stack's ranks or layout do not allow or that the stack's
+            options are no rung of, ranks that disagree.
+    """
+
+    def __init__(
+        self,
+        blocks: LayerParallel,
+        *,
+        measure: Literal["gradient", "residual"] = "gradient",
+        target: float | None = None,
+        every: int = 200,
+        ladder: Sequence[MGRIT] | None = None,
+        max_error: float | None = None,
+        reference: Literal["finer", "exact"] = "finer",
+        margin: float = 0.3,
+        patience: int = 2,
+        skip_limit: int = 5,
+    ) -> None:
+        if not isinstance(blocks, LayerParallel):
+            raise TypeError(f"blocks must be an mlpint.LayerParallel, got {type(blocks).__name__}")
+        self.blocks, self.measure, self.max_error, self.reference = blocks, measure, max_error, reference
+        self.target = {"gradient": 0.95, "residual": 1.0}.get(measure) if target is None else target
+        self.every, self.margin, self.patience, self.skip_limit = every, margin, patience, skip_limit
+        self._check_arguments()
+        self.ladder = self._checked_ladder(ladder)
+        names = ("measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder")
+        blocks.comm.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
+        self.history: list[Decision] = []
+        self.steps = self.skipped = 0
+        self._skipped_in_a_row = self._good = 0
+        self._wanted = patience
+        self._descended_since: int | None = None  # checks since a cheaper rung was taken that has not lasted yet
+        self._missed_since: int | None = None  # checks since the whole ladder was found to miss the target
+        self._told = False
+        self._passes = 1
+        self._checking = self._before = 0.0  # seconds: of checks; of training before a resumption
+        self._started = time.perf_counter()
+
+    def _check_arguments(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"ErrorControl: {name} = {getattr(self, name)!r}: must be {allowed}")
+
+        for name, choices in (("measure", ("gradient", "residual")), ("reference", ("finer", "exact"))):
+            if getattr(self, name) not in choices:
+                refuse(name, " or ".join(choices))
+        for name in ("every", "patience", "skip_limit"):
+            if not _is_number(getattr(self, name), int) or getattr(self, name) < 1:
+                refuse(name, "an integer of at least 1")
+        if not _is_number(self.margin) or not 0 <= self.margin < 1:
+            refuse("margin", "in [0, 1)")
+        if not _is_number(self.target) or not 0 < self.target < (1 if self.measure == "gradient" else math.inf):
+            refuse("target", "in (0, 1), a cosine" if self.measure == "gradient" else "positive, a convergence factor")
+        if self.measure == "residual" and (self.max_error is not None or self.reference != "finer"):
+            refuse("measure", "gradient where max_error or reference are given")
+        if self.max_error is not None and (not _is_number(self.max_error) or not self.max_error > 0):
+            refuse("max_error", "positive, or None")
+        count = sum(len(ps) for ps in self.blocks.trainable_parameters().values())
+        if not self.blocks.comm.transport.control.sum(float(count)):
+            raise ValueError("ErrorControl: the stack has no parameter that requires a gradient")
+
+    def _checked_ladder(self, ladder: Sequence[MGRIT] | None) -> tuple[MGRIT, ...]:
+        blocks, options = self.blocks, self.blocks.options
+        if ladder is None:
+            if options.exact:
+                raise ValueError("ErrorControl: the stack is exact; give a ladder of options from cheap to exact")
+            ladder = default_ladder(options, blocks.depth)
+        ladder = tuple(ladder)
+        for rung in ladder:
+            if not isinstance(rung, MGRIT):
+                raise TypeError(f"ErrorControl: the ladder holds a {type(rung).__name__}, not only mlpint.MGRIT")
+        if len(ladder) < 2 or len(set(ladder)) < len(ladder):
+            raise ValueError(f"ErrorControl: the ladder has {len(ladder)} rungs: must be at least 2, all different")
+        if options not in ladder:
+            raise ValueError(f"ErrorControl: the stack's options, {options}, are no rung of the ladder")
+        try:
+            for rung in ladder:
+                blocks.options = rung
+                for direction in ("forward", "backward"):
+                    blocks.solver(direction)
+        except ValueError as error:
+            raise ValueError(f"ErrorControl: rung {rung} of the ladder: {error}") from None
+        finally:
+            blocks.options = options
+        return ladder
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def check_due(self) -> bool:
+        """Whether the coming :meth:`step` will check."""
+        early = _EARLY if self.every >= _EARLY[0] else ()
+        return self.steps % self.every == 0 or self.steps in [self.every // part for part in early]
+
+    @property
+    def share(self) -> float:
+        """Share of the time since the start that went into checks on this rank."""
+        return self._checking / max(self._before + time.perf_counter() - self._started, 1e-9)
+
+    def step(self, loss: torch.Tensor | float, again: Callable[[], torch.Tensor]) -> Decision:
+        """After the backward, before the optimiser; on every rank alike.
+
+        Args:
+            loss: of the step, a scalar.
+            again: computes it again on the same batch, as a tensor, without a backward; called on checks alone.
+
+        Returns:
+            What was decided; ``skip`` if the optimiser must not step.
+
+        Raises:
+            TrainingError: a RuntimeError; too many steps in a row were not finite.
+            ValueError: the stack's options are no rung of the ladder.
+        """
+        if not callable(again):
+            raise TypeError(f"again must be a function that computes the loss, got {type(again).__name__}")
+        if self.blocks.options not in self.ladder:
+            raise ValueError(
+                f"the stack's options, {self.blocks.options}, are no rung of the ladder; set one of control.ladder"
+            )
+        value = loss.detach() if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
+        agree(self.blocks.comm, {"operation": "ErrorControl.step", "step": str(self.steps)})
+        due, finite = self.check_due, self._is_finite(value)
+        device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
+        if finite and not due:
+            decision = Decision(self.steps + 1, "none", self.blocks.options, self.blocks.options)
+        else:
+            started = time.perf_counter()
+            rehearsal = Rehearsal(self.blocks, again, device, self._passes)
+            decision = self._check(self._gauge(rehearsal)) if finite else self._not_finite(rehearsal)
+            self._passes = rehearsal.passes
+            decision = dataclasses.replace(decision, seconds=time.perf_counter() - started)
+            self._checking += decision.seconds
+            self.blocks.options = decision.after
+            self._record(decision)
+            if decision.skip and decision.action == "skip" and self._skipped_in_a_row >= self.skip_limit:
+                raise TrainingError(
+                    f"{self._skipped_in_a_row} steps in a row were not finite, the last one's loss was {float(value)}: "
+                    f"{first_not_finite(rehearsal)}; lower the learning rate, or look at the data of this step"
+                )
+        if finite:
+            self._skipped_in_a_row = 0
+        self.steps += 1
+        return decision
+
+    def _is_finite(self, loss: torch.Tensor) -> bool:
+        gradients = [p.grad for p in self.blocks.parameters() if p.grad is not None]
+        finite = bool(loss.isfinite().all())
+        if finite and gradients:
+            finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        comm = self.blocks.comm
+        return comm.size == 1 and finite or comm.size > 1 and not comm.transport.control.sum(float(not finite))
+
+    def _gauge(self, rehearsal: Rehearsal) -> Gauge:
+        if self.measure == "residual":
+            return ResidualGauge(rehearsal, self.blocks.options)
+        return GradientGauge(rehearsal, self.blocks.options, against_exact=self.reference == "exact")
+
+    def _record(self, decision: Decision) -> None:
+        self.history.append(decision)
+        if self.blocks.comm.rank == 0:
+            _log.log(logging.WARNING if decision.skip else logging.INFO, "%s", decision)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def _meets(self, m: Measurement, margin: float = 0.0) -> bool:
+        if self.measure == "residual":
+            return m.largest_factor <= self.target * (1 - margin)
+        error = self.max_error is None or m.error <= self.max_error * (1 - margin)
+        return 1 - m.cosine <= (1 - self.target) * (1 - margin) and error
+
+    def _quality(self, m: Measurement) -> float:
+        """Larger is better; minus infinity where nothing could be measured."""
+        quality = -m.largest_factor if self.measure == "residual" else m.cosine
+        return -math.inf if math.isnan(quality) else quality
+
+    @property
+    def _target(self) -> str:
+        if self.measure == "residual":
+            return f"convergence factor {self.target:g}"
+        return f"cosine {self.target:g}" + (f" and error {self.max_error:g}" if self.max_error is not None else "")
+
+    def _check(self, gauge: Gauge) -> Decision:
+        options = self.blocks.options
+        measured = gauge.start()
+        if self._descended_since is not None:
+            self._descended_since += 1
+            if self._descended_since > _SETTLED:
+                self._wanted, self._descended_since = self.patience, None
+        if self._meets(measured):
+            self._missed_since = None
+            return self._try_below(gauge, measured)
+        self._good = 0
+        if self._missed_since is not None and self._missed_since < _RETRY:
+            self._missed_since += 1
+            return self._decision("hold", options, f"{measured}: misses {self._target}, as do all rungs", measured)
+        return self._climb(gauge, measured)
+
+    def _decision(self, action: str, after: MGRIT, reason: str, measured: Measurement, *tried: Measurement) -> Decision:
+        return Decision(self.steps + 1, action, self.blocks.options, after, reason, measured, tried)
+
+    def _try_below(self, gauge: Gauge, measured: Measurement) -> Decision:
+        """Tries the rung below the present one, which has met the target."""
+        options, place = self.blocks.options, self.ladder.index(self.blocks.options)
+        if not place or not self._meets(measured, self.margin):
+            self._good = 0
+            return self._decision("hold", options, f"{measured}", measured)
+        tried = [gauge.measure(self.ladder[place - 1])]
+        passed = self._meets(tried[0], self.margin)
+        self._good = self._good + 1 if passed else 0
+        if self._good < self._wanted:
+            reason = f"{measured}; {describe(self.ladder[place - 1])}: {tried[0]}"
+            reason += f", good {self._good} of {self._wanted} times" if passed else ", not good enough"
+            return self._decision("hold", options, reason, measured, *tried)
+        place, self._good, self._descended_since = place - 1, 0, 0
+        while place:
+            tried.append(gauge.measure(self.ladder[place - 1]))
+            if not self._meets(tried[-1], self.margin):
+                break
+            place -= 1
+        found = next(m for m in tried if m.options == self.ladder[place])
+        return self._decision("descend", found.options, f"good enough: {found}", measured, *tried)
+
+    def _climb(self, gauge: Gauge, first: Measurement | None = None) -> Decision:
+        """Finds the first rung above that meets the target on this batch; else takes the best."""
+        options, place = self.blocks.options, self.ladder.index(self.blocks.options)
+        measured = gauge.sharpen()
+        if measured is None:
+            return self._decision("hold", options, "not finite under the exact sweep either", first)
+        if first is not None and self._meets(measured):
+            reason = f"{first}: misses {self._target}; against the exact sweep {measured}: does not"
+            return self._decision("hold", options, reason, measured)
+        if self._descended_since is not None:  # too soon
+            self._wanted, self._descended_since = max(self.patience, min(2 * self._wanted, _MOST_PATIENCE)), None
+        miss = "not finite, but the exact sweep is" if first is None else f"{first}: misses {self._target}"
+        tried = []
+        for rung in self.ladder[place + 1 :]:
+            tried.append(gauge.measure(rung))
+            if self._meets(tried[-1]):
+                self._missed_since = None
+                return self._decision("climb", rung, f"{miss}; now {tried[-1]}", measured, *tried)
+        best = max([measured, *tried], key=self._quality)
+        self._missed_since = 0
+        if not self._told and self.blocks.comm.rank == 0:
+            _log.warning("no rung of the ladder meets %s; the best, %s: %s", self._target, describe(best.options), best)
+        self._told = True
+        action = "hold" if best.options == options else "climb"
+        return self._decision(action, best.options, f"{miss}, as do all rungs; the best: {best}", measured, *tried)
+
+    def _not_finite(self, rehearsal: Rehearsal) -> Decision:
+        """Where the exact sweep is finite on this batch the solver is at fault, else the network or the data."""
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._good = 0
+        options = self.blocks.options
+        if not options.exact:
+            decision = self._climb(self._gauge(rehearsal))
+            if decision.action == "climb":
+                return dataclasses.replace(decision, skip=True)
+        reason = f"not finite; skipped, {self._skipped_in_a_row} in a row"
+        return Decision(self.steps + 1, "skip", options, options, reason, skip=True)
+
+    # --- resuming ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to go on from; numbers, text and dicts only."""
+        return {
+            "options": dataclasses.asdict(self.blocks.options),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "good": self._good,
+            "wanted": self._wanted,
+            "descended_since": self._descended_since,
+            "missed_since": self._missed_since,
+            "told": self._told,
+            "checking": self._checking,
+            "seconds": self._before + time.perf_counter() - self._started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, with the options of that moment. On every rank alike.
+
+        Raises:
+            ValueError: options that are no rung of the ladder, or entries missing.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"ErrorControl: the state lacks {', '.join(sorted(missing))}")
+        options = MGRIT(**state["options"])
+        if options not in self.ladder:
+            raise ValueError(f"ErrorControl: the state's options, {options}, are no rung of the ladder")
+        self.blocks.options = options
+        self.steps, self.skipped, self._skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
+        self._good, self._missed_since, self._told = state["good"], state["missed_since"], state["told"]
+        self._wanted, self._descended_since = state["wanted"], state["descended_since"]
+        self._checking, self._before, self._started = state["checking"], state["seconds"], time.perf_counter()
+
+
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,0 +1,143 @@
+"""Going through the present batch once more, under other options, without leaving a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..mgrit.options import MGRIT
+from ..parallel.layer_parallel import LayerParallel
+
+
+@dataclasses.dataclass
+class Gradients:
+    """Of the parameters of this rank's layers on one batch, as some options give them.
+
+    Attributes:
+        by_layer: layer index -> gradients, one for each parameter that requires one and that no earlier layer has.
+        convergence_factor: by direction, where it was watched; not a number where states are not.
+    """
+
+    by_layer: dict[int, tuple[torch.Tensor | None, ...]]
+    convergence_factor: dict[str, float]
+
+
+class Rehearsal:
+    """Repeats the stack's passes of the present step.
+
+    The layers draw the random numbers that they drew in the step, and what is drawn outside the stack is at least the
+    same in every repetition. Afterwards the stack's options, statistics, counters and learnt coarse operators, all
+    ``.grad`` and the state of the generators are as they were. Collective.
+
+    Args:
+        blocks: the stack.
+        again: computes the step's loss again, as a scalar tensor to be differentiated.
+        device: where the loss lies.
+        passes: that ``again`` makes through the stack, if known; corrected otherwise.
+    """
+
+    def __init__(
+        self, blocks: LayerParallel, again: Callable[[], torch.Tensor], device: torch.device, passes: int = 1
+    ) -> None:
+        self.blocks, self.again, self.device, self.passes = blocks, again, device, passes
+        self._keys = list(blocks.recent_keys)
+        if not self._keys:
+            raise ValueError("the stack has not been called yet: control.step comes after the forward and the backward")
+
+    @contextmanager
+    def under(self, options: MGRIT, *, watch: bool = False, learn: bool = False) -> Iterator[None]:
+        """Inside, the stack's passes are repetitions under these options.
+
+        watch: compute residual norms. learn: coarse operators learn from these passes as from any other.
+        """
+        blocks, last = self.blocks, self._keys[-self.passes :]
+        changed = {
+            "options": options,
+            "watch_residuals": watch,
+            "learning": learn,
+            "serial_microbatches": 1,  # slices of a batch draw other random numbers than the whole
+        }
+        saved = {name: getattr(blocks, name) for name in (*changed, "stats", "replayed_keys")}
+        self._used = 0
+
+        def replayed() -> Iterator[tuple[int, int]]:
+            for key in itertools.chain(last, itertools.repeat(last[-1])):
+                self._used += 1
+                yield key
+
+        try:
+            for name, value in {**changed, "replayed_keys": replayed()}.items():
+                setattr(blocks, name, value)
+            with blocks.random.preserved(self.device):
+                yield
+        finally:
+            for name, value in saved.items():
+                setattr(blocks, name, value)
+
+    def gradients(self, options: MGRIT, *, watch: bool = False, learn: bool = False) -> Gradients:
+        """The gradients that these options give."""
+        weights = _own_weights(self.blocks)
+        anchor = (self.blocks.anchor,) if self.blocks.anchor.requires_grad else ()
+        inputs = (*anchor, *(p for ps in weights.values() for p in ps))
+        with self.under(options, watch=watch, learn=learn), torch.enable_grad():
+            loss = _checked(self.again())
+            if not self._used:
+                raise ValueError("`again` did not call the stack; it has to compute the step's loss again")
+            if self._used == self.passes:
+                # Not backward(): nobody's .grad changes, and nobody's hooks run.
+                found = iter(torch.autograd.grad(loss, inputs, allow_unused=True)[len(anchor) :])
+                norms = self.blocks.stats.residual_norms
+                factors = {d: _ratio(*r[-2:]) for d, r in norms.items() if len(r) > 1}
+                gradients = {n: tuple(next(found) for _ in ps) for n, ps in weights.items()}
+                return Gradients(self.blocks.by_layer(gradients), factors)
+        self.passes = self._used  # only now is it known which keys were whose
+        return self.gradients(options, watch=watch, learn=learn)
+
+
+def _ratio(before: float, after: float) -> float:
+    """To 6 digits: the last ones of a norm depend on the number of ranks, and decisions must not."""
+    return float(f"{after / before:.6g}") if before else 0.0
+
+
+def _checked(loss: torch.Tensor) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            what = "a loss that nothing can be differentiated by"
+        raise TypeError(f"`again` returned {what}; it has to return the loss, a scalar tensor, before its backward")
+    return loss
+
+
+def _own_weights(blocks: LayerParallel) -> dict[int, tuple[torch.nn.Parameter, ...]]:
+    """Trainable parameters of this rank's layers, each counted once over all layers and ranks."""
+    seen = {p for p, ranks in blocks.shared_parameters if ranks[0] != blocks.comm.rank}
+    weights = {}
+    for n, parameters in sorted(blocks.trainable_parameters().items()):
+        weights[n] = tuple(p for p in parameters if p not in seen)
+        seen.update(parameters)
+    return weights
+
+
+def compare(a: Gradients, b: Gradients, blocks: LayerParallel) -> tuple[float, float]:
+    """Cosine of two gradients and ||a - b|| / ||b||, over the parameters of all ranks. Collective.
+
+    Added up layer by layer in the order of the layers: the same to the last bit on every rank, for any number of ranks.
+    """
+    sums = torch.zeros(blocks.layer_count, 4, dtype=torch.float64)
+    for n, ours in a.by_layer.items():
+        for p, q in zip(ours, b.by_layer[n], strict=True):
+            if p is not None or q is not None:
+                p = (torch.zeros_like(q) if p is None else p).double()
+                q = (torch.zeros_like(p) if q is None else q).double()
+                products = (p * p).sum(), (q * q).sum(), (p * q).sum(), (p - q).square().sum()
+                sums[n] += torch.stack(products).cpu()
+    blocks.comm.sum_ordered([sums])
+    aa, bb, ab, dd = (sum(column) for column in sums.t().tolist())
+    if aa == bb == 0:
+        return 1.0, 0.0
+    return ab / (math.sqrt(aa) * math.sqrt(bb)) if aa and bb else 0.0, math.sqrt(dd / bb) if bb else math.inf

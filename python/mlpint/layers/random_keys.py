@@ -1,0 +1,75 @@
+"""Random numbers that belong to (seed, step, microbatch, layer), whoever evaluates the layer and however often.
+
+A layer with dropout must draw the same mask in every relaxation, on every level, in the adjoint and for any number of
+ranks; two steps, microbatches or layers must draw different ones. So the generators are seeded with a key before each
+evaluation, and the state that the user's own random numbers continue from is put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from ..nn.random_keys import draw_key, key
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    return generators
+
+
+class LayerRandom:
+    """Seeds the generators of a device layer by layer and learns which layers use them at all."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._draws: dict[tuple[int, bool], bool] = {}  # (layer, training) -> whether it draws random numbers
+
+    def forget(self) -> None:
+        """After a change that may alter what layers draw (train or eval mode)."""
+        self._draws.clear()
+
+    def renumbered(self, numbers: Mapping[int, int]) -> LayerRandom:
+        """For some of the layers under new numbers: old -> new."""
+        new = LayerRandom(self.seed)
+        new._draws = {(numbers[n], training): d for (n, training), d in self._draws.items() if n in numbers}
+        return new
+
+    @contextmanager
+    def preserved(self, device: torch.device) -> Iterator[None]:
+        """Puts the generators' states back at the end, where layers draw random numbers."""
+        generators = _generators(device)
+        states = [g.get_state() for g in generators]
+        try:
+            yield
+        finally:
+            for g, s in zip(generators, states, strict=True):
+                g.set_state(s)
+
+    def draws(self, layer: int, training: bool) -> bool:
+        """Whether the layer has to be keyed; true until an evaluation has shown otherwise."""
+        return self._draws.get((layer, training), True)
+
+    def key_of(self, step: int, microbatch: int, layer: int) -> int:
+        """The key that a block of :mod:`mlpint.nn` would draw under :meth:`keyed`, without touching torch's."""
+        return draw_key(torch.Generator().manual_seed(key(self.seed, step, microbatch, layer)))
+
+    @contextmanager
+    def keyed(self, step: int, microbatch: int, layer: int, training: bool, device: torch.device) -> Iterator[None]:
+        """Evaluates one layer under its key; only inside :meth:`preserved`."""
+        generators = _generators(device)
+        value = key(self.seed, step, microbatch, layer)
+        for g in generators:
+            g.manual_seed(value)
+        if (layer, training) in self._draws:
+            yield
+            return
+        before = [g.get_state() for g in generators]
+        yield
+        after = [g.get_state() for g in generators]
+        self._draws[layer, training] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

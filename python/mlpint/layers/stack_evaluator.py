@@ -1,0 +1,245 @@
+"""Fine steps of a BlockStack: the blocks of all intervals of a rank in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ..mgrit.stats import Stats
+from ..nn import BlockStack, batching
+from ..nn.attention import Padding
+from ..nn.block import STEPS
+from ..nn.call import Call, autocast_dtype, for_products
+from ..nn.settings import Weights
+from ..state import State
+from .random_keys import LayerRandom
+from .saved_rows import Records
+
+
+class Slice(State):
+    """One state of several that lie in one tensor, which the next step takes as it is."""
+
+    __slots__ = ("stacked", "index")
+
+    def __init__(self, stacked: torch.Tensor, index: int) -> None:
+        super().__init__((stacked[index],))
+        self.stacked, self.index = stacked, index
+
+
+def stacked_states(states: Sequence[State]) -> torch.Tensor:
+    """The tensors of several states as one [J, B, T, D]: a view where they lie so already, else a copy."""
+    first = states[0]
+    if len(states) == 1:
+        return first.tensors[0].unsqueeze(0)
+    if isinstance(first, Slice) and isinstance(states[1], Slice):
+        start, step = first.index, states[1].index - first.index
+        if step > 0 and all(
+            isinstance(s, Slice) and s.stacked is first.stacked and s.index == start + i * step
+            for i, s in enumerate(states)
+        ):
+            return first.stacked[start : states[-1].index + 1 : step]
+    return torch.stack([s.tensors[0] for s in states])
+
+
+def progressions(rows: Iterable[int]) -> list[range]:
+    """Ascending rows as ranges with any step, as few as come of taking the longest from the start each time."""
+    rows, found = list(rows), []
+    while rows:
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        count = next((i for i, row in enumerate(rows) if row != rows[0] + i * step), len(rows))
+        found.append(range(rows[0], rows[0] + (count - 1) * step + 1, step))
+        del rows[:count]
+    return found
+
+
+def as_slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop, rows.step)
+
+
+class StackStream:
+    """As :class:`mlpint.layers.propagators.Stream`, for the rows of a :class:`BlockStack` that are this rank's.
+
+    What a block has saved for its backward, and the gradients inside it once its input's has been taken, are kept
+    with the leading dimension they were computed with; see :class:`mlpint.layers.saved_rows.Records`.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        step_sizes: Callable[[int], float],
+        arguments: tuple[tuple, dict],
+        *,
+        single: bool,
+        record: bool,
+        recompute: bool,
+        random: LayerRandom,
+        key: tuple[int, int],
+        stats: Stats,
+    ) -> None:
+        self.stack, self.step_sizes = stack, step_sizes
+        self.lengths = key_lengths(*arguments, single)
+        self.record, self.recompute = record, recompute
+        self.random, self.key, self.stats = random, key, stats
+        self.where = ""
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self._step = STEPS[stack.settings.norm]
+        self._rows = {n: i for i, n in enumerate(stack.indices)}
+        self._parameters = stack.weights()
+        self._weights: dict[range, Weights] = {}
+        self._keys: dict[int, int] = {}
+        self._padding: Padding | None = None
+        self._saved, self._inner = Records(), Records()
+
+    # --- what the propagators call -----------------------------------------------------------------------------------
+
+    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, keep: bool) -> list[State]:
+        """Evaluates layers; ``keep`` at their final values, so that a backward can follow."""
+        keep = keep and self.record
+
+        def step(call: Call, rows: range, x: torch.Tensor) -> torch.Tensor:
+            if not keep:
+                return self._step.forward(call, self._weights_of(rows), x)
+            if self.recompute:
+                self._saved.put(rows, (x,))
+                return self._step.forward(call, self._weights_of(rows), x)
+            out, saved = self._step.forward_train(call, self._weights_of(rows), x)
+            self._saved.put(rows, saved)
+            return out
+
+        self._count("forward", level, len(layers))
+        return self._batched(layers, states, step, watched=True)
+
+    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, keep: bool) -> list[State]:
+        """Gradients for the inputs; ``keep`` where :meth:`finish` will be told them again."""
+
+        def step(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+            saved = self._saved_of(call, rows, level)
+            dx, inner = self._step.input_vjp(call, self._weights_of(rows), saved, grad)
+            if keep and not self.recompute:
+                self._inner.put(rows, inner)
+            return dx
+
+        self._count("input_vjp", level, len(layers))
+        return self._batched(layers, states, step)
+
+    def finish(
+        self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
+    ) -> list[State]:
+        """The last products with layers: gradients of their parameters are written, and what they saved is freed."""
+        results = list(known)
+        if self.recompute:  # what an earlier visit found inside was not kept
+            known = [None] * len(layers)
+
+        def finish(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+            saved, weights = self._saved_of(call, rows, level), self._weights_of(rows)
+            dx, inner = self._step.input_vjp(call, weights, saved, grad)
+            self._step.weight_vjp(call, weights, saved, inner, self._into(rows))
+            self._saved.drop(rows)
+            self._inner.drop(rows)
+            return dx
+
+        def finish_known(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+            saved, inner = self._saved.get(rows), self._inner.get(rows)
+            self._step.weight_vjp(call, self._weights_of(rows), saved, inner, self._into(rows))
+            self._saved.drop(rows)
+            self._inner.drop(rows)
+            return grad
+
+        for wanted, step in ((False, finish), (True, finish_known)):
+            which = [i for i, found in enumerate(known) if (found is not None) == wanted]
+            if not which:
+                continue
+            if not wanted:
+                self._count("input_vjp", level, len(which))
+            self._count("parameter_vjp", level, len(which))
+            found = self._batched([layers[i] for i in which], [states[i] for i in which], step)
+            for i, state in zip(which, found, strict=True):
+                results[i] = results[i] or state
+        return results
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _batched(
+        self,
+        layers: Sequence[int],
+        states: Sequence[State],
+        step: Callable[[Call, range, torch.Tensor], torch.Tensor],
+        watched: bool = False,
+    ) -> list[State]:
+        """A step of every layer, as many at once as pays."""
+        self.where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
+        place = {self._rows[n]: i for i, n in enumerate(layers)}
+        results: list[Any] = [None] * len(layers)
+        first = states[0].tensors[0]
+        self.stack.settings.check_state(first, self.lengths)
+        width = batching.width(len(layers), first.shape[0] * first.shape[1], first.shape[2], first.device)
+        h = self.stack.settings.step_size * self.step_sizes(layers[0])
+        with torch.no_grad(), self._without_autocast(first.device):
+            for run in progressions(sorted(place)):
+                for start in range(0, len(run), width):
+                    rows = run[start : start + width]
+                    x = stacked_states([states[place[row]] for row in rows])
+                    call = Call(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h)
+                    y = step(call, rows, x.flatten(1, 2)).view(x.shape)
+                    for i, row in enumerate(rows):
+                        results[place[row]] = Slice(y, i)
+        if watched and self.stack.watch:
+            for n, state, result in zip(layers, states, results, strict=True):
+                self.stack.watch(n, state.tensors[0], result.tensors[0])
+        return results
+
+    def _without_autocast(self, device: torch.device) -> AbstractContextManager:
+        self._dtype = autocast_dtype(device)  # the steps cast for themselves
+        return torch.autocast(device.type, enabled=False)
+
+    def _weights_of(self, rows: range) -> Weights:
+        """Views of the stacked parameters, cast where autocast is on."""
+        if rows not in self._weights:
+            views = Weights(*(p.detach()[as_slice(rows)] for p in self._parameters))
+            if self._dtype is not None:
+                return for_products(views, self._dtype)  # copies, not to be kept for all layers
+            self._weights[rows] = views
+        return self._weights[rows]
+
+    def _into(self, rows: range) -> Weights:
+        """Where the gradients of these rows go."""
+        for p in self._parameters:
+            if p.requires_grad and p not in self.gradients:
+                self.gradients[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
+        return Weights(*(self.gradients[p][as_slice(rows)] if p.requires_grad else None for p in self._parameters))
+
+    def _saved_of(self, call: Call, rows: range, level: int) -> tuple[torch.Tensor, ...]:
+        if not self.recompute:
+            return self._saved.get(rows)
+        self._count("forward", level, len(rows))
+        return self._step.forward_train(call, self._weights_of(rows), *self._saved.get(rows))[1]
+
+    def _pad(self, x: torch.Tensor) -> Padding | None:
+        if self.lengths is not None and self._padding is None:
+            self._padding = Padding(self.lengths, x.shape[2])
+        return self._padding
+
+    def _keys_of(self, rows: range) -> list[int] | None:
+        """The dropout keys that blocks on their own would draw."""
+        if not self.stack.drops:
+            return None
+        for row in rows:
+            if row not in self._keys:
+                self._keys[row] = self.random.key_of(*self.key, self.stack.indices[row])
+        return [self._keys[row] for row in rows]
+
+    def _count(self, kind: str, level: int, count: int) -> None:
+        self.stats.evaluations[kind][level] += count
+
+
+def key_lengths(args: tuple, kwargs: dict[str, Any], single: bool) -> torch.Tensor | None:
+    """The one argument that blocks take beside their state."""
+    if not single or len(args) > 1 or set(kwargs) - {"lengths"} or args and kwargs:
+        given = "a tuple as its state" if not single else f"{len(args)} arguments and {sorted(kwargs)}"
+        raise TypeError(
+            f"a BlockStack takes x, one tensor, and lengths; it was given {given}; use an nn.ModuleList of layers"
+        )
+    return args[0] if args else kwargs.get("lengths")

@@ -1,0 +1,132 @@
+"""What every rank holds a copy of: all of a model but the layers of its layer-parallel stacks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core import USER_TAG
+from ..comm.communicator import Comm
+from ..state import State
+from .clip import stacks_of
+from .layer_parallel import LayerParallel
+
+_TAG = USER_TAG + 2
+
+
+def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
+    """Names of the parameters and buffers that should be equal on several ranks and are not. Collective.
+
+    Compared bit by bit (by checksums): everything outside the LayerParallel stacks, on all ranks, and parameters that
+    layers of several ranks share, on those. The replicas stay equal as long as all ranks compute them alike from equal
+    values. They can drift where a GPU kernel adds up in an order of its own (embedding gradients, ``index_add_``,
+    ``torch.use_deterministic_algorithms`` turns these off), where ranks run on different machines or library versions,
+    where ranks draw different random numbers (dropout outside the stack), or where the training loop gives them
+    different batches or scales.
+
+    Args:
+        model: the same on every rank.
+        comm: as for :class:`LayerParallel`; by default that of the model's first stack.
+
+    Returns:
+        Names in the order of the model, the same on every rank; empty if all is well.
+    """
+    comm = _comm(model, comm)
+    mine = {
+        "outside": {name: _digest(t) for name, t in tensors_outside(model).items()},
+        "shared": {key: [name, _digest(p)] for key, (name, p, _) in _shared(model).items()},
+    }
+    theirs = [json.loads(m) for m in comm.gather(json.dumps(mine).encode())]
+    names = dict.fromkeys(name for t in theirs for name in t["outside"])
+    differing = [name for name in names if len({t["outside"].get(name) for t in theirs}) > 1]
+    for key in dict.fromkeys(key for t in theirs for key in t["shared"]):
+        holders = [t["shared"][key] for t in theirs if key in t["shared"]]
+        if len({digest for _, digest in holders}) > 1:
+            differing.append(holders[0][0])
+    return differing
+
+
+def sync_replicas(model: nn.Module, comm: Any = None) -> None:
+    """Makes all replicas equal again: rank 0's values, and the state of its random number generators. Collective.
+
+    Covers what :func:`check_replicas` compares; a parameter that layers of several ranks share gets the value of the
+    lowest of them. :func:`mlpint.parallelize` does it once. Where replicas can drift (see there), do it every so many
+    steps; the optimiser's moments are not touched, so that the cause of a drift goes on acting in between.
+    """
+    comm = _comm(model, comm)
+    outside = tensors_outside(model)
+    comm.vote({"parameters and buffers outside the stack": describe(outside)}, "the model")
+    for tensor in outside.values():
+        if tensor.numel():
+            comm.broadcast(tensor, 0)
+    for _, parameter, (stack, ranks) in _shared(model).values():
+        _send_from_first(stack.comm, parameter, ranks)
+    _share_random_state(comm)
+
+
+def tensors_outside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers outside the LayerParallel stacks, each once, by name."""
+    inside = {m for _, stack in stacks_of(model) for m in stack.modules()}
+    found: dict[torch.Tensor, str] = {}
+    for prefix, module in model.named_modules():
+        if module not in inside:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                found.setdefault(tensor, f"{prefix}.{name}" if prefix else name)
+    return {name: tensor for tensor, name in found.items()}
+
+
+def describe(tensors: dict[str, torch.Tensor]) -> str:
+    """A short text that is equal only where names, shapes and dtypes are."""
+    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{len(tensors)} of {sum(t.numel() for t in tensors.values())} elements, digest {digest}"
+
+
+def _comm(model: nn.Module, comm: Any) -> Comm:
+    if comm is None:
+        for _, stack in stacks_of(model):
+            return stack.comm
+    return Comm.of(comm)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(data.numpy(), digest_size=16).hexdigest()
+
+
+def _shared(model: nn.Module) -> dict[str, tuple[str, nn.Parameter, tuple[LayerParallel, list[int]]]]:
+    """Own parameters that layers of other ranks use too, under a key that those ranks give them too."""
+    found = {}
+    for path, stack in stacks_of(model):
+        names = {p: f"{path}.{name}" if path else name for name, p in reversed([*stack.named_parameters()])}
+        count: dict[str, int] = {}
+        for parameter, ranks in stack.shared_parameters:
+            group = f"{path} {ranks}"
+            count[group] = count.get(group, 0) + 1
+            found[f"{group} {count[group]}"] = names[parameter], parameter, (stack, ranks)
+    return found
+
+
+def _send_from_first(comm: Comm, tensor: torch.Tensor, ranks: list[int]) -> None:
+    """Overwrites a tensor, on the given ranks, with that of the first of them."""
+    transport = comm.transport
+    state = State([tensor.detach().contiguous()])
+    if comm.rank == ranks[0]:
+        for other in ranks[1:]:
+            transport.post(other, _TAG, state)
+        transport.flush()
+    else:
+        arrived = state.empty_like()
+        transport.receive(ranks[0], _TAG, arrived).wait(transport.stall_limit)
+        with torch.no_grad():
+            tensor.copy_(arrived.tensors[0])
+
+
+def _share_random_state(comm: Comm) -> None:
+    torch.set_rng_state(comm.broadcast(torch.get_rng_state(), 0))
+    if comm.device.type == "cuda":
+        torch.cuda.set_rng_state(comm.broadcast(torch.cuda.get_rng_state(comm.device), 0), comm.device)

@@ -1,0 +1,100 @@
+"""What ranks hold together: parameters shared by layers of several ranks, and the state dict of the whole stack."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core import USER_TAG
+from ..comm.agreement import agree
+from ..comm.communicator import Comm
+from ..state import State
+
+_TAG = USER_TAG + 1
+
+
+class SharedParameters:
+    """Parameters that belong to layers of several ranks (one module used by several layers, tied weights).
+
+    Each of those ranks holds a replica. They start equal and stay equal because each gets the same summed gradient,
+    added up in rank order on the lowest of them.
+    """
+
+    def __init__(self, layers: list[nn.Module], rank_of: Callable[[int], int], comm: Comm) -> None:
+        holders: dict[nn.Parameter, set[int]] = {}
+        for n, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                holders.setdefault(parameter, set()).add(rank_of(n))
+        self._comm = comm
+        self._held = [
+            (parameter, sorted(ranks)) for parameter, ranks in holders.items() if len(ranks) > 1 and comm.rank in ranks
+        ]
+
+    @property
+    def parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """Own parameters that other ranks hold too, with the ranks that do."""
+        return self._held
+
+    def sum(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+        transport, me = self._comm.transport, self._comm.rank
+        for parameter, ranks in self._held:
+            if not parameter.requires_grad:
+                continue
+            mine = gradients.get(parameter)
+            total = State([torch.zeros_like(parameter) if mine is None else mine.clone()])
+            first, others = ranks[0], ranks[1:]
+            if me == first:
+                for other in others:
+                    arrived = total.empty_like()
+                    transport.receive(other, _TAG, arrived).wait(transport.stall_limit)
+                    total = State([total.tensors[0] + arrived.tensors[0]])
+                for other in others:
+                    transport.post(other, _TAG, total)
+                transport.flush()
+            else:
+                transport.post(first, _TAG, total)
+                transport.flush()
+                transport.receive(first, _TAG, total).wait(transport.stall_limit)
+            gradients[parameter] = total.tensors[0]
+
+
+def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -> OrderedDict[str, torch.Tensor]:
+    """Every rank's entries on every rank, in the order of the layers. Collective."""
+    agree(comm, {"operation": "state_dict", "prefix": prefix})
+    found: dict[str, torch.Tensor] = {}
+    for owner in range(comm.size):
+        entries = [[k, list(t.shape), str(t.dtype).removeprefix("torch."), t.device.type] for k, t in local.items()]
+        entries = json.loads(_broadcast_text(json.dumps(entries), owner, comm))
+        for name, shape, dtype, device in entries:
+            if owner == comm.rank:
+                tensor = local[name]
+            else:
+                # Where the owner has it, not where this rank's GPU is: host and GPU memory take different transports.
+                place = comm.device if device == comm.device.type else device
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
+            if comm.size > 1 and tensor.numel():
+                comm.transport.broadcast(State([tensor.detach()]), owner)
+            found[name] = tensor
+    order = sorted(found, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
+    whole: OrderedDict[str, Any] = OrderedDict((name, found[name]) for name in order)
+    if hasattr(local, "_metadata"):
+        whole._metadata = local._metadata  # type: ignore[attr-defined]
+    return whole
+
+
+def _broadcast_text(text: str, owner: int, comm: Comm) -> str:
+    if comm.size == 1:
+        return text
+    control = comm.transport.control
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(data)])
+    control.broadcast(State([size]), owner)
+    if comm.rank != owner:
+        data = torch.empty(int(size), dtype=torch.uint8)
+    control.broadcast(State([data]), owner)
+    return data.numpy().tobytes().decode()

@@ -1,0 +1,250 @@
+"""One forward pass through a layer-parallel stack and its way back: solver, serial edges, exchanges between ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from .._core import Visit
+from ..comm.agreement import agree
+from ..comm.nccl import synchronize
+from ..layers.propagators import AdjointPropagator, AnyStream, ForwardPropagator, annotate, merge_gradients
+from ..state import State, describe
+
+if TYPE_CHECKING:
+    from .layer_parallel import LayerParallel
+
+
+class Run:
+    """One call of the stack.
+
+    Args:
+        stack: the module called.
+        state: the tensors of x.
+        single: whether x is one tensor.
+        args, kwargs: passed to every layer.
+        record: whether a backward may follow.
+    """
+
+    def __init__(
+        self,
+        stack: LayerParallel,
+        state: tuple[torch.Tensor, ...],
+        single: bool,
+        args: tuple,
+        kwargs: dict[str, Any],
+        record: bool,
+    ) -> None:
+        self.stack, self.single, self.record = stack, single, record
+        self.options, self.comm, self.stats = stack.options, stack.comm, stack.stats
+        self.number, self.key = stack.next_key()
+        self.state = State(t.detach() for t in state)
+        self.device_type = state[0].device.type
+        self.autocast = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
+        self._find_extras(args, kwargs)
+        parameters = stack.trainable_parameters() if record else {}
+        self.weights = tuple(dict.fromkeys(p for ps in parameters.values() for p in ps))
+        self.streams = self._make_streams(args, kwargs)
+        self.used = False
+
+    # --- arguments ---------------------------------------------------------------------------------------------------
+
+    def _find_extras(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tensor arguments that need gradients: each layer's contribution is taken at a leaf of its own."""
+        leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self.extras = tuple(
+            dict.fromkeys(t for t in leaves if self.record and isinstance(t, torch.Tensor) and t.requires_grad)
+        )
+        self.extra_leaves = tuple(t.detach().requires_grad_() for t in self.extras)
+        substitute = dict(zip(self.extras, self.extra_leaves, strict=True))
+        self._arguments = [substitute.get(t, t) if isinstance(t, torch.Tensor) else t for t in leaves]
+
+    def _make_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[AnyStream]:
+        """One stream for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
+        stack, batch = self.stack, self.state.tensors[0].shape[:1]
+        count = min(stack.serial_microbatches, *batch) if self.options.exact and batch else 1
+        self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []
+        streams = []
+        for i in range(count):
+            arguments = self._arguments
+            if count > 1:
+                with torch.enable_grad():
+                    arguments = [self._part(a, i) for a in arguments]
+            streams.append(
+                stack.stream(
+                    pytree.tree_unflatten(arguments, self._spec),
+                    self.extra_leaves,
+                    single=self.single,
+                    record=self.record,
+                    key=(self.key[0], self.key[1] * count + i),
+                    stats=self.stats,
+                )
+            )
+        return streams
+
+    def _part(self, argument: Any, i: int) -> Any:
+        """Microbatch i of an argument, if it is a tensor with the batch as its first dimension."""
+        batch = self.state.tensors[0].shape[0]
+        if not isinstance(argument, torch.Tensor) or argument.dim() == 0 or argument.shape[0] != batch or batch == 1:
+            return argument
+        return argument[slice(*self.slices[i])]
+
+    # --- forwards and backwards --------------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        stack = self.stack
+        with self._phase("forward", self.state.tensors):
+            finals = []
+            for i, stream in enumerate(self.streams):
+                state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
+                if stack.owns_first:
+                    state = self._serial_forward(stream, stack.open_indices, state)
+                operator = stack.learnt_operator("forward")
+                propagator = ForwardPropagator(stream, state, self.comm.rank, stack.open_layers, operator)
+                final = self._solve("forward", propagator, state if stack.owns_first else None)
+                if final is not None:
+                    finals.append(self._serial_forward(stream, stack.close_indices, final))
+            return self._share(finals, self.state, stack.last_rank)
+
+    def backward(self, grads: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+        """Gradients for the state, the extra tensors and this rank's parameters, in that order.
+
+        wanted: which of them; those of the state are found on one rank and sent to the others only if wanted.
+        """
+        if self.used:
+            raise RuntimeError(
+                "backward a second time through a LayerParallel stack: its graphs are freed as they are used; "
+                "call the stack again"
+            )
+        self.used = True
+        stack = self.stack
+        floating = [t.is_floating_point() for t in self.state.tensors]
+        template = State(t for t, f in zip(self.state.tensors, floating, strict=True) if f)
+        incoming = State(
+            g.detach().to(t.dtype) for g, t, f in zip(grads, self.state.tensors, floating, strict=True) if f
+        )
+        wants_state = any(wanted[: len(floating)])
+        with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
+            finals = []
+            for i, stream in enumerate(self.streams):
+                lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
+                if stack.owns_last:
+                    lam = self._serial_backward(stream, stack.close_indices, lam)
+                operator = stack.learnt_operator("backward")
+                last = stack.open_layers + stack.depth - 1
+                propagator = AdjointPropagator(stream, lam, self.comm.rank, last, operator)
+                final = self._solve("backward", propagator, lam if stack.owns_last else None)
+                if final is not None:
+                    finals.append(self._serial_backward(stream, stack.open_indices, final))
+            result: list[torch.Tensor | None] = [None] * len(floating)
+            if wants_state:
+                shared = iter(self._share(finals, template, stack.first_rank))
+                result = [next(shared) if f else None for f in floating]
+            gradients = merge_gradients(self.streams)
+            result += self._sum_extras(gradients)
+            stack.sum_shared_parameters(gradients)
+            result += [gradients.get(p) for p in self.weights]
+        self.streams = []
+        return result
+
+    def _solve(self, direction: str, propagator: ForwardPropagator | AdjointPropagator, initial: State | None) -> Any:
+        solver = self.stack.solver(direction)
+        try:
+            result = solver.solve(propagator, initial, self.options.iterations(direction))
+        except BaseException as error:
+            if not getattr(error, "__notes__", None):
+                operation, level, position = solver.where
+                where = f"layer {propagator.layer(position)}, level {level}, {direction} {operation}"
+                annotate(error, self.comm.rank, where)
+            raise
+        self.stats.iterations[direction] = result.iterations
+        self.stats.residual_norms[direction] = result.residual_norms
+        self.stats.seconds["wait"] += result.waited
+        return result.final_value
+
+    def _serial_forward(self, stream: AnyStream, layers: range, state: State) -> State:
+        propagator = ForwardPropagator(stream, state, self.comm.rank, 0)
+        for n in layers:
+            state = propagator.evaluate([n], [state], [None], 0, Visit.last)[0]
+        return state
+
+    def _serial_backward(self, stream: AnyStream, layers: range, lam: State) -> State:
+        propagator = AdjointPropagator(stream, lam, self.comm.rank, 0)
+        for n in reversed(layers):
+            lam = propagator.evaluate([-n], [lam], [None], 0, Visit.last)[0]
+        return lam
+
+    def _share(self, finals: list[State], template: State, owner: int) -> tuple[torch.Tensor, ...]:
+        """Brings the microbatches of the owner together and to every rank."""
+        if self.comm.rank != owner:
+            state = template.empty_like()
+        elif len(finals) == 1:
+            state = finals[0]
+        else:
+            state = State(torch.cat(parts) for parts in zip(*(f.tensors for f in finals), strict=True))
+        if self.comm.size > 1:
+            started = time.perf_counter()
+            self.comm.transport.broadcast(state, owner)
+            self.stats.seconds["wait"] += time.perf_counter() - started
+        return state.tensors
+
+    def _sum_extras(self, gradients: dict[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        found = [gradients.get(leaf) for leaf in self.extra_leaves]
+        sums = [torch.zeros_like(x) if g is None else g.clone() for g, x in zip(found, self.extra_leaves, strict=True)]
+        if sums and self.comm.size > 1:
+            self.comm.sum_ordered(sums)
+        return sums
+
+    @contextmanager
+    def _phase(self, direction: str, tensors: Sequence[torch.Tensor], more: str = "") -> Iterator[None]:
+        """What holds around either direction: agreement of the ranks first, random state, autocast, time."""
+        started = time.perf_counter()
+        stack = self.stack
+        agree(
+            self.comm,
+            {
+                "operation": direction,
+                "call": str(self.number),
+                "tensors": describe(tensors),
+                "options": str(self.options),
+                "records": str(self.record),
+                "training": str(stack.training),
+                "dropout key": str(self.key),
+                "extra tensors": describe(self.extras),
+                "more": more,
+            },
+        )
+        with ExitStack() as around:
+            around.enter_context(stack.random.preserved(tensors[0].device))
+            enabled, dtype = self.autocast
+            if enabled:
+                # The cache of cast weights would hand a cast made without gradients to an evaluation that records.
+                around.enter_context(torch.autocast(self.device_type, dtype=dtype, cache_enabled=False))
+            yield
+        synchronize(self.comm.transport)  # the script may wait for the GPU next, and nothing limits that wait
+        self.stats.seconds[direction] += time.perf_counter() - started
+
+
+class Solve(torch.autograd.Function):
+    """A run as one node of autograd's graph: its inputs are the state, the extra tensors and the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.run = run
+        outputs = run.forward()
+        # A layer may hand an input through, or return a part of something; an output of this node has to be its own.
+        given = {t.data_ptr() for t in run.state.tensors}
+        outputs = tuple(t.clone() if t.data_ptr() in given or t._is_view() else t for t in outputs)
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, None, *ctx.run.backward(grads, ctx.needs_input_grad[2:]))

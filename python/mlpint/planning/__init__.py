@@ -1,0 +1,4 @@
+"""The cost model: which way to spread a network's layers over ranks is fastest, counted in layer evaluations.
+
+May import :mod:`mlpint.mgrit`. Public: the command ``mlpint plan``.
+"""

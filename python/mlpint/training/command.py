@@ -1,0 +1,95 @@
+"""The training loop behind ``mlpint train``: the same script on every rank, on the same batches."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..comm.collectively import jointly
+from ..comm.communicator import Comm
+from ..errors import ConfigError
+from .config import TrainConfig
+from .report import Report
+from .tasks import Task
+from .trainer import Trainer
+
+
+def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
+    """Trains a model and writes the run's directory: metrics.jsonl, loss.png, sample.txt, checkpoints. Collective.
+
+    Args:
+        config: what to do.
+        task: what is trained, with the same data on every rank.
+        comm: the ranks.
+        checkpoint: to go on from.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        UserError: on all ranks; ranks that disagree, files that cannot be written, a damaged checkpoint, a loss that is
+            no number.
+    """
+    if config.run.device == "cpu":
+        comm.device = torch.device("cpu")
+    _agree(config, task, comm)
+    try:
+        trainer = Trainer(config, task, comm)
+    except ValueError as error:  # what the number of ranks does not allow, alike on all of them
+        raise ConfigError(str(error)) from None
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    elif config.run.init_from:
+        trainer.start_from(config.run.init_from)
+    directory = _run_directory(config, comm, checkpoint)
+    report = Report(trainer, directory)
+    with report.decisions():
+        for phase in trainer.phases():
+            started = time.perf_counter()
+            loss, norm = trainer.train_step(phase)
+            seconds = time.perf_counter() - started
+            done, last = trainer.step, trainer.step == trainer.total
+            due = config.run.eval_every and done % config.run.eval_every == 0
+            measures = trainer.validate() if due or last else None
+            report.step(done, loss, measures, norm, seconds)
+            every = config.run.checkpoint_every
+            if every and (done % every == 0 or last):
+                trainer.save(directory / "checkpoints")
+    report.close(trainer.sample(), trainer.compare())
+    return directory
+
+
+def _agree(config: TrainConfig, task: Task, comm: Comm) -> None:
+    values = {name: repr(value) for name, value in config.flat().items()}
+    try:
+        comm.vote({**values, "training data": task.digest(), "torch": torch.__version__}, "the training run")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _run_directory(config: TrainConfig, comm: Comm, checkpoint: Checkpoint | None) -> Path:
+    """The directory that rank 0 has found or made. A run is never written over."""
+
+    def make() -> str:
+        if comm.rank:
+            return ""
+        out = config.run.out
+        if checkpoint is not None and not out:
+            if checkpoint.path.parent.name != "checkpoints":
+                raise ConfigError(f"resume = {config.run.resume!r}: is not inside a run directory; name one with --out")
+            return str(checkpoint.path.parent.parent)
+        if out:
+            if (Path(out) / "metrics.jsonl").exists():
+                raise ConfigError(f"out = {out!r}: holds a run already; go on with --resume {out}, or name another")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return out
+        numbered = (Path("runs") / f"{number:03d}" for number in itertools.count(1))
+        path = next(path for path in numbered if not path.exists())
+        path.mkdir(parents=True)
+        return str(path)
+
+    return Path(jointly(comm, make)[0])

@@ -1,0 +1,271 @@
+"""The configuration of a training run: frozen dataclasses, each key a TOML key and a command-line flag.
+
+Keys are unique over all sections, so a flag needs no section: ``cfactor = 4`` under ``[solver]`` is ``--cfactor 4``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..mgrit.options import MGRIT
+from .fields import Section, key, similar
+
+TASKS = ("gpt", "bert", "vit", "tagging", "classification", "translation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    task: str = key("gpt", "what is trained: " + ", ".join(TASKS), choices=TASKS)
+    layers: int = key(32, "transformer layers, buffer layers included", least=1)
+    encoder_layers: int = key(0, "translation: those of the layers that are the encoder's; 0: half", least=0)
+    dim: int = key(128, "width", least=1)
+    heads: int = key(4, "attention heads", least=1)
+    ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim", least=0)
+    dropout: float = key(0.0, "dropout probability", least=0, below=1)
+    tied: bool = key(True, "one matrix for the token embedding and the output layer")
+    vocabulary: int = key(
+        0, "vocabulary size; 0: 256 for text, 4096 for its byte pairs, 50257 for .bin, 6000 for translation", least=0
+    )
+    patch: int = key(2, "vit: side of a patch in pixels", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig(Section):
+    """The arguments of ``MGRIT``, ``LayerParallel`` and ``ErrorControl``; the defaults of ``mlpint train`` are here."""
+
+    levels: int = key(2, "multigrid levels; 1: exact")
+    cfactor: int = key(4, "layers per interval of the coarse grid")
+    forward_iters: int = key(2, "iterations of the forward solve; 0: exact")
+    backward_iters: int = key(1, "iterations of the adjoint solve; 0: exact")
+    relaxation: str = key("F", "F or FCF")
+    coarse: str = key("fitted", "coarse operator")
+    tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
+    open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
+    close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
+    step_size: float = key(1.0, "h of x + h F(x) in the parallel layers; 0: 1 / their number", least=0)
+    layout: str = key("block", "block or cyclic (for coarse = sum)", choices=("block", "cyclic"))
+    serial_microbatches: int = key(1, "slices of a batch that exact sweeps stream through the ranks", least=1)
+    recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
+    control: str = key(
+        "auto",
+        "error control: off, gradient, residual, or auto: gradient where sweeps are not exact",
+        choices=("auto", "off", "gradient", "residual"),
+    )
+    control_target: float = key(
+        0.0, "smallest gradient cosine, or largest convergence factor; 0: 0.95, or 1 for residual", least=0
+    )
+    control_every: int = key(200, "steps between checks of the error", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mgrit().exact and self.control in ("gradient", "residual"):
+            raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
+        if self.measure == "gradient" and self.control_target >= 1:
+            raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
+
+    @property
+    def measure(self) -> str | None:
+        """What error control measures; None where there is none."""
+        if self.control == "auto":
+            return None if self.mgrit().exact else "gradient"
+        return None if self.control == "off" else self.control
+
+    def mgrit(self) -> MGRIT:
+        """The solver's options."""
+        names = {field.name for field in dataclasses.fields(MGRIT)}
+        try:
+            return MGRIT(**{name: value for name, value in vars(self).items() if name in names})
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("MGRIT.")) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    data: str = key("", "training data: a file or a directory, as the task takes it; empty: what needs no download")
+    validation: str = key("", "data to validate on; empty: a tenth of the training data is held out")
+    source: str = key("de", "translation: language to translate from, the ending of its files' names")
+    target: str = key("en", "translation: language to translate to, the ending of its files' names")
+    label: str = key("", "classification: comment or column with the class; empty: s_type of CoNLL-U, else label")
+    tokenizer: str = key("bytes", "of text: bytes or bpe, byte pairs learnt from it", choices=("bytes", "bpe"))
+    sequence: int = key(
+        64, "tokens per sequence; tagging: words of the longest sentence; classification: bytes of a text", least=1
+    )
+    batch: int = key(8, "sequences per microbatch", least=1)
+    mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)
+    image_size: int = key(0, "vit: side that images are scaled and cropped to; 0: all must be of one size", least=0)
+    augment: int = key(0, "vit: pixels by which training images are shifted at most", least=0)
+    accumulate: int = key(1, "microbatches per step", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    optimizer: str = key("adamw", "adamw or sgd", choices=("adamw", "sgd"))
+    lr: float = key(1e-3, "highest learning rate", above=0)
+    warmup: int = key(20, "steps of linear warm-up", least=0)
+    final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
+    weight_decay: float = key(0.1, "weight decay of matrices", least=0)
+    beta2: float = key(0.999, "decay of adamw's average of squared gradients", least=0, below=1)
+    momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
+    label_smoothing: float = key(0.0, "translation: part of the probability that all tokens share", least=0, below=1)
+    clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultilevelConfig(Section):
+    """The arguments of ``Multilevel``."""
+
+    multilevel: bool = key(False, "train in alternation with coarse networks, made of every other layer")
+    delta: float = key(0.25, "weight of trained coarse layers in their average with the fine ones", least=0, most=1)
+    coarse_steps: int = key(100, "steps of a coarse network at a time", least=1)
+    cycles: int = key(35, "first steps that coarse training follows; -1: as long as it pays per FLOP", least=-1)
+    coarse_networks: int = key(2, "coarse networks; each has every so-many-th layer", least=2)
+    depths: int = key(2, "depths in all: 2: 12 and 6 layers; 3: 12, 6 and 3", least=2)
+    order: str = key("AB", "of coarse networks: AB, BA or alternating", choices=("AB", "BA", "alternating"))
+    coarse_step_size: str = key("ode", "ode: x + 2 F(x) in a network of half the layers; unit: x + F(x)",
+                                choices=("ode", "unit"))  # fmt: skip
+    neighbours: str = key(
+        "none",
+        "prolong to layers that were not trained: none, average or correction",
+        choices=("none", "average", "correction"),
+    )
+    single: bool = key(False, "only one coarse network, for ablation")
+    optimizer_state: str = key(
+        "restrict",
+        "momentum and Adam's averages on the levels: restrict, separate, reset or carry",
+        choices=("restrict", "separate", "reset", "carry"),
+    )
+    rewarm: int = key(10, "steps of a coarse network's warm-up after a reset", least=0)
+    coherence: float = key(0.0, "weight of the first-order coherence term", least=0, most=1)
+    coarse_lr: float = key(1.0, "factor of the learning rate in coarse steps", least=0)
+    clock: str = key(
+        "shared",
+        "the learning rate goes by fine steps (shared), steps of each depth (own) or layers run so far (work)",
+        choices=("shared", "own", "work"),
+    )
+    same_data: bool = key(False, "the coarse networks of a cycle see the same batches")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cycles < 0 and self.clock != "shared":
+            raise ConfigError(
+                f"clock = {self.clock!r}: its length is not known with cycles = -1; give a number of cycles"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``Multilevel``."""
+        names = {
+            "coarse_networks": "networks",
+            "depths": "levels",
+            "coarse_step_size": "step_size",
+            "optimizer_state": "state",
+        }
+        given = {names.get(name, name): value for name, value in vars(self).items()}
+        given["data"] = "same" if given.pop("same_data") else "fresh"
+        given["cycles"] = "auto" if self.cycles < 0 else self.cycles
+        del given["multilevel"]
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Section):
+    steps: int = key(300, "optimiser steps; with multilevel those of the whole network", least=1)
+    seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
+    dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
+    device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    threads: int = key(0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0)
+    out: str = key("", "directory for results; empty: runs/NNN, the next free number")
+    init_from: str = key("", "run directory or checkpoint whose weights a new run starts from")
+    resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
+    checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)
+    checkpoint_keep: int = key(0, "newest checkpoints to keep; 0: all", least=0)
+    eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
+    eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
+    log_every: int = key(10, "steps between log lines", least=1)
+    sample: int = key(200, "gpt: tokens to generate at the end; else any number shows an example; 0: none", least=0)
+    beams: int = key(4, "translation: beams of the search for the closing translations; val_bleu's has one", least=1)
+    compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``mlpint train`` can be told.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+
+    model: ModelConfig = ModelConfig()
+    solver: SolverConfig = SolverConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    multilevel: MultilevelConfig = MultilevelConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        model, solver = self.model, self.solver
+        if model.dim % model.heads:
+            raise ConfigError(f"dim = {model.dim}: must be a multiple of heads = {model.heads}")
+        if solver.open_layers + solver.close_layers >= model.layers:
+            raise ConfigError(
+                f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "
+                f"must be less than layers = {model.layers}"
+            )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From key -> value over all sections, for instance ``{"layers": 16, "lr": 3e-4}``."""
+        for name in values:
+            if name not in KEYS:
+                raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
+        return cls(
+            **{
+                name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+                for name, section in SECTIONS.items()
+            }
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Key -> value over all sections."""
+        return {name: value for section in vars(self).values() for name, value in vars(section).items()}
+
+
+SECTIONS: dict[str, type[Section]] = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+KEYS: dict[str, dataclasses.Field[Any]] = {
+    f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)
+}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a configuration file, e.g. ``[model]`` ``layers = 32``.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no TOML, or holds an unknown section or key.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config = {str(path)!r}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config = {str(path)!r}: is not TOML ({error})") from None
+    return dict(_flatten(tables, f"{path}: "))
+
+
+def from_saved(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys and values of a configuration saved in a checkpoint (``dataclasses.asdict``)."""
+    return dict(_flatten(tables, "saved configuration: "))
+
+
+def _flatten(tables: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for section, table in tables.items():
+        if section not in SECTIONS or not isinstance(table, Mapping):
+            raise ConfigError(f"{where}unknown section or key '{section}'; the sections are {', '.join(SECTIONS)}")
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for name, value in table.items():
+            if name not in known:
+                raise ConfigError(f"{where}unknown key '{name}' in [{section}]{similar(name, known)}")
+            yield name, value

@@ -1,0 +1,133 @@
+"""Loss curves as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+OVER = {
+    "steps": "optimiser step",
+    "flops": "training FLOPs of the blocks",
+    "flops-all": "training FLOPs",
+    "tokens": "tokens",
+    "seconds": "seconds of training",
+}
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, over: str = "steps") -> None:
+    """Draws training loss (faint where it is noisy) and validation loss.
+
+    Where the solver's options change, a dotted line names the new ones. Below are pictures of what else was measured in
+    validation, and of what the checks of error control measured, where there is any. Of multilevel training the
+    training loss is the fine network's.
+
+    Args:
+        runs: by label, lines of metrics.jsonl; those without a loss are passed over.
+        path: of the PNG.
+        over: what the curves are drawn over, a key of ``OVER``.
+
+    Raises:
+        UserError: a run has not recorded what the curves are to be drawn over.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
+    checks = {label: _checks(lines) for label, lines in runs.items()}
+    names = ["loss", *_measures(runs), *(["checks"] if any(checks.values()) else [])]
+    figure = Figure(figsize=(8, 3 + 2 * len(names)), layout="constrained")
+    ratios = [2] + [1] * (len(names) - 1)
+    panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes, below = panels[0], dict(zip(names[1:], panels[1:], strict=True))
+    for number, (label, lines) in enumerate(runs.items()):
+        color = f"C{number % 10}"
+        fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
+        steps, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
+        axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, _smoothed(losses, steps), color=color, label=f"{label}: training")
+        held_out = _measured(lines, "val_loss")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+        for name, panel in below.items():
+            points = checks[label] if name == "checks" else _measured(lines, name)
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
+        for step, mode in _changes(lines):
+            axes.axvline(step, color=color, linestyle=":", linewidth=0.8)
+            place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+            axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
+    axes.set(ylabel="cross-entropy (nats)")
+    axes.legend()
+    for name, panel in below.items():
+        checked = name == "checks"
+        panel.set(ylabel="gradient cosine, or\nconvergence factor" if checked else name.removeprefix("val_"))
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[-1].set(xlabel=OVER[over])
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
+    """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
+    found, seconds, unit = [], 0.0, "tokens"
+    for line in lines:
+        unit = line.get("unit", unit)
+        key = {"steps": "step", "flops-all": "flops_all", "tokens": unit}.get(over, over)
+        seconds += line.get("seconds", 0.0)
+        if over == "seconds":
+            found.append({**line, "place": seconds})
+        elif key in line:
+            found.append({**line, "place": line[key]})
+        elif "loss" in line:
+            raise UserError(f"{label}: step {line.get('step')} has no {key!r}, which the curves are to be drawn over")
+    return found
+
+
+def _measures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What was measured in validation besides the loss, in the order in which it comes."""
+    names = (name for lines in runs.values() for line in lines for name in line if name.startswith("val_"))
+    return [name for name in dict.fromkeys(names) if name != "val_loss"]
+
+
+def _measured(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["place"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Steps from which other options of the solver hold, with those."""
+    before = None
+    for line in lines:
+        if "loss" in line:
+            if before is not None and line.get("mode", before) != before:
+                yield line["place"], line["mode"]
+            before = line.get("mode", before)
+
+
+def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """What error control measured for the options in use: the gradient's cosine, or the larger convergence factor."""
+    found = []
+    for line in lines:
+        measured = line.get("control", {}).get("measured") or {}
+        factors = [f for f in measured.get("convergence_factor", {}).values() if f is not None]
+        value = measured.get("cosine")
+        if value is None and factors:
+            value = max(factors)
+        if value is not None:
+            found.append((line["place"], value))
+    return found
+
+
+def _smoothed(values: Sequence[float], places: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start; what lies far back on the axis counts less."""
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    usual = statistics.median(gaps) if gaps else 1.0
+    smoothed, average, total = [], 0.0, 0.0
+    for value, gap in zip(values, [usual, *gaps], strict=True):
+        kept = weight ** (gap / usual) if usual > 0 else weight
+        average, total = kept * average + (1 - kept) * value, kept * total + 1 - kept
+        smoothed.append(average / total)
+    return smoothed

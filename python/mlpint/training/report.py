@@ -1,0 +1,203 @@
+"""What a training run shows and writes down: log lines, metrics.jsonl, the loss curve, the closing summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..comm.collectively import jointly
+from ..comm.communicator import Comm
+from ..control.ladder import describe
+from .comparison import Comparison
+from .metrics import Metrics, machine, read_lines
+from .plots import loss_curves
+from .tasks import Sample
+from .trainer import Trainer
+
+
+class Report:
+    """Of one run; rank 0 writes and prints.
+
+    Args:
+        trainer: at the step that the run starts from.
+        directory: where everything is written.
+    """
+
+    def __init__(self, trainer: Trainer, directory: Path) -> None:
+        self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm
+        self.leads = self.comm.rank == 0
+        self.started, self.first = time.perf_counter(), trainer.step
+        self.interval: list[float] = []
+        self.exact_steps = 0
+        self.per_step = self.config.data.accumulate * trainer.task.per_batch
+        self.bar: Any = None
+        self.metrics: Metrics | None = None
+        jointly(self.comm, self._open)
+        if self.leads and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False)
+
+    def _open(self) -> None:
+        if not self.leads:
+            return
+        trainer = self.trainer
+        header = {
+            "config": dataclasses.asdict(self.config),
+            "ranks": self.comm.size,
+            "transport": self.comm.name,
+            "threads": torch.get_num_threads(),
+            "data": trainer.task.name,
+            "unit": trainer.task.unit,
+            "machine": machine(),
+        }
+        self.metrics = Metrics(
+            self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
+        )
+        model, task = self.config.model, trainer.task
+        idle = f", idle ranks {trainer.blocks.idle_ranks}" if trainer.blocks.idle_ranks else ""
+        self._say(
+            f"{model.layers} layers, dim {model.dim}, {model.heads} heads; "
+            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
+        )
+        self._say(task.describe())
+        if trainer.origin:
+            self._say(trainer.origin)
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    @contextmanager
+    def decisions(self) -> Iterator[None]:
+        """Inside, what error control logs is shown among the other lines."""
+        logger, handler = logging.getLogger("mlpint.control.error_control"), _Lines(self._say)
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+    def step(self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float) -> None:
+        """Of a step that is done; ``measures`` are those of a validation after it, by name."""
+        if not self.leads:
+            return
+        run, decision = self.config.run, self.trainer.decision
+        measured = {"val_loss": None} if measures is None else {f"val_{k}": v for k, v in measures.items()}
+        watched = decision is not None and decision.action != "none"
+        if watched and decision.skip:  # without a loss: curves pass over it
+            self.metrics.write({"step": done, **measured, "control": decision.as_dict()})
+            if self.bar is not None:
+                self.bar.update()
+            return
+        lr = self.trainer.optimizer.param_groups[0]["lr"]
+        line = {
+            "step": done,
+            "loss": loss,
+            **measured,
+            "lr": lr,
+            "grad_norm": norm,
+            "seconds": seconds,
+            self.trainer.task.unit: done * self.per_step,
+            "mode": self.trainer.mode,
+            "iterations": self.trainer.iterations,
+        }
+        phase, flops, total = self.trainer.phase, self.trainer.flops, self.trainer.total
+        if phase is not None:
+            line["network"], line["fine_step"] = phase.name, phase.fine_step + 1
+        if flops is not None:
+            line["flops"], line["flops_all"] = flops.blocks, flops.all
+        if watched:
+            line["control"] = decision.as_dict()
+        self.metrics.write(line)
+        self.interval.append(seconds)
+        self.exact_steps += self.trainer.mode == "exact"
+        if self.bar is not None:
+            self.bar.update()
+        if done % run.log_every == 0 or done == total or measures is not None:
+            left = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
+            held_out = "".join(
+                f"  val {value:.4f}" if name == "loss" else f" {name} {value:.4f}"
+                for name, value in (measures or {}).items()
+            )
+            self._say(
+                f"step {done:>{len(str(total))}}/{total}  {phase.name + '  ' if phase else ''}"
+                f"loss {loss:.4f}{held_out}  {self.trainer.mode}  "
+                f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * self.per_step / sum(self.interval):,.0f} "
+                f"{self.trainer.task.unit}/s  "
+                f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
+            )
+            self.interval.clear()
+
+    def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
+        jointly(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
+
+    def _close(self, sample: Sample | None, comparison: Comparison | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if sample is not None and sample.measures:
+            measures = {f"test_{name}": value for name, value in sample.measures.items()}
+            self.metrics.write({"step": self.trainer.step, **measures})
+        if comparison is not None:
+            self.metrics.write({"step": self.trainer.step, "comparison": dataclasses.asdict(comparison)})
+        self.metrics.close()
+        lines = read_lines(self.directory / "metrics.jsonl")
+        label, control = describe(self.config.solver.mgrit()), self.trainer.control
+        loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
+        if sample is not None:
+            (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
+            self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
+        if control is not None and control.history:
+            checks = [d for d in control.history if d.measured is not None]
+            changes, steps = sum(d.after != d.before for d in control.history), self.trainer.step - self.first
+            self._say(
+                f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
+                f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"
+            )
+        if comparison is not None:
+            mode = describe(self.trainer.blocks.options)
+            self._say(
+                f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
+                f"layer-parallel {mode} {comparison.seconds:.3f} s, exact serial sweep "
+                f"{comparison.exact_seconds:.3f} s, ratio {comparison.speedup:.2f}x\n"
+                f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
+                f"cosine {comparison.gradient_cosine:.4f}"
+            )
+        self._say(f"written: {self.directory}/ with " + ", ".join(sorted(p.name for p in self.directory.iterdir())))
+
+
+class _Lines(logging.Handler):
+    """Shows what is logged among the other lines, above a progress bar."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
+def _ranks(comm: Comm) -> str:
+    return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+
+
+def _memory(device: torch.device) -> float:
+    """Largest memory of this rank so far, MiB: on the GPU if it trains there, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

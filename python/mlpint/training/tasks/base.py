@@ -1,0 +1,118 @@
+"""What a task is to the training loop."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...comm.communicator import Comm
+from ..config import TrainConfig
+
+Batch = tuple[torch.Tensor, ...]
+
+IGNORED = -100  # a target that does not count: padding
+
+
+class Sample(NamedTuple):
+    """What a trained model does, to be looked at: shown under a title, and written to sample.txt.
+
+    Attributes:
+        measures: of the sample as a whole, by name; written to metrics.jsonl as ``test_...``.
+    """
+
+    title: str
+    shown: str
+    written: str
+    measures: Mapping[str, float] = MappingProxyType({})
+
+
+class Task(abc.ABC):
+    """Data, a model for them, the loss to be minimised and what is measured on held-out data.
+
+    It is made on every rank from the same configuration and reads its files at once. Batches are functions of the seed
+    and of their number alone, in host memory: all ranks draw the same ones, and a run can go on anywhere.
+
+    Attributes:
+        name: where the data came from.
+        unit: what a run's progress is counted in.
+        per_batch: so many of them are in a batch; of padded sequences, with the padding.
+        held_out_batches: batches that go once through the held-out data.
+    """
+
+    name: str
+    unit = "tokens"
+    per_batch: int
+    held_out_batches: int
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The data in one line."""
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """What ranks compare to know that they have read the same data."""
+
+    def identity(self) -> dict[str, str]:
+        """What must not change between a checkpoint and the run that goes on with it, such as the vocabulary."""
+        return {}
+
+    @abc.abstractmethod
+    def model(self) -> nn.Module:
+        """A new model, drawn from torch's generator. Its attribute ``blocks`` is the stack to be solved in parallel."""
+
+    @abc.abstractmethod
+    def train(self, position: int) -> Batch:
+        """Batch 0, 1, ... of the training data."""
+
+    @abc.abstractmethod
+    def validation(self, index: int, count: int) -> Batch:
+        """Batch ``index`` of ``count`` from the held-out data, the same each time."""
+
+    def validation_batches(self, wanted: int) -> int:
+        """How many batches a validation takes if so many are wanted; 0: those that go through all held-out data."""
+        return min(wanted or self.held_out_batches, self.held_out_batches)
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
+        """By name, a sum over the batch and what it is to be divided by: added up over batches before the division."""
+        return {"loss": (float(self.loss(model, batch)), 1)}
+
+    def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:
+        """Measures on held-out data, by name; one of them is ``loss``. Collective; the model is in eval mode."""
+        sums: dict[str, tuple[float, float]] = {}
+        count = self.validation_batches(self.config.run.eval_batches)
+        for i in range(count):
+            batch = tuple(t.to(device) for t in self.validation(i, count))
+            for name, (value, weight) in self.measure(model, batch).items():
+                total, weights = sums.get(name, (0, 0))
+                sums[name] = total + value, weights + weight
+        return {name: total / weight for name, (total, weight) in sums.items()}
+
+    def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
+        """Shows what the model has learnt. Collective; the model is in eval mode."""
+        return None
+
+
+def measured(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """What :meth:`Task.measure` gives of a classification: cross-entropy and accuracy, over targets not IGNORED.
+
+    Args:
+        logits: [..., classes].
+        targets: [...] int64.
+    """
+    logits, targets = logits.float().flatten(0, -2), targets.flatten()
+    count = int((targets != IGNORED).sum())
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return {"loss": (float(loss), count), "accuracy": (float((logits.argmax(-1) == targets).sum()), count)}

@@ -1,0 +1,54 @@
+"""Next-token prediction on text: GPT-2 (Radford et al., 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...comm.communicator import Comm
+from ..models import GPT
+from ..sampling import generate
+from .base import Batch, Sample
+from .text import TextTask
+
+
+class GPTTask(TextTask):
+    """A decoder that predicts each token from those before it."""
+
+    def model(self) -> nn.Module:
+        model = self.config.model
+        return GPT(
+            self.corpus.vocabulary,
+            self.config.data.sequence,
+            model.layers,
+            model.dim,
+            model.heads,
+            model.dropout,
+            model.tied,
+            model.ffn,
+        )
+
+    def train(self, position: int) -> Batch:
+        return self.batches.train(position)
+
+    def validation_batches(self, wanted: int) -> int:
+        return wanted or self.held_out_batches  # more than that overlap
+
+    def validation(self, index: int, count: int) -> Batch:
+        return self.batches.validation(index, count)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean cross-entropy in nats per token."""
+        inputs, targets = batch
+        return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+    def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
+        """How held-out text goes on."""
+        run, sequence = self.config.run, self.config.data.sequence
+        if not run.sample:
+            return None
+        prompt = self.corpus.validation[: min(32, sequence)].tolist()
+        tokens = generate(model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=comm, device=device)
+        given, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
+        return Sample(f"{given!r} goes on", text, given + text)

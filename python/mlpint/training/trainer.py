@@ -1,0 +1,244 @@
+"""A model with its optimiser and its place in the data, and what is done with them in a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint as checkpoints
+from ..comm.collectively import jointly
+from ..comm.communicator import Comm
+from ..control.decision import Decision
+from ..control.error_control import ErrorControl
+from ..control.ladder import describe
+from ..errors import ConfigError, TrainingError
+from ..flops import FlopMeter
+from ..mgrit.options import MGRIT
+from ..multilevel import Multilevel, Phase
+from ..nn import random_keys
+from ..parallel.clip import clip_grad_norm_
+from ..parallel.layer_parallel import LayerParallel
+from .comparison import Comparison, compare, exact
+from .config import TrainConfig
+from .initial_weights import check_identity, start_from
+from .optimizer import learning_rate, make_optimizer
+from .tasks import Sample, Task
+
+
+class Trainer:
+    """A task's model, its optimiser and its place in the data.
+
+    Attributes:
+        step: optimiser steps done, on all levels.
+        phase: of multilevel training, that of the last step; None without.
+        flops: the meter; None where the blocks differ from each other.
+        position: batches taken from the training data.
+        iterations: of the last step's solves, by direction; 0 where exact.
+        mode: the solver's options in the last step, in short.
+        origin: where weights that were not drawn came from, in one line.
+        decision: what error control made of the last step; None without control.
+        model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, comm: Comm) -> None:
+        self.config, self.task, self.comm, self.device = config, task, comm, comm.device
+        solver = config.solver
+        torch.manual_seed(config.run.seed)  # every rank builds the same model
+        self.model = task.model()
+        self.model.blocks = self.blocks = LayerParallel(
+            self.model.blocks,
+            solver.mgrit(),
+            comm=comm,
+            step_size=solver.step_size or 1 / (len(self.model.blocks) - solver.open_layers - solver.close_layers),
+            open_layers=solver.open_layers,
+            close_layers=solver.close_layers,
+            layout=solver.layout,
+            recompute=solver.recompute,
+            serial_microbatches=solver.serial_microbatches,
+        )
+        for direction in ("forward", "backward"):
+            self.blocks.solver(direction)  # raises here what it would raise in the first step
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.multilevel: Multilevel | None = None
+        if config.multilevel.multilevel:
+            options = config.multilevel.options()
+            self.multilevel = Multilevel(self.blocks, self.optimizer, model=self.model, **options)
+            self.flops = self.multilevel.flops
+        else:
+            self.flops = FlopMeter(self.blocks, self.model) if _alike(self.blocks) else None
+        self.phase: Phase | None = None
+        self.step = self.position = 0
+        self.origin = ""
+        self.iterations: dict[str, int] = {}
+        self.mode = describe(self.blocks.options)
+        self.decision: Decision | None = None
+        self.control: ErrorControl | None = None
+        if solver.measure is not None:
+            self.control = ErrorControl(
+                self.blocks, measure=solver.measure, target=solver.control_target or None, every=solver.control_every
+            )
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16")
+
+    def training_loss(self, step: int, microbatch: int, position: int) -> torch.Tensor:
+        """Of a microbatch. Random numbers depend on the arguments alone."""
+        self.blocks.dropout_key(step, microbatch)
+        torch.manual_seed(random_keys.key(self.config.run.seed, step, microbatch, self.config.model.layers))
+        batch = tuple(t.to(self.device) for t in self.task.train(position))
+        with self.autocast():
+            return self.task.loss(self.model, batch)
+
+    def forward_backward(self, step: int, microbatch: int, position: int) -> float:
+        """Adds a microbatch's gradients; returns its loss."""
+        loss = self.training_loss(step, microbatch, position)
+        (loss / self.config.data.accumulate).backward()
+        return float(loss.detach())
+
+    def phases(self) -> Iterator[Phase | None]:
+        """What :meth:`train_step` takes, for each step that is left."""
+        if self.multilevel is not None:
+            yield from self.multilevel.schedule(self.config.run.steps)
+        else:
+            yield from itertools.repeat(None, self.config.run.steps - self.step)
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps in all; those that are certain to come, where the number of cycles is not fixed."""
+        if self.multilevel is None:
+            return self.config.run.steps
+        return self.multilevel.total_steps(self.config.run.steps)
+
+    def train_step(self, phase: Phase | None = None) -> tuple[float, float]:
+        """One optimiser step, of one of the networks. Returns loss and gradient norm, the same on every rank.
+
+        With error control a step whose numbers are not finite is skipped, and counts.
+
+        Raises:
+            TrainingError: if either is not a number; the weights are as before the step.
+        """
+        self.phase = phase
+        if phase is None:
+            with self.flops.step() if self.flops else nullcontext():
+                return self._train_step((self.step, self.config.run.steps))
+        self.position = phase.batch_index * self.config.data.accumulate
+        with phase:
+            loss, norm = self._train_step((phase.clock, phase.clock_steps))
+            phase.loss(loss)
+        return loss, norm
+
+    def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:
+        accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
+        losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
+        self.iterations, self.mode = dict(self.blocks.stats.iterations), describe(self.blocks.options)
+        loss = sum(losses) / accumulate
+        self.decision = None
+        if self.control is not None and (self.phase is None or self.phase.fine):
+            last = self.step, accumulate - 1, self.position + accumulate - 1
+            self.decision = self.control.step(loss, lambda: self.training_loss(*last))
+            if self.decision.skip:
+                self._next()
+                return loss, math.nan
+        norm = clip_grad_norm_(self.model, limit)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; lower lr, or raise forward_iters and "
+                "backward_iters (0 is exact)"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(*clock, self.config.optimizer)
+        self.optimizer.step()
+        self._next()
+        return loss, norm
+
+    def _next(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.position = self.step + 1, self.position + self.config.data.accumulate
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and the task's other measures of the exact network on held-out data."""
+        self.model.eval()
+        with exact(self.blocks), self.autocast():
+            found = self.task.validate(self.model, self.device, self.comm)
+        self.model.train()
+        return found
+
+    @torch.no_grad()
+    def sample(self) -> Sample | None:
+        """What the exact network has learnt, to be looked at; None if no sample is wanted."""
+        self.model.eval()
+        with exact(self.blocks):
+            sample = self.task.sample(self.model, self.device, self.comm)
+        self.model.train()
+        return sample
+
+    def compare(self) -> Comparison | None:
+        """Layer-parallel against exact on the next batches; None if it is not wanted or there is only one way."""
+        count = self.config.run.compare
+        if not count or self.blocks.options.exact:
+            return None
+        first = self.position
+        return compare(
+            self.model, self.blocks, lambda n: self.forward_backward(self.step, n, first + n), count, self.comm
+        )
+
+    def save(self, directory: Path) -> None:
+        info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
+        info["task"] = self.task.identity()
+        if self.control is not None:
+            info["control"] = self.control.state_dict()
+        if self.flops is not None:
+            info["flops"] = self.flops.as_dict()
+        extra = {}
+        if self.multilevel is not None:
+            state = self.multilevel.state_dict()
+            info["multilevel"], extra = state["info"], state["tensors"]
+            info["fine_steps"] = self.flops.steps["fine"]
+        keep = self.config.run.checkpoint_keep
+        checkpoints.save(
+            directory, self.step, self.model, self.optimizer, info=info, extra=extra, keep=keep, comm=self.comm
+        )
+
+    def start_from(self, path: str) -> None:
+        """Takes the weights of another run where they fit, before the first step; see :func:`origin.start_from`."""
+        self.origin = start_from(path, self.model, self.config, self.task, self.comm)
+
+    def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        check_identity(checkpoint, self.task, "go on with the data that the run began with")
+        checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
+        self.step, self.position = checkpoint.step, checkpoint.info["position"]
+        if self.flops is not None and "flops" in checkpoint.info:
+            self.flops.load(checkpoint.info["flops"])
+        if self.multilevel is not None:
+            tensors: dict[str, torch.Tensor] = {}
+            jointly(self.comm, lambda: tensors.update(checkpoint.extra(self.multilevel.wants)))
+            try:
+                self.multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint.path}: {error}") from None
+        if self.control is None:
+            return
+        self.control.steps = self.step
+        state = checkpoint.info.get("control")
+        # Where other options have been asked for, those it had come to are no rung above them: it begins anew.
+        if state is not None and MGRIT(**state["options"]) in self.control.ladder:
+            try:
+                self.control.load_state_dict(state)
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint.path}: {error}") from None
+
+
+def _alike(blocks: LayerParallel) -> bool:
+    """Whether all layers have parameters of the same names and shapes. Collective."""
+    kinds = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
+    found = [kind for kinds in blocks.comm.gather(json.dumps(sorted(kinds)).encode()) for kind in json.loads(kinds)]
+    return len(set(found)) <= 1

@@ -1,0 +1,151 @@
+"""Comm does on real ranks what it says (programs/communication.py); init finds every launcher, or names the remedy."""
+
+import pytest
+
+from launch import run
+from mlpint import Comm, init
+from mlpint.comm.launchers import Launch, detect, first_host
+from scenarios import check, names
+
+JOBS = [("alone", 1), *(("mpich", n) for n in (1, 2, 3, 4)), ("openmpi", 3), ("torchrun", 1), ("torchrun", 3)]
+
+
+@pytest.mark.parametrize("scenario", names("communication.py"))
+@pytest.mark.parametrize(("launcher", "ranks"), JOBS)
+def test_communication(scenario, launcher, ranks):
+    check("communication.py", scenario, launcher, ranks)
+
+
+HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "4321"}
+TORCHRUN = TORCH | {"TORCHELASTIC_RUN_ID": "x"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[07-09]"}
+PORT = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch("alone")),
+        (HYDRA, Launch("mpi", "an MPICH-like mpirun", 2, 4, 1)),
+        (HYDRA | {"PMI_RANK": "0", "PMI_SIZE": "1"}, Launch("alone", "an MPICH-like mpirun")),
+        (OPEN_MPI, Launch("mpi", "Open MPI's mpirun", 1, 2, 0)),
+        (OPEN_MPI | TORCH, Launch("mpi", "Open MPI's mpirun", 1, 2, 0)),
+        (TORCHRUN, Launch("torch", "torchrun", 3, 4, 1, "node7", 4321)),
+        (TORCHRUN | OPEN_MPI, Launch("torch", "torchrun", 3, 4, 1, "node7", 4321)),
+        (TORCHRUN | {"WORLD_SIZE": "1"}, Launch("alone", "torchrun")),
+        (TORCH, Launch("torch", "RANK and WORLD_SIZE in the environment", 3, 4, 1, "node7", 4321)),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, Launch("alone")),  # nowhere to meet
+        (SRUN | PORT, Launch("torch", "srun without --mpi", 3, 4, 1, "n07", 20373)),
+        (SRUN | {"MASTER_ADDR": "n01", "MASTER_PORT": "99"}, Launch("torch", "srun without --mpi", 3, 4, 1, "n01", 99)),
+        (SRUN | {"PMIX_RANK": "3"}, Launch("mpi", "srun", 3, 4, 1)),
+        (SRUN | HYDRA, Launch("mpi", "an MPICH-like mpirun", 2, 4, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("alone")),  # a batch script's own shell
+    ],
+)
+def test_launcher_is_read_from_the_environment(environment, expected):
+    assert detect(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        (HYDRA | {"PMI_RANK": "two"}, "PMI_RANK='two'"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "did not set OMPI_COMM_WORLD_RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, "srun --mpi=pmix"),
+    ],
+)
+def test_launcher_that_says_half(environment, text):
+    with pytest.raises(ValueError, match=text):
+        detect(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu-3-[007,9-12].x,b2", "gpu-3-007.x"),
+        ("node[003-007,9],other", "node003"),
+        ("", ""),
+    ],
+)
+def test_first_host_of_a_slurm_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("inf"), float("nan"), "soon"])
+def test_stall_limit_must_be_a_positive_number(limit, monkeypatch):
+    with pytest.raises(ValueError, match=f"stall_limit must be a positive number of seconds, got {limit!r}"):
+        init(stall_limit=limit)
+    monkeypatch.setenv("MLPINT_STALL_LIMIT", str(limit))
+    with pytest.raises(ValueError, match=f"MLPINT_STALL_LIMIT must be a positive number of seconds, got '{limit}'"):
+        Comm.of(None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "text"), [("MPI", "got 'MPI'"), ("mpi", "needs mpirun"), ("gloo", "needs torchrun")]
+)
+def test_backend_that_the_launcher_has_not(backend, text):
+    result = run(f"import mlpint; mlpint.init(backend={backend!r})", 1, "alone")
+    assert result.returncode != 0 and text in result.stderr.splitlines()[-1], result.stderr
+
+
+@pytest.mark.parametrize("launcher", ["mpich", "openmpi", "torchrun"])
+def test_init_prints_nothing(launcher):
+    result = run("import mlpint; mlpint.init().barrier()", 2, launcher).check()
+    assert result.stdout.strip() == result.stderr.strip() == ""
+
+
+def test_import_loads_no_mpi_and_alone_neither():
+    run("import sys, mlpint; mlpint.init(); assert not any('mpi4py' in m for m in sys.modules)", 1, "alone").check()
+
+
+def test_backend_self_is_alone_under_any_launcher():
+    program = "import mlpint; comm = mlpint.init(backend='self'); assert (comm.rank, comm.size) == (0, 1)"
+    run(program, 2, "mpich").check()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "loaded", "symptom"),
+    [
+        ("mpich+openmpi", "mpi4py uses Open MPI", "it sees 1 rank"),
+        ("openmpi+mpich", "mpi4py uses MPICH", "which is another MPI"),
+    ],
+)
+def test_mpirun_of_another_mpi(launcher, loaded, symptom):
+    result = run("import mlpint; mlpint.init(); print('on')", 2, launcher)
+    assert result.returncode != 0 and "on\n" not in result.stdout and not result.orphans, result.describe()
+    for text in ("rank 1 of 2", loaded, symptom, 'pip install "mlpint[mpich]"', "MPI4PY_LIBMPI", "torchrun"):
+        assert text in result.stderr, (text, result.stderr)
+
+
+def test_missing_mpi():
+    result = run("import mlpint; mlpint.init()", 2, "mpich", env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+    assert result.returncode != 0
+    assert "there is no MPI library" in result.stderr and 'pip install "mlpint[mpich]"' in result.stderr, result.stderr
+
+
+def test_script_that_has_connected_the_ranks_itself():
+    run(
+        """
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        import mlpint
+        comm = mlpint.init()
+        assert comm.size == 2 and len(comm.gather(b"")) == 2
+        """,
+        2,
+        "torchrun",
+    ).check()
+    run(
+        """
+        from mpi4py import MPI
+        import mlpint
+        comm = mlpint.init()
+        assert comm.size == 2 and len(comm.gather(b"")) == 2
+        """,
+        2,
+        "mpich",
+    ).check()

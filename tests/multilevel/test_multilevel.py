@@ -1,0 +1,459 @@
+"""Multilevel training against the same training written out with explicit lists of blocks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlpint import MGRIT, LayerParallel, Multilevel
+from mlpint.errors import DataError
+from reference_multilevel import Block, Net, Reference, adamw, batches, momentum, sgd
+
+RULES = {
+    "sgd": (sgd, lambda ps, lr: torch.optim.SGD(ps, lr)),
+    "momentum": (momentum, lambda ps, lr: torch.optim.SGD(ps, lr, momentum=0.9)),
+    "adamw": (adamw, lambda ps, lr: torch.optim.AdamW(ps, lr, betas=(0.9, 0.99), weight_decay=0.1)),
+}
+LR = {"sgd": 0.05, "momentum": 0.02, "adamw": 0.01}
+
+
+def net_of(layers=8, container=nn.Sequential):
+    torch.manual_seed(3)
+    return Net(layers, container=container).double()
+
+
+def run(net, optimizer, total, stream, **options):
+    """The user's loop."""
+    multilevel = Multilevel(net.blocks, optimizer, **options)
+    losses = []
+    for phase in multilevel.schedule(total):
+        with phase:
+            loss = net.loss(next(stream))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append((phase.name, float(loss.detach())))
+    return multilevel, losses
+
+
+def compare(rule="sgd", layers=8, total=4, container=nn.Sequential, wrap=False, tolerance=1e-12, **options):
+    net = net_of(layers, container)
+    step, make = RULES[rule]
+    state = options.get("state", "restrict")
+    reference = Reference(
+        net,
+        step,
+        LR[rule],
+        delta=options.get("delta", 0.25),
+        networks=options.get("networks", 2),
+        ode=options.get("step_size", "ode") == "ode",
+        state=state,
+        neighbours=options.get("neighbours", "none"),
+        rewarm=options.get("rewarm", 10),
+    )
+    cycles, coarse_steps = options.setdefault("cycles", 2), options.setdefault("coarse_steps", 3)
+    cycles = cycles if isinstance(cycles, tuple) else (cycles,)
+    coarse_steps = coarse_steps if isinstance(coarse_steps, tuple) else (coarse_steps,)
+    expected = reference.train(
+        reference.blocks, 1.0, total, cycles, coarse_steps, iter(batches(200)), order=options.get("order", "AB"),
+        single=options.get("single", False),
+    )  # fmt: skip
+    if wrap:
+        net.blocks = LayerParallel(net.blocks, MGRIT(levels=1))
+    _, losses = run(net, make(net.parameters(), LR[rule]), total, iter(batches(200)), **options)
+    assert [name for name, _ in losses] == [name for name, _ in expected]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(losses, expected, strict=True)) < tolerance
+    assert reference.error(net) < tolerance
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
+def test_follows_the_method_written_out(container):
+    compare(container=container)
+    compare("adamw", container=container, wrap=True, levels=3, cycles=(2, 1), coarse_steps=(3, 2), tolerance=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"order": "BA"},
+        {"order": "alternating", "cycles": 3},
+        {"step_size": "unit"},
+        {"single": True},
+        {"networks": 4},
+        {"neighbours": "average"},
+        {"neighbours": "correction", "networks": 4},
+        {"levels": 3, "cycles": (2, 1), "coarse_steps": (3, 2)},
+        {"levels": 3, "cycles": (2, 3), "coarse_steps": (3, 2), "step_size": "unit"},
+        {"levels": 4, "cycles": (1, 1, 1), "coarse_steps": (2, 2, 2), "neighbours": "average"},
+        {"cycles": 9},
+        {"cycles": 0},
+    ],
+    ids=str,
+)
+def test_options(options):
+    compare(**options)
+
+
+@pytest.mark.parametrize("state", ["restrict", "separate", "reset", "carry"])
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_optimiser_state(rule, state):
+    compare(rule, state=state, rewarm=2, tolerance=1e-10)
+    compare(rule, state=state, levels=3, cycles=(2, 1), coarse_steps=(3, 2), rewarm=2, tolerance=1e-10)
+
+
+def test_gradients_set_to_zero_move_no_block_outside_the_network():
+    net = net_of(4)
+    optimizer = torch.optim.AdamW(net.parameters(), 0.01)
+    stream = iter(batches(100))
+    for phase in Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2, delta=0).schedule(2):
+        before = [p.detach().clone() for p in net.blocks.parameters()]
+        with phase:
+            net.loss(next(stream)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        moved = [not torch.equal(a, b) for a, b in zip(before, net.blocks.parameters(), strict=True)]
+        assert all(moved) if phase.fine else not any(moved)  # delta 0: the fine network keeps its weights
+
+
+def test_between_phases_the_model_is_the_fine_network():
+    net, other = net_of(4), net_of(4)
+    optimizer, plain = torch.optim.SGD(net.parameters(), 0.05), torch.optim.SGD(other.parameters(), 0.05)
+    stream, batch = iter(batches(100)), batches(1, seed=9)[0]
+    other.loss(batches(1)[0]).backward()
+    plain.step()
+    for step, phase in enumerate(Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=4).schedule(1)):
+        with phase:
+            net.loss(next(stream)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step < 4:  # not prolonged yet; embedding and head are those in training
+            for p, q in zip(net.blocks.parameters(), other.blocks.parameters(), strict=True):
+                assert torch.equal(p, q)
+            other.embed.load_state_dict(net.embed.state_dict())
+            other.head.load_state_dict(net.head.state_dict())
+            assert torch.equal(net.loss(batch), other.loss(batch))
+    assert step == 8
+    assert not torch.equal(net.loss(batch), other.loss(batch))
+
+
+def test_flops_by_network():
+    net = net_of(8)
+    multilevel, _ = run(net, torch.optim.SGD(net.parameters(), 0.01), 3, iter(batches(100)), cycles=2, coarse_steps=5)
+    meter = multilevel.flops
+    assert meter.steps == {"fine": 3, "A": 10, "B": 10} and multilevel.steps_done == 23
+    assert meter.blocks == (3 * 8 + 20 * 4) * 3 * 2 * 5 * 2 * 4 * 6 and meter.tokens == 23 * 5
+
+
+def phases(total, layers=8, **options):
+    """Schedules without training."""
+    net = net_of(layers)
+    multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), **options)
+    found = []
+    for phase in multilevel.schedule(total):
+        with phase:
+            found.append(phase)
+    return found
+
+
+def test_what_a_phase_tells():
+    options = {"cycles": 2, "coarse_steps": 3}
+    found = phases(4, **options)
+    assert [p.name for p in found] == ["fine", *"AAABBB", "fine", *"AAABBB", "fine", "fine"]
+    assert [p.batch_index for p in found] == list(range(16))
+    assert [p.clock for p in found] == [0] * 7 + [1] * 7 + [2, 3] and {p.clock_steps for p in found} == {4}
+    assert found[0].layers == tuple(range(8)) and found[1].layers == (1, 3, 5, 7) and found[4].layers == (0, 2, 4, 6)
+    assert [p.level for p in found[:2]] == [0, 1] and found[0].fine and not found[1].fine
+
+    # Two cycles: a fine step, then 3 + 3 of half the layers, which make 3; then two fine steps.
+    found = phases(4, **options, clock="work")
+    assert [p.clock for p in found] == [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9]
+    assert {p.clock_steps for p in found} == {10}
+    found = phases(4, **options, data="same", clock="own")
+    assert [p.batch_index for p in found] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+    assert [p.clock for p in found if p.fine] == [0, 1, 2, 3]
+    coarse = [p for p in found if not p.fine]
+    assert [p.clock for p in coarse] == list(range(12)) and {p.clock_steps for p in coarse} == {12}
+
+    deep = phases(2, **options, levels=3)
+    assert [p.name for p in deep][:11] == ["fine", "A", *["AA"] * 3, *["AB"] * 3, "A", "A", "B"]
+    assert [len(deep), deep[-1].batch_index] == [38, 37]
+    same = phases(2, **options, levels=3, data="same")
+    assert same[-1].batch_index == 13
+    two = phases(2, cycles=(1, 2), coarse_steps=(3, 2), levels=3)
+    assert [p.name for p in two if p.name[0] == "B"] == ["B", "BA", "BA", "BB", "BB"] * 2 + ["B"]
+
+
+def test_the_user_needs_no_more_batches_than_announced():
+    for options in ({}, {"levels": 3}, {"data": "same"}, {"levels": 3, "cycles": (5, 3)}, {"single": True}):
+        options = {"cycles": 2, "coarse_steps": 3, **options}
+        needed = max(p.batch_index for p in phases(4, **options)) + 1
+        net = net_of(8)
+        multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), **options)
+        multilevel.schedule(4, batches=needed)
+        with pytest.raises(ValueError, match=f"takes {needed} batches .* the data has {needed - 1}: lower total_steps"):
+            multilevel.schedule(4, batches=needed - 1)
+
+
+def test_learning_rate_of_coarse_steps():
+    net = net_of(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    options = {"cycles": 1, "coarse_steps": 4, "coarse_lr": 0.5, "state": "reset", "rewarm": 2}
+    used = []
+
+    def spy(optimizer, *_):
+        used.append(optimizer.param_groups[0]["lr"])
+
+    for phase in Multilevel(net.blocks, optimizer, **options).schedule(2):
+        with phase:
+            optimizer.param_groups[0]["lr"] = 0.4 if phase.fine else 0.8
+            handle = optimizer.register_step_pre_hook(spy)
+            net.loss(batches(1)[0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.remove()
+            assert optimizer.param_groups[0]["lr"] == (0.4 if phase.fine else 0.8)
+    assert used == pytest.approx([0.4, *[0.2, 0.4, 0.4, 0.4] * 2, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "message"),
+    [
+        ({}, 9, "9 layers cannot be split evenly into 2 .* multiple of 2; take 8 or 10 layers"),
+        ({}, 1, "1 layers cannot be split .* take 2 layers"),
+        ({"levels": 3}, 6, "multiple of 4; take 4 or 8 layers"),
+        ({"networks": 3}, 8, "multiple of 3; take 6 or 9 layers"),
+        ({"delta": -0.1}, 8, r"delta = -0.1: must be a number in \[0, 1\]"),
+        ({"delta": 1.5}, 8, r"delta = 1.5: must be a number in \[0, 1\]"),
+        ({"delta": float("nan")}, 8, "delta = nan: must be"),
+        ({"delta": True}, 8, "delta = True: must be"),
+        ({"coarse_steps": 0}, 8, "coarse_steps = 0: must be an integer of at least 1"),
+        ({"coarse_steps": (1, 2)}, 8, r"coarse_steps = \(1, 2\): must be one number, or 1 for levels = 2"),
+        ({"cycles": -1}, 8, "cycles = -1: must be an integer of at least 0 or 'auto'"),
+        ({"cycles": (3, "auto"), "levels": 3}, 8, "cycles = .* must be an integer"),
+        ({"cycles": "auto", "clock": "own"}, 8, "clock = 'own': its length is not known"),
+        ({"networks": 1}, 8, "networks = 1: must be an integer of at least 2"),
+        ({"levels": 1}, 8, "levels = 1: must be an integer of at least 2"),
+        ({"order": "ba"}, 8, "order = 'ba': must be one of AB, BA, alternating"),
+        ({"state": "none"}, 8, "state = 'none': must be one of carry, restrict, separate, reset"),
+        ({"coarse_lr": -1}, 8, "coarse_lr = -1: must be a number of at least 0"),
+    ],
+)
+def test_bad_options(options, layers, message):
+    net = net_of(layers)
+    with pytest.raises(ValueError, match=message):
+        Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), **options)
+
+
+def test_bad_blocks_and_optimisers():
+    net = net_of(4)
+    sgd_of = lambda module: torch.optim.SGD(module.parameters(), 0.1)  # noqa: E731
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got list"):
+        Multilevel(net.blocks, list(net.parameters()))
+    with pytest.raises(ValueError, match="does not own 'up.weight' of block 0: pass the one that trains the blocks"):
+        Multilevel(net.blocks, sgd_of(net.head))
+    with pytest.raises(ValueError, match="total_steps = 0: must be an integer of at least 1"):
+        Multilevel(net.blocks, sgd_of(net)).schedule(0)
+    with pytest.raises(TypeError, match="detla"):
+        Multilevel(net.blocks, sgd_of(net), detla=0.5)
+    net.blocks[2].up = nn.Linear(4, 5)
+    net.blocks[2].down = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match=r"blocks 0 and 2 differ: 'up.weight' is \(6, 4\) in one and \(5, 4\) in the"):
+        Multilevel(net.blocks, sgd_of(net))
+    net = net_of(4)
+    net.blocks[3].up = net.blocks[1].up
+    with pytest.raises(ValueError, match="blocks 1 and 3 share 'up.weight'"):
+        Multilevel(net.blocks, sgd_of(net))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Adagrad])
+def test_a_state_that_cannot_be_averaged_is_refused_unless_it_need_not_be(optimizer):
+    net = net_of(4)
+    with pytest.raises(ValueError, match="optimiser.* of layer 1's up.weight.*pass state='separate'"):
+        run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2)
+    assert "forward" not in net.blocks[0].__dict__
+    for state in ("separate", "reset", "carry"):
+        run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2, state=state)
+
+
+def test_the_end_of_the_data_is_named():
+    net = net_of(4)
+    with pytest.raises(DataError, match="data ended in optimiser step 4, phase 'B' of fine step 1.*lower total_steps"):
+        run(net, torch.optim.SGD(net.parameters(), 0.1), 2, iter(batches(3)), cycles=1, coarse_steps=2)
+
+
+def test_phases_are_entered_once_and_in_order():
+    net = net_of(4)
+    multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), cycles=1, coarse_steps=1)
+    with pytest.raises(RuntimeError, match=r"Phase\('fine'.*was not entered"):
+        for _ in multilevel.schedule(2):
+            pass
+    phases = multilevel.schedule(2)
+    first = next(phases)
+    with first, pytest.raises(RuntimeError, match="leave the one before the other"):
+        first.__enter__()
+    with pytest.raises(RuntimeError, match="is not the next step"), first:
+        pass
+    next(multilevel.schedule(3))
+    with pytest.raises(RuntimeError, match="another schedule"):
+        next(phases)
+
+
+def test_a_step_that_raised_is_offered_again():
+    def train(failing):
+        net = net_of(4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        data, count = batches(100), 0
+        for phase in Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2).schedule(2):
+            count += 1
+            try:
+                with phase:
+                    net.loss(data[phase.batch_index]).backward()
+                    if count in failing:
+                        raise KeyError(count)
+                    optimizer.step()
+            except KeyError:
+                pass
+            optimizer.zero_grad()
+        return net.state_dict()
+
+    plain, failed = train(()), train((1, 2, 4, 6, 8))
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), failed.values(), strict=True))
+
+
+def test_hugging_face_like_loops():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block().double()
+
+        def forward(self, hidden_states, mask=None):
+            return self.block(hidden_states), None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.h:
+                x = layer(hidden_states=x, mask=None)[0]
+            return x
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, outputs, weights = torch.randn(2, 4, dtype=torch.float64), {}, {}
+    for phase in Multilevel(model.h, optimizer, cycles=1, coarse_steps=1).schedule(1):
+        with phase:
+            outputs[phase.name], weights[phase.name] = model(x), copy.deepcopy(model)
+    b = [layer.block for layer in model.h]
+
+    def twice(block, x):
+        return x + 2 * (block(x) - x)
+
+    torch.testing.assert_close(outputs["fine"], b[3](b[2](b[1](b[0](x)))))
+    torch.testing.assert_close(outputs["A"], twice(b[3], twice(b[1], x)))
+    torch.testing.assert_close(outputs["B"], twice(b[2], twice(b[0], x)))
+
+
+def test_a_hugging_face_model():
+    config = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=4, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0)
+    config.embd_pdrop = 0.0
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tokens = torch.randint(17, (2, 8))
+    multilevel = Multilevel(model.transformer.h, optimizer, model=model, cycles=1, coarse_steps=1, delta=0.0)
+    for phase in multilevel.schedule(1):
+        other = copy.deepcopy(model)
+        with phase:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+        if not phase.fine:
+            hooked = [block.register_forward_hook(lambda m, args, y: 2 * y - args[0]) for block in other.transformer.h]
+            other.transformer.h = nn.ModuleList(other.transformer.h[n] for n in phase.layers)
+            assert len(hooked) == 4
+            torch.testing.assert_close(loss, other(tokens, labels=tokens, use_cache=False).loss)
+    tokens_seen, width, sequence = 16 * 3, 8, 8
+    dense, attention = 2 * 12 * width**2, 4 * sequence * width
+    assert multilevel.flops.blocks == 3 * (4 + 2 + 2) * 16 * (dense + attention)
+    assert multilevel.flops.outside == 3 * tokens_seen * 2 * width * 17
+
+
+def test_layers_that_change_their_state_are_refused():
+    class Wider(nn.Linear):
+        def forward(self, x):
+            return torch.cat([super().forward(x)] * 2, 0)
+
+    layers = nn.Sequential(*(Wider(4, 4) for _ in range(2)))
+    multilevel = Multilevel(layers, torch.optim.SGD(layers.parameters(), 0.1), cycles=1, coarse_steps=1)
+    with pytest.raises(ValueError, match="layer 1 turned 3x4 float32 cpu into 6x4 float32 cpu: a coarse network needs"):
+        for phase in multilevel.schedule(1):
+            with phase:
+                layers(torch.randn(3, 4))
+
+
+def test_coherence_makes_the_first_coarse_gradient_the_fine_one():
+    net = net_of(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    batch, gradients = batches(1)[0], {}
+    for phase in Multilevel(net.blocks, optimizer, cycles=2, coarse_steps=3, coherence=1.0).schedule(2):
+        with phase:
+            net.loss(batch).backward()
+            optimizer.step()
+            gradients[phase.name] = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+            optimizer.zero_grad()
+    for name, ratio in (("A", 2), ("B", 2)):
+        for key, gradient in gradients[name].items():
+            scale = ratio if "blocks" in key else 1
+            torch.testing.assert_close(gradient, scale * gradients["fine"][key], rtol=1e-10, atol=1e-14)
+    assert len(gradients["A"]) == len(gradients["B"]) == 4 + 2 * 4
+
+
+def test_coherence_averages_over_cycles():
+    net = net_of(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    data, seen, fine = batches(100), {"A": [], "B": []}, []
+    multilevel = Multilevel(net.blocks, optimizer, cycles=3, coarse_steps=2, coherence=0.5)
+    p = net.blocks[1].up.weight
+    for phase in multilevel.schedule(3):
+        with phase:
+            net.loss(data[phase.batch_index]).backward()
+            before = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+            if phase.fine:
+                fine.append(before)
+            elif phase.name == "A":
+                seen["A"].append((before, p.grad.clone()))
+            optimizer.zero_grad()
+    v, weight = 0, 0
+    for cycle in range(3):
+        (first, after), (second, after_second) = seen["A"][2 * cycle : 2 * cycle + 2]
+        v, weight = 0.9 * v + 0.1 * (first - 2 * fine[cycle]), 0.9 * weight + 0.1
+        torch.testing.assert_close(after, first - 0.5 * v / weight)
+        torch.testing.assert_close(after_second, second - 0.5 * v / weight)
+
+
+def test_cycles_end_where_fine_training_pays_more():
+    """Losses made up, falling along one slope in cycles and another in fine steps: the rule stops, or never does."""
+
+    def cycles(per_coarse, per_fine):
+        net = net_of(4)
+        multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.0), cycles="auto", coarse_steps=10)
+        loss, names = 10.0, []
+        for phase in multilevel.schedule(300):
+            with phase:
+                net.loss(batches(1)[0])
+                loss -= per_fine if phase.fine else per_coarse
+                phase.loss(torch.tensor(loss))
+            names.append(phase.name)
+        return "".join("f" if n == "fine" else n for n in names)
+
+    losing = cycles(0.001, 0.01)  # half a fine step's FLOPs
+    assert losing.count("A") == 10 * 2 * 5 and losing.endswith("f" * 260)
+    assert cycles(0.01, 0.001).count("A") > 900
+    with pytest.raises(RuntimeError, match="say phase.loss"):
+        phases(3, cycles="auto")

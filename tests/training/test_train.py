@@ -1,0 +1,439 @@
+"""`mlpint train`, alone and on several ranks, held to a training loop in plain PyTorch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mlpint
+from launch import run
+from mlpint import checkpoint, cli
+from mlpint.training import plots, tasks
+from mlpint.training.comparison import compare
+from mlpint.training.config import TrainConfig
+from mlpint.training.data import Batches, load
+from mlpint.training.metrics import Metrics, read_lines
+from mlpint.training.models import GPT
+from mlpint.training.sampling import generate
+from mlpint.training.trainer import Trainer
+
+SMALL = {
+    "layers": 10,
+    "dim": 16,
+    "heads": 2,
+    "sequence": 16,
+    "batch": 4,
+    "open_layers": 1,
+    "close_layers": 1,
+    "lr": 1e-2,
+}
+SMALL |= {"warmup": 3, "eval_batches": 2, "sample": 0, "compare": 0}
+COMMAND = "import sys; from mlpint.cli import main; sys.exit(main())"
+
+
+def flags(**values):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | values).items()]
+
+
+def steps_of(directory):
+    return [line for line in read_lines(directory / "metrics.jsonl") if "loss" in line]
+
+
+def losses_of(directory):
+    return [line["loss"] for line in steps_of(directory)]
+
+
+def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0):
+    """The same training in plain PyTorch: no LayerParallel, no code of the training loop."""
+    torch.manual_seed(0)
+    corpus = load("", sequence=16)
+    model = GPT(256, 16, layers=10, dim=16, heads=2)
+    decays = [p for p in model.parameters() if p.dim() == 2]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
+    if optimizer == "adamw":
+        opt = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    else:
+        opt = torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+
+    def rate(step):
+        return (step + 1) / 3 if step < 3 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 3) / (steps - 4)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
+    batches, losses = Batches(corpus, 16, 4, seed=0), []
+    for step in range(steps):
+        parts = []
+        for m in range(accumulate):
+            inputs, targets = batches.train(step * accumulate + m)
+            loss = F.cross_entropy(model(inputs).reshape(-1, 256), targets.reshape(-1))
+            (loss / accumulate).backward()
+            parts.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        opt.zero_grad()
+        schedule.step()
+        losses.append(sum(parts) / accumulate)
+    with torch.no_grad():
+        held_out = [batches.validation(i, 2) for i in range(2)]
+        val = [F.cross_entropy(model(x).reshape(-1, 256), y.reshape(-1)).item() for x, y in held_out]
+    return losses, sum(val) / 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2, "clip": 0.5}, {"optimizer": "sgd"}], ids=["adamw", "accumulate", "sgd"]
+)
+def test_exact_training_is_plain_training(options, tmp_path):
+    expected, val_loss = plain_losses(8, **options)
+    assert cli.main(["train", *flags(steps=8, levels=1, out=tmp_path / "run", **options)]) == 0
+    lines = steps_of(tmp_path / "run")
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
+    assert lines[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
+    assert lines[-1]["mode"] == "exact" and lines[-1]["iterations"] == {"forward": 0, "backward": 0}
+
+
+def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = flags(steps=60, eval_every=20, checkpoint_every=30, sample=10, compare=1, cfactor=2)
+    assert cli.main(["train", *arguments]) == 0
+    out, err = capsys.readouterr()
+    run_directory = tmp_path / "runs" / "001"
+    lines = read_lines(run_directory / "metrics.jsonl")
+    assert lines[0]["config"]["model"]["layers"] == 10 and lines[0]["ranks"] == 1
+    assert lines[0]["machine"]["torch"] == torch.__version__
+    steps = steps_of(run_directory)
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert [line["step"] for line in steps if line["val_loss"] is not None] == [20, 40, 60]
+    names = "step loss val_loss lr grad_norm seconds tokens mode iterations flops flops_all"
+    assert set(steps[1]) == set(names.split()) and set(steps[0]) == {*names.split(), "control"}
+    assert steps[-1]["tokens"] == 60 * 4 * 16 and steps[-1]["iterations"] == {"forward": 2, "backward": 1}
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1.5 and steps[-1]["val_loss"] < steps[0]["loss"] - 1.5
+
+    assert (run_directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_directory / "sample.txt").stat().st_size >= 16 + 10
+    assert checkpoint.open_checkpoint(run_directory).step == 60
+    assert "step 60/60  loss" in out and "layer-parallel (2,1) cf 2 fitted" in out and "error control: 3 checks" in out
+    assert "gradient against the exact one on one batch: relative error" in out and "cosine" in out
+    assert err == ""  # no progress bar where there is no terminal
+
+    assert cli.main(["train", *flags(steps=1)]) == 0  # a second run never writes over the first
+    assert (tmp_path / "runs" / "002" / "metrics.jsonl").exists()
+    assert cli.main(["report", "runs/001", "runs/002", "--out", "both.png"]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cli.main(["train", *flags(steps=1, out="runs/001")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert len(losses_of(run_directory)) == 60
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resuming_is_as_if_never_stopped(optimizer, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"steps": 6, "checkpoint_every": 2, "dropout": 0.1, "accumulate": 2, "optimizer": optimizer}
+    options |= {"coarse": "fitted", "cfactor": 2}  # which learns as it goes
+    assert cli.main(["train", *flags(out=whole, **options)]) == 0
+    assert cli.main(["train", *flags(out=cut, checkpoint_keep=2, **options)]) == 0
+    assert len([*(cut / "checkpoints").glob("step-*")]) == 2
+    (cut / "checkpoints" / "latest").write_text("step-00000004\n")  # as if it had been killed in step 5 or 6
+    assert cli.main(["train", "--resume", str(cut)]) == 0
+    assert losses_of(cut) == losses_of(whole)
+    assert weights(cut) == weights(whole)
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(cut)]) == 2
+    assert "steps = 6: must be above 6" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(cut), "--dim", "32", "--steps", "8"]) == 2
+    assert "dim = 32: must be 16" in capsys.readouterr().err
+
+
+def weights(run_directory):
+    """Every tensor of the latest checkpoint, model and optimiser, as bytes."""
+    found = checkpoint.open_checkpoint(run_directory)
+    return {name: tensor.numpy().tobytes() for name, tensor in found.read(found.tensors).items()}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, capsys):
+    arguments = flags(steps=50, optimizer="sgd", lr=1e9, warmup=0, clip=0, control="off", out=tmp_path / "run")
+    assert cli.main(["train", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert "lower lr" in err and err.count("\n") == 1
+
+
+CONTROL = {"control": "gradient", "control_target": 0.99, "control_every": 2, "forward_iters": 1, "cfactor": 2}
+CONTROL |= {"coarse": "injection", "dropout": 0.1, "accumulate": 2, "checkpoint_every": 4}
+
+
+def checks_of(directory):
+    return [line["control"] for line in steps_of(directory) if "control" in line]
+
+
+def test_error_control(tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(["train", *flags(steps=12, out=whole, **CONTROL)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "error control: 6 checks in " in out
+    checks = checks_of(whole)
+    assert [c["step"] for c in checks] == [1, 3, 5, 7, 9, 11]
+    assert all(f"\nstep {c['step']}, (" in out and c["reason"] in out for c in checks)
+    changed = next(c for c in checks if c["action"] == "climb")
+    assert changed["measured"]["cosine"] < 0.99 <= changed["tried"][-1]["cosine"]
+    assert f"-> ({changed['after']['forward_iters']},{changed['after']['backward_iters']}) cf 2: " in out
+    modes = [line["mode"] for line in steps_of(whole)]
+    assert modes[0] == "(1,1) cf 2" and modes[changed["step"]] != modes[changed["step"] - 1]
+
+    assert cli.main(["train", *flags(steps=12, out=cut, **CONTROL)]) == 0
+    (cut / "checkpoints" / "latest").write_text("step-00000008\n")
+    assert cli.main(["train", "--resume", str(cut)]) == 0
+    assert losses_of(cut) == losses_of(whole) and weights(cut) == weights(whole)
+    assert [{**c, "seconds": 0} for c in checks_of(cut)] == [{**c, "seconds": 0} for c in checks]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    again = ["train", "--resume", str(cut), "--steps=14", f"--out={other}", "--cfactor=4", "--control-target=0.01"]
+    assert cli.main(again) == 0  # options that were asked for anew: control begins with these
+    assert {line["mode"] for line in steps_of(other)} == {"(1,1) cf 4"} and checks_of(other)[0]["step"] == 13
+
+
+def test_error_control_does_not_change_what_it_does_not_decide(tmp_path):
+    held = CONTROL | {"control_target": 1e-6}
+    assert cli.main(["train", *flags(steps=6, out=tmp_path / "with", **held)]) == 0
+    assert cli.main(["train", *flags(steps=6, out=tmp_path / "without", **held | {"control": "off"})]) == 0
+    assert losses_of(tmp_path / "with") == losses_of(tmp_path / "without")
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+
+
+def test_error_control_by_the_residual(tmp_path):
+    options = CONTROL | {"control": "residual", "control_target": 1e-3}
+    assert cli.main(["train", *flags(steps=4, out=tmp_path / "run", **options)]) == 0
+    first = checks_of(tmp_path / "run")[0]
+    assert first["action"] == "climb" and max(first["measured"]["convergence_factor"].values()) > 1e-3
+
+
+def test_steps_that_are_no_numbers_are_skipped_and_then_end_the_run(tmp_path, capsys):
+    options = CONTROL | {"optimizer": "sgd", "lr": 1e9, "warmup": 0, "clip": 0}
+    assert cli.main(["train", *flags(steps=50, out=tmp_path / "run", **options)]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("mlpint: error: 5 steps in a row were not finite") and err.count("\n") == 1
+    assert "layer" in err and out.count("not finite; skipped") == 5
+    skipped = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line.get("control", {}).get("skip")]
+    assert len(skipped) == 4  # the fifth ended the run
+
+
+def test_bf16(tmp_path):
+    assert cli.main(["train", *flags(steps=5, out=tmp_path / "fp32")]) == 0
+    assert cli.main(["train", *flags(steps=5, dtype="bf16", out=tmp_path / "bf16")]) == 0
+    single, half = losses_of(tmp_path / "fp32"), losses_of(tmp_path / "bf16")
+    assert half != single
+    assert half == pytest.approx(single, rel=2e-2)
+
+
+def make_trainer(**values):
+    config = TrainConfig.of(SMALL | values)
+    return Trainer(config, tasks.make(config), mlpint.Comm.of(None))
+
+
+def test_comparison():
+    trainer = make_trainer(forward_iters=1, backward_iters=1, coarse="injection", compare=2)
+    for _ in range(5):
+        trainer.train_step()
+    weights = copy.deepcopy(trainer.model.state_dict())
+    found = trainer.compare()
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), trainer.model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert found.seconds > 0 and found.exact_seconds > 0
+
+    plain = GPT(256, 16, layers=10, dim=16, heads=2)
+    plain.load_state_dict(weights)
+    inputs, targets = trainer.task.train(5)
+    F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()
+    trainer.forward_backward(5, 0, 5)
+    exact = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    ours = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert found.gradient_error == pytest.approx(float((ours - exact).norm() / exact.norm()), rel=1e-3)
+    assert found.gradient_cosine == pytest.approx(float(F.cosine_similarity(ours, exact, 0)), rel=1e-5)
+    assert found.gradient_error > 1e-3
+
+    enough = make_trainer(forward_iters=3, backward_iters=3, compare=1).compare()
+    assert enough.gradient_error < 1e-5 and enough.gradient_cosine == pytest.approx(1)
+
+
+def test_comparison_weighs_both_ways_alike():
+    trainer, calls = make_trainer(), []
+
+    def note(n):
+        calls.append((n, trainer.blocks.options.exact))
+        trainer.forward_backward(0, n, n)
+
+    compare(trainer.model, trainer.blocks, note, 4, trainer.comm)
+    assert calls[:2] in ([(0, False), (0, True)], [(0, True), (0, False)])
+    assert sorted(calls[2:]) == [(n, way) for n in range(4) for way in (False, True)]
+    assert sorted(way for _, way in calls[2::2]) == [False, False, True, True]  # neither is always first
+
+
+class Successor(torch.nn.Module):
+    """Puts all probability on the next number, or the given probabilities on 0, 1, ..."""
+
+    def __init__(self, probabilities=None):
+        super().__init__()
+        self.probabilities = probabilities
+
+    def forward(self, tokens):
+        assert tokens.shape[1] <= 4
+        if self.probabilities is not None:
+            return torch.tensor(self.probabilities).log().expand(1, tokens.shape[1], -1)
+        return 1000.0 * F.one_hot(tokens + 1, 50).float()
+
+
+def test_generated_tokens_follow_the_model():
+    comm = mlpint.Comm.of(None)
+    assert generate(Successor(), [3, 4], 6, sequence=4, seed=0, comm=comm) == [5, 6, 7, 8, 9, 10]
+    drawn = generate(Successor([0.2, 0.0, 0.8]), [0], 2000, sequence=4, seed=0, comm=comm, temperature=1.0)
+    assert set(drawn) == {0, 2} and 0.17 < drawn.count(0) / 2000 < 0.23
+    assert drawn == generate(Successor([0.2, 0.0, 0.8]), [0], 2000, sequence=4, seed=0, comm=comm, temperature=1.0)
+    assert drawn != generate(Successor([0.2, 0.0, 0.8]), [0], 2000, sequence=4, seed=1, comm=comm, temperature=1.0)
+
+
+def test_resumed_metrics_drop_later_steps_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path, {"ranks": 1})
+    for step in (1, 2, 3):
+        first.write({"step": step})
+    first.close()
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    Metrics(path, {"ranks": 2}, resumed_at=2).write({"step": 3})
+    assert read_lines(path) == [{"ranks": 1}, {"step": 1}, {"step": 2}, {"ranks": 2}, {"step": 3}]
+    path.write_text("no json\n{}\n")
+    with pytest.raises(mlpint.errors.UserError, match="line 1 is not a JSON object"):
+        read_lines(path)
+
+
+def test_smoothed_curve_keeps_a_constant():
+    assert plots._smoothed([2.0] * 50, [0, *range(3, 52)]) == pytest.approx([2.0] * 50)
+    rising = plots._smoothed(range(50), range(50))
+    assert all(0 <= value < n for n, value in enumerate(rising) if n) and rising == sorted(rising)
+    assert plots._smoothed([9.0, 9.0, 1.0, 1.0], [0, 1, 1001, 1002])[2:] == pytest.approx([1.0, 1.0])
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "MPI library" in out and "none, 1 rank" in out
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def launched(launcher, ranks, *arguments):
+    return run(COMMAND, ranks, launcher, args=("train", *map(str, arguments)))
+
+
+RANKS = {"steps": 6, "checkpoint_every": 3, "dropout": 0.1, "cfactor": 2, "coarse": "fitted"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks print and write who train ("run"), then go on from the middle of that ("again")."""
+    directory = tmp_path_factory.mktemp("two")
+    start = directory / "run" / "checkpoints" / "step-00000003"
+    first = ["train", *flags(**RANKS, sample=5, compare=1, out=directory / "run")]
+    second = ["train", f"--resume={start}", f"--out={directory}/again", "--compare=0"]
+    program = f"import sys; from mlpint.cli import main; sys.exit(main({first}) or main({second}))"
+    return run(program, 2, "mpich").check(), directory
+
+
+def test_two_ranks_train_as_one_does(two_ranks, tmp_path):
+    result, directory = two_ranks[0], two_ranks[1] / "run"
+    assert "2 ranks over mpi" in result.stdout and "cosine" in result.stdout and result.stderr == ""
+    assert result.stdout.count("step 6/6") == 2
+    assert read_lines(directory / "metrics.jsonl")[0]["ranks"] == 2
+    assert cli.main(["train", *flags(**RANKS, sample=5, compare=1, out=tmp_path / "one")]) == 0
+    assert losses_of(directory) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    ours, theirs = (steps_of(d)[-1]["val_loss"] for d in (directory, tmp_path / "one"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    (ours,), (theirs,) = (
+        [line["comparison"] for line in read_lines(d / "metrics.jsonl") if "comparison" in line]
+        for d in (directory, tmp_path / "one")
+    )
+    assert ours["gradient_error"] == pytest.approx(theirs["gradient_error"], rel=1e-2)
+    assert ours["gradient_cosine"] == pytest.approx(theirs["gradient_cosine"], rel=1e-5)
+
+
+def test_error_control_decides_on_two_ranks_as_on_one(tmp_path):
+    arguments = flags(steps=6, **CONTROL)
+    launched("mpich", 2, *arguments, f"--out={tmp_path}/two").check()
+    assert cli.main(["train", *arguments, f"--out={tmp_path}/one"]) == 0
+    ours, theirs = checks_of(tmp_path / "two"), checks_of(tmp_path / "one")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(mine[key] == other[key] for key in ("step", "action", "before", "after"))
+        assert mine["measured"]["cosine"] == pytest.approx(other["measured"]["cosine"], rel=1e-5)
+
+
+def test_two_ranks_resume_bit_for_bit(two_ranks):
+    _, directory = two_ranks
+    assert losses_of(directory / "again") == losses_of(directory / "run")[3:]
+    assert weights(directory / "again") == weights(directory / "run")
+
+
+def test_one_rank_goes_on_with_what_two_have_begun(two_ranks, tmp_path):
+    directory = two_ranks[1] / "run"
+    start = directory / "checkpoints" / "step-00000003"
+    assert cli.main(["train", f"--resume={start}", f"--out={tmp_path}/run", "--compare=0"]) == 0
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(directory)[3:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpich", 3), ("torchrun", 2)])
+def test_other_ranks_go_on_with_what_two_have_begun(launcher, ranks, two_ranks, tmp_path):
+    directory = two_ranks[1] / "run"
+    start = directory / "checkpoints" / "step-00000003"
+    launched(launcher, ranks, f"--resume={start}", f"--out={tmp_path}/run", "--compare=0").check()
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(directory)[3:], rel=1e-5)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["ranks"] == ranks
+
+
+def test_wrong_input_ends_all_ranks_with_one_line(tmp_path):
+    result = launched("mpich", 2, "--cfactor=1", f"--out={tmp_path}/run")
+    assert (result.returncode, result.stdout, result.orphans) == (2, "", ())
+    assert result.stderr == "mlpint: error: cfactor = 1: must be an integer of at least 2\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_damage_that_one_rank_alone_sees_ends_all_ranks_with_one_line(two_ranks, tmp_path):
+    directory = two_ranks[1] / "run"
+    damaged = tmp_path / "step-00000003"
+    damaged.mkdir()
+    for file in (directory / "checkpoints" / "step-00000003").iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    path = damaged / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    result = launched("mpich", 2, "--resume", damaged, f"--out={tmp_path}/run")
+    assert (result.returncode, result.stdout, result.orphans) == (2, "", ())
+    assert result.stderr.count("\n") == 1 and str(path) in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_disagree_are_told_before_training(tmp_path):
+    program = """
+    import os, sys
+    from mlpint.cli import main
+    sys.exit(main([*sys.argv[1:], f"--seed={os.environ['PMI_RANK']}"]))
+    """
+    result = run(program, 2, "mpich", args=("train", *flags(steps=1, out=tmp_path / "run")))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "seed is 0 on rank 0, 1 on rank 1" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_ranks_do_not_allow_ends_all_ranks_with_one_line(tmp_path):
+    for options, text in (
+        ({"layout": "cyclic", "cfactor": 3, "coarse": "sum"}, "their number, 2, must be a multiple of cfactor"),
+        ({"layout": "cyclic", "cfactor": 2}, "coarse='sum'"),
+        ({"coarse": "sum", "cfactor": 2, "levels": 3, "layers": 14}, "are on ranks"),
+    ):
+        result = launched("mpich", 2, *flags(steps=1, out=tmp_path / "run", **options))
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and text in result.stderr, result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_cyclic_layout_and_the_pipeline_train(tmp_path):
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "a", layout="cyclic", coarse="sum", cfactor=2)).check()
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "b", levels=1, serial_microbatches=2)).check()
+    assert losses_of(tmp_path / "b") == pytest.approx(plain_losses(2)[0], rel=1e-5)
+    assert losses_of(tmp_path / "a") == pytest.approx(plain_losses(2)[0], rel=1e-2)
