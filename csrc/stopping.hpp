@@ -1,0 +1,40 @@
+// When a solve stops iterating, and the residual norms that it reports.
+#pragma once
+
+#include <vector>
+
+#include "propagator.hpp"
+#include "transport/transport.hpp"
+
+namespace mlpint {
+
+class StoppingRule {
+ public:
+  // tolerance: iterations stop once the residual norm is at most this times the norm of the initial value; 0 for never.
+  // norms: whether residual norms are reported even if no tolerance needs them.
+  // initial: the value of point 0 on the rank that owns it, null elsewhere.
+  // With a tolerance all ranks take part in a sum.
+  StoppingRule(double tolerance, bool norms, Transport& transport, Propagator& propagator, const State& initial);
+
+  bool needs_norms() const { return needs_norms_; }
+
+  // Takes this rank's part of the squared residual norm after one more iteration. Ranks are brought together here only
+  // if the tolerance asks for a decision; otherwise norms() does it, after the solve.
+  void record(double own_square);
+  // Returns whether the norm recorded last is within the tolerance.
+  bool met() const;
+
+  // Returns the residual norms in the order in which they were recorded. All ranks call it together.
+  std::vector<double> norms();
+
+ private:
+  void sum_pending();
+
+  Transport& transport_;
+  const bool has_tolerance_, needs_norms_;
+  double limit_ = 0;             // of the residual norm
+  std::vector<double> pending_;  // own parts of squared norms that have not been summed over the ranks
+  std::vector<double> norms_;
+};
+
+}  // namespace mlpint
