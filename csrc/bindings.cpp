@@ -1,5 +1,5 @@
-// The core as the Python module mlpint._core. The interpreter lock is released for a whole solve and taken back for
-// each call of the propagator, so that it is free while a rank waits.
+// This makes the core the Python module mlpint._core. The interpreter lock is released for a whole solve and taken back
+// for each call of the propagator, so that it is free while a rank waits.
 #include "transport/bindings.hpp"
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The block layout: each rank owns consecutive layers, and so a stretch of every level.
+// The block layout, in which each rank owns consecutive layers, and so a stretch of every level.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@ namespace mlpint {
 
 class BlockLayout {
  public:
-  // ranks[s]: the rank at slot s along the direction of the solve. rank, size: this rank, and how many there are.
+  // ranks[s] is the rank at slot s along the direction of the solve; `rank` is this one of `size` ranks.
   BlockLayout(Grid grid, Partition partition, std::vector<int> ranks, int rank, int size);
 
   const Grid& grid() const { return grid_; }
@@ -18,7 +18,7 @@ class BlockLayout {
   int end(int level) const { return end_[level]; }
   bool owns_steps(int level) const { return begin_[level] < end_[level]; }
   int rank_of_step(int level, int k) const { return ranks_[partition_.owner(grid_.position(level, k))]; }
-  // Index among the own points of level 1 of a point of a coarse level.
+  // Returns the index, among the own points of level 1, of point k of a coarse level.
   int node_index(int level, int k) const { return level_1_point_[level][k] - begin_[1]; }
 
   // Throws std::invalid_argument if the layers of any coarse step are on several ranks. The last step of a level does

@@ -1,5 +1,5 @@
-// The phases of a solve in the block layout: the V-cycle's, from relaxation and restriction over the coarsest level to
-// prolongation, the sweeps over all fine steps, residuals, and learning.
+// This file has the phases of a solve in the block layout: those of the V-cycle, from relaxation and restriction over
+// the coarsest level to prolongation, the sweeps over all fine steps, residuals, and learning.
 #include "block_solve.hpp"
 
 #include <stdexcept>
@@ -12,7 +12,7 @@ BlockSolve::BlockSolve(const BlockLayout& layout, const CoarseOperator& coarse, 
                        Propagator& propagator, const SolverOptions& options, Where& where)
     : MgritSolve(layout.grid(), transport, propagator, options, where), layout_(layout), coarse_(coarse) {}
 
-// Rank after rank.
+// One rank after the other takes its steps.
 State BlockSolve::exact_sweep(State value) {
   where_.operation = "exact sweep";
   where_.level = 0;
@@ -73,7 +73,7 @@ void BlockSolve::expect_coarsest() {
     coarsest_arrival_ = expect(tag::chain, l, layout_.rank_of_step(l, layout_.begin(l) - 1), coarsest_value_);
 }
 
-// Serial over the ranks. The step onto the last point is left out: nothing is computed from it.
+// This is serial over the ranks. The step onto the last point is left out: nothing is computed from it.
 void BlockSolve::coarsest_solve(Sweep sweep) {
   if (!coarsest_arrival_) expect_coarsest();
   where_.operation = "coarsest sweep";
@@ -92,7 +92,7 @@ void BlockSolve::coarsest_solve(Sweep sweep) {
   }
 }
 
-// Relaxation from the corrected C-points is ideal interpolation.
+// This relaxation from the corrected C-points is what XBraid calls F-interpolation.
 void BlockSolve::prolong(int l, Sweep sweep) {
   where_.operation = "prolongation";
   relax(l, sweep, {/*returns_ends=*/false, /*last_interval=*/true});

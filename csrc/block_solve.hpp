@@ -1,4 +1,4 @@
-// One MGRIT solve in the block layout.
+// BlockSolve is one MGRIT solve in the block layout.
 //
 // A fine step evaluated at a C-point serves the coarse step there, the tau correction of the next cycle and the first
 // step of the following relaxation. The coarse right-hand side at C-point K + 1,  g_c = g + Phi(u_last F) - Phi_c(u_K),
@@ -20,13 +20,13 @@ class BlockSolve final : public MgritSolve {
              const SolverOptions& options, Where& where);
 
  private:
-  // A point of level 1.
+  // What is known at a point of level 1.
   struct Node {
     State value;
     State step;             // Phi_0(value), where it has been evaluated
     bool is_final = false;  // whether that was in a final sweep, so that the final fine sweep need not redo it
   };
-  // A first fine step of an interval, as the final sweep took it.
+  // What a coarse operator learns from: the first fine step of an interval, as the final sweep took it.
   struct FirstStep {
     State from, to;
   };
@@ -43,7 +43,7 @@ class BlockSolve final : public MgritSolve {
     bool last_interval;  // whether the last interval is relaxed too; it serves only the final sweep and prolongation
   };
 
-  // block_solve.cpp: the phases.
+  // The phases are in block_solve.cpp.
   State exact_sweep(State initial) override;
   void begin(State initial) override;
   double relax_and_restrict(int level, bool norms) override;
@@ -56,7 +56,7 @@ class BlockSolve final : public MgritSolve {
   double squared_residual(const std::vector<State>& values, const std::vector<State>& ends);
   void observe(const std::vector<State>& ends);
 
-  // relaxation.cpp: stepping through intervals.
+  // Stepping through intervals is in relaxation.cpp.
   std::vector<State> relax(int level, Sweep sweep, Relaxation what);
   void advance(std::vector<Segment>& segments, int level, Sweep sweep);
   std::vector<State> coarse_step(int level, const std::vector<int>& ks, Sweep sweep);

@@ -45,7 +45,7 @@ namespace {
 
 using Interval = CyclicLayout::Interval;
 
-// One solve in the cyclic layout.
+// CyclicSolve is one solve in the cyclic layout.
 class CyclicSolve final : public MgritSolve {
  public:
   CyclicSolve(const CyclicLayout& layout, Transport& transport, Propagator& propagator, const SolverOptions& options,
@@ -90,7 +90,7 @@ void CyclicSolve::share(const std::vector<int>& ranks, State& value) {
   broadcast(transport_, ranks, tag::of_level(tag::chain, 0), value, clock_);
 }
 
-// Adds the members' increments up on the first of them; null elsewhere.
+// Adds the members' increments up on the first of them, and returns null on other ranks.
 State CyclicSolve::reduce_increments(const Interval& interval, State own) {
   return reduce(
       transport_, interval.members, tag::of_level(tag::interval_end, 0), std::move(own),
@@ -191,8 +191,8 @@ State CyclicSolve::final_sweep(StoppingRule& rule) {
   return std::move(values_.back().arrived);
 }
 
-// A pipeline: interval after interval, each rank takes its steps as the state comes by. Only the final sweep takes the
-// last interval too.
+// The sweep is a pipeline: interval after interval, each rank takes its steps as the state comes by. Only the final
+// sweep takes the last interval too.
 void CyclicSolve::fine_sweep(Sweep sweep) {
   const bool is_final = sweep == Sweep::final_fine;
   const std::size_t count = values_.size() - (is_final ? 0 : 1);
@@ -217,7 +217,7 @@ void CyclicSolve::fine_sweep(Sweep sweep) {
   }
 }
 
-// Returns this rank's part of it: each residual is at the end of an interval whose last step this rank owns.
+// Returns this rank's part of the squared residual norm, that of the intervals whose last steps it owns.
 double CyclicSolve::squared_residual() {
   double square = 0;
   for (std::size_t K = 0; K + 1 < values_.size(); ++K)

@@ -1,4 +1,4 @@
-// MGRIT with the `sum` operator for layers dealt out within the intervals: the cyclic layout.
+// The cyclic layout is MGRIT with the `sum` operator for layers dealt out within the intervals.
 //
 // The coarse step u_K + sum_q (Phi_q(u_K) - u_K) evaluates all layers of an interval at the same state, so the ranks
 // that share the interval do it at once: each takes its own layers, one reduction adds the increments up, and the
@@ -18,7 +18,7 @@
 
 namespace mlpint {
 
-// Who owns the layers in the cyclic layout, seen from one rank.
+// CyclicLayout says who owns the layers, seen from one rank.
 struct CyclicLayout {
   struct Interval {
     int begin, end;            // fine steps are begin .. end - 1
@@ -37,16 +37,16 @@ struct CyclicLayout {
   std::vector<Interval> intervals;
 };
 
-// As Solver is for the block layout, it holds only what no solve changes.
+// As Solver for the block layout, CyclicSolver holds only what no solve changes.
 class CyclicSolver {
  public:
-  // owners[p]: the rank that owns the fine step from depth p along the direction of the solve.
+  // owners[p] is the rank that owns the fine step from depth p along the direction of the solve.
   CyclicSolver(Grid grid, std::vector<int> owners, std::shared_ptr<Transport> transport, SolverOptions options);
 
-  // initial: the value of point 0, on the rank that owns it (null elsewhere).
+  // `initial` is the value of point 0 on the rank that owns it, and null elsewhere.
   SolveResult solve(Propagator& propagator, State initial, int iterations);
 
-  // After an exception it says what failed.
+  // After an exception this says what failed.
   const Where& where() const { return where_; }
 
  private:

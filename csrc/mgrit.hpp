@@ -1,6 +1,6 @@
-// MGRIT in its full-approximation (FAS) form for u_0 given, u_{n+1} = Phi_n(u_n): one solve, from the initial value to
-// the final one. It serves the states forwards over the layers and the adjoint backwards. arXiv 2601.09026; Falgout et
-// al., SISC 36 (2014), C635.
+// MgritSolve is one solve of u_{n+1} = Phi_n(u_n), u_0 given, by MGRIT in its full-approximation (FAS) form. It serves
+// the states forwards over the layers and the adjoint backwards. See arXiv 2601.09026 and Falgout et al., SISC 36
+// (2014), C635.
 //
 // Iteration 1 is the coarse solve alone, from the initial value; each further iteration is one V-cycle; the solve ends
 // with one sweep over the fine steps of every interval from its C-point. With zero iterations it is the exact serial
@@ -38,7 +38,7 @@ struct SolveResult {
   double waited = 0;                   // seconds that this rank waited for others
 };
 
-// What this rank is doing, for error messages.
+// Where says what this rank is doing, for error messages.
 struct Where {
   const char* operation = "idle";
   int level = 0;
@@ -51,7 +51,7 @@ class MgritSolve {
              Where& where);
   virtual ~MgritSolve() = default;
 
-  // initial: the value of point 0 on the rank that owns it, null elsewhere. Called once.
+  // `initial` is the value of point 0 on the rank that owns it, and null elsewhere. This is called once.
   SolveResult run(State initial, int iterations);
 
  protected:
@@ -70,10 +70,10 @@ class MgritSolve {
   // is met already. Returns the last value on the rank that owns the last step.
   virtual State final_sweep(StoppingRule& rule) = 0;
 
-  // The parts that every phase is made of. Kinds of messages are those of tags.hpp.
+  // Every phase is made of these parts. Kinds of messages are those of tags.hpp.
   void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep);
   void post(int kind, int level, int to, const State& value);
-  // Begins to receive; `into` is set to the memory that the value arrives in.
+  // Begins to receive, and sets `into` to the memory that the value arrives in.
   TransferPtr expect(int kind, int level, int from, State& into);
   void finish(TransferPtr transfer);
   State receive(int kind, int level, int from);

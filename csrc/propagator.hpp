@@ -1,4 +1,5 @@
-// What a step is. The solver decides which steps are taken, where and when; the propagator takes them.
+// A propagator knows what a step is. The solver decides which steps are taken, where and when; the propagator takes
+// them.
 #pragma once
 
 #include <vector>
@@ -7,7 +8,7 @@
 
 namespace mlpint {
 
-// The kind of sweep in which a fine step is evaluated; a propagator does no more work than that sweep needs.
+// Sweep is the kind of sweep in which a fine step is evaluated; a propagator does no more work than that sweep needs.
 enum class Sweep {
   // What the step arrives at is thrown away later.
   intermediate,
@@ -25,7 +26,7 @@ struct Evaluation {
   State output;  // set already where an earlier sweep evaluated the step from the same input
 };
 
-// A step of a coarse level.
+// CoarseStep names a step of a coarse level.
 struct CoarseStep {
   int level;
   int position;  // depth that its first fine step leaves from

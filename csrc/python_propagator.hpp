@@ -1,4 +1,4 @@
-// A propagator written in Python. The interpreter lock is taken for each of its calls.
+// PythonPropagator hands its calls on to an object of Python's, and takes the interpreter lock for each of them.
 #pragma once
 
 #include <pybind11/pybind11.h>

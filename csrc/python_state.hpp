@@ -1,4 +1,4 @@
-// A state that is a Python object. Only the bindings and the transports written in Python know of it.
+// PythonState is a state that is a Python object. Only the bindings and the transports written in Python know of it.
 #pragma once
 
 #include <pybind11/pybind11.h>

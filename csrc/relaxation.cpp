@@ -1,4 +1,5 @@
-// Relaxation in the block layout: stepping through intervals that may begin on one rank and end on another.
+// This file has relaxation in the block layout: it steps through intervals that may begin on one rank and end on
+// another.
 #include <algorithm>
 
 #include "block_solve.hpp"

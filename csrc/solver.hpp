@@ -1,5 +1,5 @@
-// The MGRIT solver for the block layout. It holds only what no solve changes, so that a solve which an exception ended
-// leaves nothing behind for the next one.
+// Solver is the MGRIT solver for the block layout. It holds only what no solve changes, so that a solve that an
+// exception ended leaves nothing behind for the next one.
 #pragma once
 
 #include <memory>
@@ -16,14 +16,14 @@ namespace mlpint {
 
 class Solver {
  public:
-  // ranks[s]: the rank at slot s along the direction of the solve.
+  // ranks[s] is the rank at slot s along the direction of the solve.
   Solver(Grid grid, Partition partition, std::vector<int> ranks, std::shared_ptr<Transport> transport,
          std::unique_ptr<CoarseOperator> coarse, SolverOptions options);
 
-  // initial: the value of point 0, on the rank that owns it (null elsewhere).
+  // `initial` is the value of point 0 on the rank that owns it, and null elsewhere.
   SolveResult solve(Propagator& propagator, State initial, int iterations);
 
-  // After an exception it says what failed.
+  // After an exception this says what failed.
   const Where& where() const { return where_; }
 
  private:

@@ -1,4 +1,4 @@
-// When a solve stops iterating, and the residual norms that it reports.
+// StoppingRule decides when a solve stops iterating, and keeps the residual norms that it reports.
 #pragma once
 
 #include <vector>
@@ -10,10 +10,9 @@ namespace mlpint {
 
 class StoppingRule {
  public:
-  // tolerance: iterations stop once the residual norm is at most this times the norm of the initial value; 0 for never.
-  // norms: whether residual norms are reported even if no tolerance needs them.
-  // initial: the value of point 0 on the rank that owns it, null elsewhere.
-  // With a tolerance all ranks take part in a sum.
+  // Iterations stop once the residual norm is at most `tolerance` times the norm of the initial value, with 0 for
+  // never. `norms` says whether residual norms are reported even if no tolerance needs them. `initial` is the value of
+  // point 0 on the rank that owns it, and null elsewhere. With a tolerance all ranks take part in a sum here.
   StoppingRule(double tolerance, bool norms, Transport& transport, Propagator& propagator, const State& initial);
 
   bool needs_norms() const { return needs_norms_; }

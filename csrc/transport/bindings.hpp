@@ -1,4 +1,4 @@
-// The transports as part of the Python module mlpint._core.
+// This makes the transports part of the Python module mlpint._core.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -9,7 +9,7 @@ namespace mlpint {
 
 namespace {
 
-// Returns the place of this rank in the tree; the number of ranks listed if it is not one of them.
+// Returns the place of this rank in the tree, or the number of ranks listed if it is not one of them.
 int place(const Transport& t, const std::vector<int>& ranks) {
   return static_cast<int>(std::find(ranks.begin(), ranks.end(), t.rank()) - ranks.begin());
 }

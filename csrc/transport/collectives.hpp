@@ -1,4 +1,4 @@
-// Collective operations built on point-to-point transfers, so that a transport has to provide no more than those.
+// Collective operations are built on point-to-point transfers, so that a transport has to provide no more than those.
 //
 // Those over a list of ranks run along a binomial tree whose root is the first rank listed. Every rank listed calls
 // them with the same list, and other ranks return at once. Waiting time is added to `clock`.

@@ -1,4 +1,4 @@
-// Waiting for other ranks, and how long that takes.
+// WaitClock waits for other ranks and counts how long that takes.
 #pragma once
 
 #include <chrono>
