@@ -1,4 +1,4 @@
-// Coarse operators: what one step of a coarse level does in place of the fine steps it spans.
+// A coarse operator says what one step of a coarse level does in place of the fine steps it spans.
 #pragma once
 
 #include <memory>
@@ -12,16 +12,17 @@ namespace mlpint {
 class CoarseOperator {
  public:
   virtual ~CoarseOperator() = default;
-  // Whether `step` needs the fine step taken from u, v = Phi_0(u). It is evaluated once and reused by the fine sweep.
+  // Returns whether `step` needs the fine step taken from u, v = Phi_0(u). That is evaluated once and reused by the
+  // fine sweep.
   virtual bool uses_fine_step() const = 0;
-  // Whether it has parameters to be learnt from the fine sweeps.
+  // Returns whether the operator has parameters to be learnt from the fine sweeps.
   virtual bool learnt() const { return false; }
-  // Whether it evaluates all fine steps that it spans, so that they have to be on one rank.
+  // Returns whether a step evaluates all fine steps that it spans, so that they have to be on one rank.
   virtual bool spans_fine_steps() const { return false; }
   virtual State step(Propagator&, const CoarseStep&, const State& u, const State& v) const = 0;
 };
 
-// The first fine step stretched over the interval: u + length (Phi_0(u) - u). arXiv 2601.09026.
+// The first fine step is stretched over the interval: u + length (Phi_0(u) - u). See arXiv 2601.09026.
 class Injection final : public CoarseOperator {
  public:
   bool uses_fine_step() const override { return true; }
@@ -30,14 +31,15 @@ class Injection final : public CoarseOperator {
   }
 };
 
-// Nothing moves: the coarse sweep only carries corrections along. arXiv 2501.17086, 2605.17842.
+// Nothing moves: the coarse sweep only carries corrections along. See arXiv 2501.17086, 2605.17842.
 class Identity final : public CoarseOperator {
  public:
   bool uses_fine_step() const override { return false; }
   State step(Propagator&, const CoarseStep&, const State& u, const State&) const override { return u; }
 };
 
-// u + W (Phi_0(u) - u) + b with W a number (scaled) or a matrix (fitted), fitted per interval to the fine steps.
+// The step is u + W (Phi_0(u) - u) + b with W a number (scaled) or a matrix (fitted), which the propagator fits for
+// each interval to its fine steps.
 class Learnt final : public CoarseOperator {
  public:
   bool uses_fine_step() const override { return true; }
@@ -47,8 +49,9 @@ class Learnt final : public CoarseOperator {
   }
 };
 
-// All fine steps taken from the same point and added up: u + sum_q (Phi_q(u) - u). In the adjoint each is the product
-// with the layer at its own fine state. Costs what the fine steps cost, but they do not wait for each other.
+// All fine steps are taken from the same point and added up: u + sum_q (Phi_q(u) - u). In the adjoint each is the
+// product with the layer at its own fine state. That costs what the fine steps cost, but they do not wait for each
+// other.
 class Sum final : public CoarseOperator {
  public:
   bool uses_fine_step() const override { return true; }
@@ -57,7 +60,7 @@ class Sum final : public CoarseOperator {
     std::vector<Evaluation> others;
     for (int q = 1; q < s.length; ++q) others.push_back({s.position + q, u, nullptr});
     if (others.empty()) return v;
-    p.evaluate(others, s.level, Visit::relax);
+    p.evaluate(others, s.level, Sweep::intermediate);
     State sum = v;
     for (const Evaluation& e : others) sum = p.axpy(1.0, p.axpy(-1.0, u, e.output), sum);
     return sum;

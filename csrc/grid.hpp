@@ -1,4 +1,4 @@
-// The levels: which points of depth each level keeps, how they form intervals, and which rank owns them.
+// Grid says which points of depth each level has and how they form intervals, and Partition which rank owns them.
 //
 // Level 0 has a point before and after every layer: N steps, N + 1 points. Level l + 1 keeps every cfactor-th point of
 // level l (its C-points) and always the last one, so that the last interval of a level may be ragged. Interval K of
@@ -24,17 +24,18 @@ class Grid {
     while (this->levels() < levels && (this->levels() == 1 || this->steps(this->levels() - 1) > 1)) {
       const std::vector<int>& fine = points_.back();
       const int last = static_cast<int>(fine.size()) - 1;
-      std::vector<int> kept;
-      for (int k = 0; k < last; k += cfactor) kept.push_back(k);
-      kept.push_back(last);
+      std::vector<int> c_points;
+      for (int k = 0; k < last; k += cfactor) c_points.push_back(k);
+      c_points.push_back(last);
       std::vector<int> coarse;
-      for (int k : kept) coarse.push_back(fine[k]);
-      c_points_.push_back(std::move(kept));
+      for (int k : c_points) coarse.push_back(fine[k]);
+      c_points_.push_back(std::move(c_points));
       points_.push_back(std::move(coarse));
     }
   }
 
-  // The same intervals met from the other end: the grid of the adjoint, whose first interval is the ragged one.
+  // Returns the same intervals met from the other end. That is the grid of the adjoint, whose first interval is the
+  // ragged one.
   Grid mirrored() const {
     Grid m = *this;
     for (auto& p : m.points_) {
@@ -50,18 +51,18 @@ class Grid {
 
   int levels() const { return static_cast<int>(points_.size()); }
   int steps(int level) const { return static_cast<int>(points_[level].size()) - 1; }
-  // Depth of a point, in layers from the start.
+  // Returns the depth of a point, in layers from the start.
   int position(int level, int point) const { return points_[level][point]; }
-  // Layers that step `k` of a level spans.
+  // Returns how many layers step k of a level spans.
   int length(int level, int k) const { return points_[level][k + 1] - points_[level][k]; }
-  // Index on `level` of its C-point K, which is point K of level + 1.
+  // Returns the index on `level` of its C-point K, which is point K of level + 1.
   int c_point(int level, int K) const { return c_points_[level][K]; }
-  // The interval of `level` that contains step k.
+  // Returns the interval of `level` that contains step k.
   int interval(int level, int k) const {
     const auto& c = c_points_[level];
     return static_cast<int>(std::upper_bound(c.begin(), c.end(), k) - c.begin()) - 1;
   }
-  // First point of a level that lies at or after a depth.
+  // Returns the first point of a level that lies at or after a depth.
   int first_at(int level, int position) const {
     const auto& p = points_[level];
     return static_cast<int>(std::lower_bound(p.begin(), p.end(), position) - p.begin());
@@ -72,7 +73,7 @@ class Grid {
   std::vector<std::vector<int>> c_points_;  // [level][K] -> point
 };
 
-// Contiguous ownership: slot s (a rank's place along the direction of the solve) owns the steps that start at depths
+// Ownership is contiguous: slot s (a rank's place along the direction of the solve) owns the steps that start at depths
 // offsets[s] .. offsets[s + 1] - 1, on every level.
 class Partition {
  public:
@@ -82,8 +83,8 @@ class Partition {
       throw std::invalid_argument("offsets must rise from 0 to the number of steps, " + std::to_string(steps));
   }
 
-  // Whole intervals of `granularity` steps dealt out evenly, the earlier slots taking what is left over: they start
-  // first. With fewer intervals than slots the last slots own nothing.
+  // Deals whole intervals of `granularity` steps out evenly and returns the offsets. The earlier slots take what is
+  // left over, since they start first. With fewer intervals than slots the last slots own nothing.
   static std::vector<int> even(int steps, int granularity, int slots) {
     const int intervals = (steps + granularity - 1) / granularity;
     std::vector<int> offsets{0};

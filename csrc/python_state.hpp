@@ -1,4 +1,4 @@
-// A state that is a Python object. Only the bindings and the transports written in Python know of it.
+// PythonState is a state that is a Python object. Only the bindings and the transports written in Python know of it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,7 +14,7 @@ class PythonState final : public StateData {
     pybind11::gil_scoped_acquire gil;
     object = pybind11::object();
   }
-  // Asks the object: its buffers() gives a list of (pointer, bytes, device).
+  // Asks the object, whose buffers() gives a list of (pointer, bytes, device).
   std::vector<Buffer> buffers() override {
     pybind11::gil_scoped_acquire gil;
     std::vector<Buffer> result;
@@ -28,5 +28,14 @@ class PythonState final : public StateData {
 
   pybind11::object object;
 };
+
+// None stands for no state.
+inline State wrap(pybind11::object object) {
+  return object.is_none() ? nullptr : std::make_shared<PythonState>(std::move(object));
+}
+
+inline pybind11::object unwrap(const State& state) {
+  return state ? static_cast<PythonState*>(state.get())->object : pybind11::none();
+}
 
 }  // namespace mlpint

@@ -1,5 +1,5 @@
-// What moves through the solver: opaque states, held by reference count. The core never looks inside one; a transport
-// asks for its memory when it has to cross to another rank.
+// States are what moves through the solver: opaque, and held by reference count. The core never looks inside one; a
+// transport asks for its memory when it has to cross to another rank.
 #pragma once
 
 #include <cstddef>
@@ -17,13 +17,13 @@ struct Buffer {
 class StateData {
  public:
   virtual ~StateData() = default;
-  // The contiguous pieces of memory that make up the state, in an order that is the same on every rank.
+  // Returns the contiguous pieces of memory that make up the state, in an order that is the same on every rank.
   virtual std::vector<Buffer> buffers() = 0;
 };
 
 using State = std::shared_ptr<StateData>;
 
-// Host bytes owned by the core itself: norms and other small messages.
+// BytesState is host memory of the core itself, for norms and other small messages.
 class BytesState final : public StateData {
  public:
   explicit BytesState(std::size_t size) : bytes(size) {}

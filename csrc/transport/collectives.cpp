@@ -1,22 +1,55 @@
 #include "collectives.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "tags.hpp"
 
 namespace mlpint {
 
-void broadcast(Transport& t, State state, int root) {
-  const int size = t.size(), me = (t.rank() - root + size) % size;  // the root is 0 in the tree
+namespace {
+
+// Returns the place of this rank in the tree, or the number of ranks listed if it is not one of them.
+int place(const Transport& t, const std::vector<int>& ranks) {
+  return static_cast<int>(std::find(ranks.begin(), ranks.end(), t.rank()) - ranks.begin());
+}
+
+}  // namespace
+
+void broadcast(Transport& t, const std::vector<int>& ranks, int tag, const State& state, WaitClock& clock) {
+  const int size = static_cast<int>(ranks.size()), me = place(t, ranks);
+  if (me == size) return;
   int bit = 1;
-  for (; bit < size; bit <<= 1)
-    if (me & bit) {
-      t.receive((me - bit + root) % size, tag::broadcast, state)->wait(t.stall_limit);
-      break;
-    }
+  while (bit < size && !(me & bit)) bit <<= 1;
+  if (me > 0) clock.wait(t, t.receive(ranks[me - bit], tag, state));
   for (bit >>= 1; bit > 0; bit >>= 1)
-    if (me + bit < size) t.post((me + bit + root) % size, tag::broadcast, state);
-  t.flush();  // the caller may overwrite the state as soon as this returns
+    if (me + bit < size) t.post(ranks[me + bit], tag, state);
+}
+
+State reduce(Transport& t, const std::vector<int>& ranks, int tag, State own, const std::function<State()>& empty,
+             const std::function<State(const State& arrived, const State& own)>& add, WaitClock& clock) {
+  const int size = static_cast<int>(ranks.size()), me = place(t, ranks);
+  if (me == size) return nullptr;
+  for (int bit = 1; bit < size; bit <<= 1) {
+    if (me & bit) {
+      t.post(ranks[me - bit], tag, own);
+      return nullptr;
+    }
+    if (me + bit < size) {
+      const State arrived = empty();
+      clock.wait(t, t.receive(ranks[me + bit], tag, arrived));
+      own = add(arrived, own);
+    }
+  }
+  return own;
+}
+
+void broadcast(Transport& t, const State& state, int root) {
+  std::vector<int> ranks;
+  for (int i = 0; i < t.size(); ++i) ranks.push_back((root + i) % t.size());
+  WaitClock clock;
+  broadcast(t, ranks, tag::broadcast, state, clock);
+  t.flush();
 }
 
 double sum(Transport& t, double value) {

@@ -9,8 +9,8 @@
 
 namespace mlpint {
 
-// The few calls used. Handles cross as uintptr_t: MPICH's are ints and Open MPI's are pointers, and either passes
-// unchanged in an integer register.
+// MpiLibrary binds the few calls used. Handles cross as uintptr_t: MPICH's are ints and Open MPI's are pointers, and
+// either passes unchanged in an integer register.
 struct MpiLibrary {
   using Handle = std::uintptr_t;
   int (*Comm_rank)(Handle, int*) = nullptr;
@@ -54,7 +54,8 @@ class MpiTransfer final : public Transfer {
       : mpi_(std::move(mpi)), watch_(std::move(watch)), state_(std::move(state)), peer_(peer), what_(std::move(what)) {}
 
   ~MpiTransfer() override {
-    // Abandoned half-way (an error elsewhere): MPI still writes to or reads from this memory, so it is never freed.
+    // A transfer may be abandoned half-way, by an error elsewhere. MPI still writes to or reads from this memory, so it
+    // is never freed.
     if (done_ < requests_.size()) new auto(std::make_pair(std::move(state_), std::move(requests_)));
   }
 
@@ -66,10 +67,11 @@ class MpiTransfer final : public Transfer {
     if (code) throw TransferError(what_ + " failed: " + mpi_->message(code));
   }
   bool test() override {
-    // One request at a time: MPI_Testall's arrays differ between handle sizes.
+    // One request is tested at a time, because MPI_Testall's arrays differ between handle sizes.
     for (; done_ < requests_.size(); ++done_) {
       int flag = 0;
-      // A real status buffer: the value of MPI_STATUS_IGNORE differs by MPI family. No MPI's status is over 64 bytes.
+      // The status buffer is a real one, because the value of MPI_STATUS_IGNORE differs by MPI family. No MPI's status
+      // is over 64 bytes.
       alignas(16) char status[256];
       check(mpi_->Test(&requests_[done_], &flag, status));
       if (!flag) return false;

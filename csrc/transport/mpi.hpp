@@ -1,4 +1,4 @@
-// MPI through whichever libmpi mpi4py has loaded, bound at run time: the wheel links no MPI and serves them all.
+// MpiTransport uses whichever libmpi mpi4py has loaded, bound at run time: the wheel links no MPI and serves them all.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ struct MpiLibrary;
 
 class MpiTransport final : public Transport {
  public:
-  // module: path of mpi4py's extension module, whose dependencies include libmpi.
-  // comm, byte: MPI_Comm and MPI_BYTE handles as mpi4py's _handleof gives them.
+  // `module` is the path of mpi4py's extension module, whose dependencies include libmpi; `comm` and `byte` are
+  // MPI_Comm and MPI_BYTE handles as mpi4py's _handleof gives them.
   MpiTransport(const std::string& module, std::uintptr_t comm, std::uintptr_t byte);
   ~MpiTransport() override;
   int rank() const override { return rank_; }

@@ -9,7 +9,7 @@
 
 namespace mlpint {
 
-// The few calls used, as nccl.h declares them.
+// NcclCalls holds the few calls used, as nccl.h declares them.
 struct NcclCalls {
   using Comm = void*;
   using Stream = void*;
@@ -105,7 +105,7 @@ class NcclCommunicator {
   }
   ~NcclCommunicator() { leave(failed_ || std::uncaught_exceptions() > 0); }
 
-  // Destroying waits for what is enqueued, and that waits for the other ranks: never after a failure.
+  // Destroying waits for what is enqueued, and that waits for the other ranks, so it is not done after a failure.
   void leave(bool abort) {
     if (comm_) (abort ? nccl_.CommAbort : nccl_.CommDestroy)(comm_);
     comm_ = nullptr;
@@ -157,9 +157,9 @@ class NcclCommunicator {
 
 namespace {
 
-// Enqueued on construction (a send) or when first waited for (a receive). The state is let go as soon as it is
-// enqueued, while the GPU may still be using it: its memory came from the same stream, so whatever torch's caching
-// allocator gives it to next runs behind the transfer.
+// A transfer is enqueued on construction (a send) or when first waited for (a receive). The state is let go as soon as
+// it is enqueued, while the GPU may still be using it: its memory came from the same stream, so whatever torch's
+// caching allocator gives it to next runs behind the transfer.
 class NcclTransfer final : public Transfer {
  public:
   NcclTransfer(std::shared_ptr<NcclCommunicator> communicator, bool sending, int peer, State state,

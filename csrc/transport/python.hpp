@@ -1,4 +1,5 @@
-// A transport written in Python: how torch.distributed process groups, which have no C interface, come in.
+// PythonTransport is a transport written in Python. It is how torch.distributed process groups, which have no C
+// interface, come in.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +10,7 @@ namespace mlpint {
 
 class PythonTransport final : public Transport {
  public:
-  // object: has rank, size, send(to, tag, state) and receive(from, tag, state), each of which returns an object with
+  // `object` has rank, size, send(to, tag, state) and receive(from, tag, state), each of which returns an object with
   // wait(seconds) and test(). States of the core itself arrive there as memoryviews.
   explicit PythonTransport(pybind11::object object);
   ~PythonTransport() override;

@@ -1,4 +1,4 @@
-// One process alone: it owns every layer, so nothing is ever sent.
+// SelfTransport is for one process alone, which owns every layer, so nothing is ever sent.
 #pragma once
 
 #include "transport.hpp"

@@ -1,4 +1,4 @@
-// Moving states between ranks. A transport posts sends and receives and completes them in order; everything else
+// A transport moves states between ranks. It posts sends and receives and completes them in order; everything else
 // (broadcast, reductions) is built on these two in collectives.hpp.
 #pragma once
 
@@ -12,13 +12,13 @@
 
 namespace mlpint {
 
-// A transfer that did not complete: names both ranks.
+// TransferError is for a transfer that did not complete, and names both ranks.
 class TransferError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-// One transfer under way. It holds its state until it has completed.
+// Transfer is one transfer under way. It holds its state until it has completed.
 class Transfer {
  public:
   virtual ~Transfer() = default;
@@ -35,7 +35,7 @@ class Transport {
   virtual int size() const = 0;
   virtual TransferPtr send(int to, int tag, State state) = 0;
   virtual TransferPtr receive(int from, int tag, State into) = 0;
-  // The transport for small host messages; an accelerator transport names a host one.
+  // Returns the transport for small host messages; an accelerator transport names a host one.
   virtual Transport& control() { return *this; }
 
   // Sends without waiting; the message is kept here until it has left.
@@ -43,8 +43,8 @@ class Transport {
     outbox_.push_back(send(to, tag, std::move(state)));
     progress();
   }
-  // Lets messages under way move on. Called between layer evaluations: an MPI without a progress thread moves large
-  // messages only inside its own calls.
+  // Lets messages under way move on. This is called between layer evaluations, since an MPI without a progress thread
+  // moves large messages only inside its own calls.
   void progress() {
     while (!outbox_.empty() && outbox_.front()->test()) outbox_.pop_front();
     for (auto& t : outbox_) t->test();
@@ -59,7 +59,8 @@ class Transport {
 
   double stall_limit = 600.0;  // seconds a rank waits for another before it gives up
 
-  // Called now and then while this rank waits for `peer`; may throw, as when that rank has left. Transfers share it.
+  // A watch is called now and then while this rank waits for `peer`, and may throw, as when that rank has left.
+  // Transfers share it.
   using Watch = std::function<void(int peer)>;
   const std::shared_ptr<Watch> watch = std::make_shared<Watch>();
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._core import Visit
+from .._core import Sweep
 from ..mgrit import vectors
 from ..mgrit.learnt_operator import LearntOperator
 from ..mgrit.stats import Stats
@@ -187,7 +187,7 @@ AnyStream = Stream | StackStream
 class _Propagator:
     """The vector operations that both directions share; see csrc/propagator.hpp."""
 
-    operations = {Visit.relax: "relaxation", Visit.chain: "coarse sweep", Visit.last: "last sweep"}
+    operations = {Sweep.intermediate: "relaxation", Sweep.final_coarse: "coarse sweep", Sweep.final_fine: "last sweep"}
     direction = ""
 
     def __init__(
@@ -215,17 +215,17 @@ class _Propagator:
         raise NotImplementedError
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
     ) -> list[State]:
         raise NotImplementedError
 
     def evaluate(
-        self, positions: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+        self, positions: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
     ) -> list[State]:
         try:
-            return self.steps([self.layer(p) for p in positions], inputs, outputs, level, visit)
+            return self.steps([self.layer(p) for p in positions], inputs, outputs, level, sweep)
         except BaseException as error:
-            where = f"{self.stream.where}, level {level}, {self.direction} {self.operations[visit]}"
+            where = f"{self.stream.where}, level {level}, {self.direction} {self.operations[sweep]}"
             annotate(error, self.rank, where)
             raise
 
@@ -247,14 +247,14 @@ class ForwardPropagator(_Propagator):
         return self.origin + position
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
     ) -> list[State]:
         # Whatever the chain evaluated for good was taped there and then.
         lacking = [i for i, known in enumerate(outputs) if known is None]
         results = list(outputs)
         if lacking:
             found = self.stream.forward(
-                [layers[i] for i in lacking], [inputs[i] for i in lacking], level, keep=visit != Visit.relax
+                [layers[i] for i in lacking], [inputs[i] for i in lacking], level, keep=sweep != Sweep.intermediate
             )
             for i, state in zip(lacking, found, strict=True):
                 results[i] = state
@@ -270,11 +270,11 @@ class AdjointPropagator(_Propagator):
         return self.origin - position
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, visit: Visit
+        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
     ) -> list[State]:
-        if visit == Visit.last:
+        if sweep == Sweep.final_fine:
             return self.stream.finish(layers, inputs, outputs, level)
-        return self.stream.input_vjp(layers, inputs, level, keep=visit == Visit.chain)
+        return self.stream.input_vjp(layers, inputs, level, keep=sweep == Sweep.final_coarse)
 
 
 def merge_gradients(streams: Sequence[AnyStream]) -> dict[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from .._core import Visit
+from .._core import Sweep
 from ..comm.agreement import agree
 from ..comm.nccl import synchronize
 from ..layers.propagators import AdjointPropagator, AnyStream, ForwardPropagator, annotate, merge_gradients
@@ -171,13 +171,13 @@ class Run:
     def _serial_forward(self, stream: AnyStream, layers: range, state: State) -> State:
         propagator = ForwardPropagator(stream, state, self.comm.rank, 0)
         for n in layers:
-            state = propagator.evaluate([n], [state], [None], 0, Visit.last)[0]
+            state = propagator.evaluate([n], [state], [None], 0, Sweep.final_fine)[0]
         return state
 
     def _serial_backward(self, stream: AnyStream, layers: range, lam: State) -> State:
         propagator = AdjointPropagator(stream, lam, self.comm.rank, 0)
         for n in reversed(layers):
-            lam = propagator.evaluate([-n], [lam], [None], 0, Visit.last)[0]
+            lam = propagator.evaluate([-n], [lam], [None], 0, Sweep.final_fine)[0]
         return lam
 
     def _share(self, finals: list[State], template: State, owner: int) -> tuple[torch.Tensor, ...]:
