@@ -18,7 +18,7 @@ from ..parallel.layer_parallel import LayerParallel
 from .decision import Decision
 from .diagnosis import first_not_finite
 from .gauges import Gauge, GradientGauge, Measurement, ResidualGauge
-from .ladder import default_ladder, describe
+from .ladder import default_ladder, short_form
 from .rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ class ErrorControl:
         passed = self._meets(tried[0], self.margin)
         self._good = self._good + 1 if passed else 0
         if self._good < self._wanted:
-            reason = f"{measured}; {describe(self.ladder[place - 1])}: {tried[0]}"
+            reason = f"{measured}; {short_form(self.ladder[place - 1])}: {tried[0]}"
             reason += f", good {self._good} of {self._wanted} times" if passed else ", not good enough"
             return self._decision("hold", options, reason, measured, *tried)
         place, self._good, self._descended_since = place - 1, 0, 0
@@ -329,7 +329,9 @@ class ErrorControl:
         best = max([measured, *tried], key=self._quality)
         self._missed_since = 0
         if not self._told and self.blocks.comm.rank == 0:
-            _log.warning("no rung of the ladder meets %s; the best, %s: %s", self._target, describe(best.options), best)
+            _log.warning(
+                "no rung of the ladder meets %s; the best, %s: %s", self._target, short_form(best.options), best
+            )
         self._told = True
         action = "hold" if best.options == options else "climb"
         return self._decision(action, best.options, f"{miss}, as do all rungs; the best: {best}", measured, *tried)
