@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, ErrorControl, LayerParallel
-from mlpint.control.ladder import default_ladder, doubled_options, finer_options
+from mlpint.control.ladder import doubled_options, finer_options
 from mlpint.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -553,16 +553,6 @@ def ranks_that_disagree(comm):
         assert comm.size == 1
 
 
-def default_ladders(comm):
-    def iterations(*options, depth=16):
-        return [(o.forward_iters, o.backward_iters) for o in default_ladder(MGRIT(*options), depth)]
-
-    assert iterations(2, 4, 1, 1) == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (0, 3), (0, 0)]
-    assert iterations(2, 4, 2, 1, depth=64) == [(2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (0, 3), (0, 0)]
-    assert iterations(2, 4, 0, 1) == [(0, 1), (0, 2), (0, 3), (0, 0)]
-    assert iterations(2, 4, 1, 1, depth=7) == [(1, 1), (0, 1), (0, 0)]
-
-
 if __name__ == "__main__":
     run(
         [
@@ -584,6 +574,5 @@ if __name__ == "__main__":
             tied_frozen_and_idle,
             the_cyclic_layout,
             ranks_that_disagree,
-            default_ladders,
         ]
     )

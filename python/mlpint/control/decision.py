@@ -7,8 +7,8 @@ import math
 from typing import Any, Literal
 
 from ..mgrit.options import MGRIT
-from .gauges import Measurement
 from .ladder import short_form
+from .measurement import Measurement
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ def exact_options(options: MGRIT) -> MGRIT:
 
 
 def iterations_until_exact(options: MGRIT, depth: int) -> int:
-    """Iterations, of one direction, after which MGRIT is exact for so many layers."""
+    """The iterations after which MGRIT is exact for so many layers."""
     if options.relaxation == "F":
         return -(-depth // options.cfactor)
     return -(-depth // (2 * options.cfactor)) + 1
@@ -36,7 +36,7 @@ def short_form(options: MGRIT) -> str:
     """Short form for logs: ``exact`` or ``(2,1) cf 4 sum``; iterations forwards and backwards."""
     if options.exact:
         return "exact"
-    more = [options.coarse] if options.coarse != "injection" else []
+    more: list[str] = [options.coarse] if options.coarse != "injection" else []
     more += [f"{options.levels} levels"] if options.levels > 2 else []
     more += [options.relaxation] if options.relaxation != "F" else []
     return " ".join([f"({options.forward_iters},{options.backward_iters}) cf {options.cfactor}", *more])
