@@ -227,7 +227,7 @@ class Trainer:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
         if self.control is None:
             return
-        self.control.steps = self.step
+        self.control.steps = checkpoint.info.get("fine_steps", self.step)  # coarse steps do not reach it
         state = checkpoint.info.get("control")
         # Where other options have been asked for, those it had come to are no rung above them: it begins anew.
         if state is not None and MGRIT(**state["options"]) in self.control.ladder:
