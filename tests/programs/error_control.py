@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, ErrorControl, LayerParallel
-from mlpint.control.ladder import default_ladder, doubled, finer
+from mlpint.control.ladder import doubled_options, finer_options
 from mlpint.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -113,7 +113,7 @@ def the_estimate_and_the_true_error(comm):
     weight, true = torch.cos(x), plain_gradients(layers, x, torch.cos(x))
     for options in (MGRIT(2, 4, 1, 1), MGRIT(2, 3, 2, 1), MGRIT(3, 2, 1, 2, "FCF"), MGRIT(2, 4, 0, 1)):
         found, _ = textbook_gradients(layers, x, weight, options)
-        better, _ = textbook_gradients(layers, x, weight, finer(options))
+        better, _ = textbook_gradients(layers, x, weight, finer_options(options))
         for reference, expected in (("finer", better), ("exact", true)):
             cosine, error = cosine_and_error(found, expected)
             got = controlled_pass(comm, layers, x, options, reference=reference, **LENIENT).measured
@@ -143,7 +143,7 @@ def the_residual_rule(comm):
     x = torch.randn(6, 4)
     for scale, options in ((0.1, MGRIT(2, 4, 1, 1)), (0.6, MGRIT(2, 4, 2, 1)), (0.6, MGRIT(2, 3, 0, 1, "FCF"))):
         layers = [Residual(4, scale) for _ in range(24)]
-        _, norms = textbook_gradients(layers, x, torch.cos(x), doubled(options, 24))
+        _, norms = textbook_gradients(layers, x, torch.cos(x), doubled_options(options, 24))
         expected = {d: n[-1] / n[-2] for d, n in norms.items() if n}
         larger = max(expected.values())
         for target, meets in ((1.01 * larger, True), (0.99 * larger, False)):
@@ -553,16 +553,6 @@ def ranks_that_disagree(comm):
         assert comm.size == 1
 
 
-def default_ladders(comm):
-    def iterations(*options, depth=16):
-        return [(o.forward_iters, o.backward_iters) for o in default_ladder(MGRIT(*options), depth)]
-
-    assert iterations(2, 4, 1, 1) == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (0, 3), (0, 0)]
-    assert iterations(2, 4, 2, 1, depth=64) == [(2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (0, 3), (0, 0)]
-    assert iterations(2, 4, 0, 1) == [(0, 1), (0, 2), (0, 3), (0, 0)]
-    assert iterations(2, 4, 1, 1, depth=7) == [(1, 1), (0, 1), (0, 0)]
-
-
 if __name__ == "__main__":
     run(
         [
@@ -584,6 +574,5 @@ if __name__ == "__main__":
             tied_frozen_and_idle,
             the_cyclic_layout,
             ranks_that_disagree,
-            default_ladders,
         ]
     )

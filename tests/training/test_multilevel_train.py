@@ -65,6 +65,14 @@ def test_a_run_and_going_on_with_it_in_the_middle_of_a_cycle(capsys):
         assert words in capsys.readouterr().err
 
 
+def test_error_control_that_begins_at_a_resumption_counts_fine_steps():
+    assert train("--out=whole", checkpoint_every=4) == 0
+    cut = Path("whole", "checkpoints", "step-00000008")  # fine A A B B fine A A | B B fine
+    assert cli.main(["train", f"--resume={cut}", "--out=again", "--control=gradient", "--control-every=2"]) == 0
+    checks = [line["control"]["step"] for line in steps_of("again") if "control" in line]
+    assert checks == [3]  # as in a run that is checked from its start, on steps 1 and 3
+
+
 def test_curves_over_what_they_cost(capsys):
     assert train("--out=a") == 0 and train("--no-multilevel", "--out=b") == 0
     assert [line["flops"] for line in steps_of("b")] == [n * steps_of("a")[0]["flops"] for n in (1, 2, 3)]

@@ -7,8 +7,8 @@ import math
 from typing import Any, Literal
 
 from ..mgrit.options import MGRIT
-from .gauges import Measurement
-from .ladder import describe
+from .ladder import short_form
+from .measurement import Measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Decision:
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
     def __str__(self) -> str:
-        change = "" if self.after == self.before else f" -> {describe(self.after)}"
-        return f"step {self.step}, {describe(self.before)}{change}: {self.reason}"
+        change = "" if self.after == self.before else f" -> {short_form(self.after)}"
+        return f"step {self.step}, {short_form(self.before)}{change}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not finite is None."""

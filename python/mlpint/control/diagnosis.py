@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .ladder import exact
+from .ladder import exact_options
 from .rehearsal import Rehearsal
 
 
 def first_not_finite(rehearsal: Rehearsal) -> str:
     """A clause that names the first layer whose state is not finite, the same on every rank. Collective."""
     blocks = rehearsal.blocks
-    swept = exact(blocks.options)
+    swept = exact_options(blocks.options)
     found: dict[int, str] = {}  # own layers with something not finite: what
 
     def look(n: int, kind: str, parameters: Iterable[torch.Tensor], inputs: Any, output: Any) -> None:

@@ -17,14 +17,13 @@ from ..mgrit.options import MGRIT
 from ..parallel.layer_parallel import LayerParallel
 from .decision import Decision
 from .diagnosis import first_not_finite
-from .gauges import Gauge, GradientGauge, Measurement, ResidualGauge
-from .ladder import default_ladder, describe
+from .gauges import Gauge, GradientGauge, ResidualGauge
+from .ladder import default_ladder
+from .measurement import Measurement
+from .policy import Check, Conclusion, Policy, PolicyState
 from .rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
-_RETRY = 10  # checks after which a ladder that does not reach the target is tried again
-_SETTLED = 10  # checks that a cheaper rung must last not to have been taken too soon
-_MOST_PATIENCE = 16
 _EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
 
 
@@ -84,7 +83,6 @@ class ErrorControl:
     Attributes:
         ladder: the rungs.
         history: decisions of checks and of skipped steps.
-        skipped: steps that were not finite so far.
 
     Raises:
         ValueError: arguments out of range, a ladder that the stack's ranks or layout do not allow or that the stack's
@@ -108,19 +106,15 @@ class ErrorControl:
         if not isinstance(blocks, LayerParallel):
             raise TypeError(f"blocks must be an mlpint.LayerParallel, got {type(blocks).__name__}")
         self.blocks, self.measure, self.max_error, self.reference = blocks, measure, max_error, reference
-        self.target = {"gradient": 0.95, "residual": 1.0}.get(measure) if target is None else target
+        self.target = (0.95 if measure == "gradient" else 1.0) if target is None else target
         self.every, self.margin, self.patience, self.skip_limit = every, margin, patience, skip_limit
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)
         names = ("measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder")
         blocks.comm.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
         self.history: list[Decision] = []
-        self.steps = self.skipped = 0
-        self._skipped_in_a_row = self._good = 0
-        self._wanted = patience
-        self._descended_since: int | None = None  # checks since a cheaper rung was taken that has not lasted yet
-        self._missed_since: int | None = None  # checks since the whole ladder was found to miss the target
-        self._told = False
+        self.steps = 0
+        self._state = PolicyState(wanted=patience)
         self._passes = 1
         self._checking = self._before = 0.0  # seconds: of checks; of training before a resumption
         self._started = time.perf_counter()
@@ -175,6 +169,16 @@ class ErrorControl:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     @property
+    def policy(self) -> Policy:
+        """The rules, as the arguments say."""
+        return Policy(self.ladder, self.measure, self.target, self.max_error, self.margin, self.patience)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not finite so far."""
+        return self._state.skipped
+
+    @property
     def check_due(self) -> bool:
         """Whether the coming :meth:`step` will check."""
         early = _EARLY if self.every >= _EARLY[0] else ()
@@ -208,26 +212,37 @@ class ErrorControl:
         value = loss.detach() if isinstance(loss, torch.Tensor) else torch.as_tensor(loss)
         agree(self.blocks.comm, {"operation": "ErrorControl.step", "step": str(self.steps)})
         due, finite = self.check_due, self._is_finite(value)
-        device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
         if finite and not due:
             decision = Decision(self.steps + 1, "none", self.blocks.options, self.blocks.options)
         else:
-            started = time.perf_counter()
+            device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
             rehearsal = Rehearsal(self.blocks, again, device, self._passes)
-            decision = self._check(self._gauge(rehearsal)) if finite else self._not_finite(rehearsal)
+            decision = self._check(rehearsal, finite)
             self._passes = rehearsal.passes
-            decision = dataclasses.replace(decision, seconds=time.perf_counter() - started)
-            self._checking += decision.seconds
-            self.blocks.options = decision.after
-            self._record(decision)
-            if decision.skip and decision.action == "skip" and self._skipped_in_a_row >= self.skip_limit:
+            if decision.action == "skip" and self._state.skipped_in_a_row >= self.skip_limit:
                 raise TrainingError(
-                    f"{self._skipped_in_a_row} steps in a row were not finite, the last one's loss was {float(value)}: "
-                    f"{first_not_finite(rehearsal)}; lower the learning rate, or look at the data of this step"
+                    f"{self._state.skipped_in_a_row} steps in a row were not finite, the last one's loss was "
+                    f"{float(value)}: {first_not_finite(rehearsal)}; lower the learning rate, or look at the data of "
+                    "this step"
                 )
         if finite:
-            self._skipped_in_a_row = 0
+            self._state = dataclasses.replace(self._state, skipped_in_a_row=0)
         self.steps += 1
+        return decision
+
+    def _check(self, rehearsal: Rehearsal, finite: bool) -> Decision:
+        """Carries out what the policy asks for, then what it decides."""
+        started, options, policy = time.perf_counter(), self.blocks.options, self.policy
+        check = (policy.check if finite else policy.check_not_finite)(self._state, self.steps + 1, options)
+        conclusion = _carried_out(check, self._gauge(rehearsal))
+        decision = dataclasses.replace(conclusion.decision, seconds=time.perf_counter() - started)
+        self._state, self.blocks.options = conclusion.state, decision.after
+        self._checking += decision.seconds
+        self.history.append(decision)
+        if self.blocks.comm.rank == 0:
+            if conclusion.warning:
+                _log.warning("%s", conclusion.warning)
+            _log.log(logging.WARNING if decision.skip else logging.INFO, "%s", decision)
         return decision
 
     def _is_finite(self, loss: torch.Tensor) -> bool:
@@ -243,110 +258,6 @@ class ErrorControl:
             return ResidualGauge(rehearsal, self.blocks.options)
         return GradientGauge(rehearsal, self.blocks.options, against_exact=self.reference == "exact")
 
-    def _record(self, decision: Decision) -> None:
-        self.history.append(decision)
-        if self.blocks.comm.rank == 0:
-            _log.log(logging.WARNING if decision.skip else logging.INFO, "%s", decision)
-
-    # --- decisions ---------------------------------------------------------------------------------------------------
-
-    def _meets(self, m: Measurement, margin: float = 0.0) -> bool:
-        if self.measure == "residual":
-            return m.largest_factor <= self.target * (1 - margin)
-        error = self.max_error is None or m.error <= self.max_error * (1 - margin)
-        return 1 - m.cosine <= (1 - self.target) * (1 - margin) and error
-
-    def _quality(self, m: Measurement) -> float:
-        """Larger is better; minus infinity where nothing could be measured."""
-        quality = -m.largest_factor if self.measure == "residual" else m.cosine
-        return -math.inf if math.isnan(quality) else quality
-
-    @property
-    def _target(self) -> str:
-        if self.measure == "residual":
-            return f"convergence factor {self.target:g}"
-        return f"cosine {self.target:g}" + (f" and error {self.max_error:g}" if self.max_error is not None else "")
-
-    def _check(self, gauge: Gauge) -> Decision:
-        options = self.blocks.options
-        measured = gauge.start()
-        if self._descended_since is not None:
-            self._descended_since += 1
-            if self._descended_since > _SETTLED:
-                self._wanted, self._descended_since = self.patience, None
-        if self._meets(measured):
-            self._missed_since = None
-            return self._try_below(gauge, measured)
-        self._good = 0
-        if self._missed_since is not None and self._missed_since < _RETRY:
-            self._missed_since += 1
-            return self._decision("hold", options, f"{measured}: misses {self._target}, as do all rungs", measured)
-        return self._climb(gauge, measured)
-
-    def _decision(self, action: str, after: MGRIT, reason: str, measured: Measurement, *tried: Measurement) -> Decision:
-        return Decision(self.steps + 1, action, self.blocks.options, after, reason, measured, tried)
-
-    def _try_below(self, gauge: Gauge, measured: Measurement) -> Decision:
-        """Tries the rung below the present one, which has met the target."""
-        options, place = self.blocks.options, self.ladder.index(self.blocks.options)
-        if not place or not self._meets(measured, self.margin):
-            self._good = 0
-            return self._decision("hold", options, f"{measured}", measured)
-        tried = [gauge.measure(self.ladder[place - 1])]
-        passed = self._meets(tried[0], self.margin)
-        self._good = self._good + 1 if passed else 0
-        if self._good < self._wanted:
-            reason = f"{measured}; {describe(self.ladder[place - 1])}: {tried[0]}"
-            reason += f", good {self._good} of {self._wanted} times" if passed else ", not good enough"
-            return self._decision("hold", options, reason, measured, *tried)
-        place, self._good, self._descended_since = place - 1, 0, 0
-        while place:
-            tried.append(gauge.measure(self.ladder[place - 1]))
-            if not self._meets(tried[-1], self.margin):
-                break
-            place -= 1
-        found = next(m for m in tried if m.options == self.ladder[place])
-        return self._decision("descend", found.options, f"good enough: {found}", measured, *tried)
-
-    def _climb(self, gauge: Gauge, first: Measurement | None = None) -> Decision:
-        """Finds the first rung above that meets the target on this batch; else takes the best."""
-        options, place = self.blocks.options, self.ladder.index(self.blocks.options)
-        measured = gauge.sharpen()
-        if measured is None:
-            return self._decision("hold", options, "not finite under the exact sweep either", first)
-        if first is not None and self._meets(measured):
-            reason = f"{first}: misses {self._target}; against the exact sweep {measured}: does not"
-            return self._decision("hold", options, reason, measured)
-        if self._descended_since is not None:  # too soon
-            self._wanted, self._descended_since = max(self.patience, min(2 * self._wanted, _MOST_PATIENCE)), None
-        miss = "not finite, but the exact sweep is" if first is None else f"{first}: misses {self._target}"
-        tried = []
-        for rung in self.ladder[place + 1 :]:
-            tried.append(gauge.measure(rung))
-            if self._meets(tried[-1]):
-                self._missed_since = None
-                return self._decision("climb", rung, f"{miss}; now {tried[-1]}", measured, *tried)
-        best = max([measured, *tried], key=self._quality)
-        self._missed_since = 0
-        if not self._told and self.blocks.comm.rank == 0:
-            _log.warning("no rung of the ladder meets %s; the best, %s: %s", self._target, describe(best.options), best)
-        self._told = True
-        action = "hold" if best.options == options else "climb"
-        return self._decision(action, best.options, f"{miss}, as do all rungs; the best: {best}", measured, *tried)
-
-    def _not_finite(self, rehearsal: Rehearsal) -> Decision:
-        """Where the exact sweep is finite on this batch the solver is at fault, else the network or the data."""
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        self._good = 0
-        options = self.blocks.options
-        if not options.exact:
-            decision = self._climb(self._gauge(rehearsal))
-            if decision.action == "climb":
-                return dataclasses.replace(decision, skip=True)
-        reason = f"not finite; skipped, {self._skipped_in_a_row} in a row"
-        return Decision(self.steps + 1, "skip", options, options, reason, skip=True)
-
     # --- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,13 +265,7 @@ class ErrorControl:
         return {
             "options": dataclasses.asdict(self.blocks.options),
             "steps": self.steps,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "good": self._good,
-            "wanted": self._wanted,
-            "descended_since": self._descended_since,
-            "missed_since": self._missed_since,
-            "told": self._told,
+            **dataclasses.asdict(self._state),
             "checking": self._checking,
             "seconds": self._before + time.perf_counter() - self._started,
         }
@@ -378,10 +283,19 @@ class ErrorControl:
         if options not in self.ladder:
             raise ValueError(f"ErrorControl: the state's options, {options}, are no rung of the ladder")
         self.blocks.options = options
-        self.steps, self.skipped, self._skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
-        self._good, self._missed_since, self._told = state["good"], state["missed_since"], state["told"]
-        self._wanted, self._descended_since = state["wanted"], state["descended_since"]
+        self.steps = state["steps"]
+        self._state = PolicyState(**{f.name: state[f.name] for f in dataclasses.fields(PolicyState)})
         self._checking, self._before, self._started = state["checking"], state["seconds"], time.perf_counter()
+
+
+def _carried_out(check: Check, gauge: Gauge) -> Conclusion:
+    answer: Measurement | None = None
+    while True:
+        try:
+            request = check.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = gauge.answer(request)
 
 
 def _is_number(value: Any, kind: Any = int | float) -> bool:

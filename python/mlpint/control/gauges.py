@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 
 from ..mgrit.options import MGRIT
-from .ladder import doubled, exact, finer
-from .rehearsal import Gradients, Rehearsal, compare
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What some options gave on one batch; the same on every rank.
-
-    Attributes:
-        options: measured.
-        cosine: of their gradient with the reference gradient, over the stack's parameters.
-        error: ||g - g_ref|| / ||g_ref||.
-        convergence_factor: of the residual in the last iteration, ||r^(k+1)|| / ||r^(k)||, by direction.
-    """
-
-    options: MGRIT
-    cosine: float | None = None
-    error: float | None = None
-    convergence_factor: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def largest_factor(self) -> float:
-        """Of both directions; 0 where there is nothing to iterate. Not a number counts as infinite."""
-        return max((math.inf if math.isnan(f) else f for f in self.convergence_factor.values()), default=0.0)
-
-    def __str__(self) -> str:
-        factors = ", ".join(f"rho {d} {f:.3g}" for d, f in self.convergence_factor.items())
-        if self.cosine is None:
-            return factors or "nothing to iterate"
-        return f"gradient cosine {self.cosine:.4f}, error {self.error:.3g}" + (f", {factors}" if factors else "")
+from .ladder import doubled_options, exact_options, finer_options
+from .measurement import Measurement
+from .policy import Request
+from .rehearsal import Gradients, Rehearsal, gradient_agreement
 
 
 class Gauge:
@@ -48,6 +22,12 @@ class Gauge:
 
     def __init__(self, rehearsal: Rehearsal, current: MGRIT) -> None:
         self.rehearsal, self.current = rehearsal, current
+
+    def answer(self, request: Request) -> Measurement | None:
+        """What a check asks for. Collective."""
+        if request.kind == "measure":
+            return self.measure(request.options)
+        return self.start() if request.kind == "start" else self.sharpen()
 
     def start(self) -> Measurement:
         """The options in use. Comes first."""
@@ -68,7 +48,7 @@ class Gauge:
         return self.rehearsal.gradients(options, watch=watch)
 
     def _is_finite(self, gradients: Gradients) -> bool:
-        cosine, _ = compare(gradients, gradients, self.rehearsal.blocks)
+        cosine, _ = gradient_agreement(gradients, gradients, self.rehearsal.blocks)
         return math.isfinite(cosine)
 
 
@@ -79,13 +59,13 @@ class ResidualGauge(Gauge):
         return self.measure(self.current)
 
     def sharpen(self) -> Measurement | None:
-        finite = self._is_finite(self.rehearsal.gradients(exact(self.current)))
+        finite = self._is_finite(self.rehearsal.gradients(exact_options(self.current)))
         return self.measure(self.current) if finite else None
 
     def measure(self, options: MGRIT) -> Measurement:
         if options.exact:
             return Measurement(options)
-        more = doubled(options, self.rehearsal.blocks.depth)
+        more = doubled_options(options, self.rehearsal.blocks.depth)
         return Measurement(options, convergence_factor=self._gradients(more, watch=True).convergence_factor)
 
 
@@ -102,31 +82,39 @@ class GradientGauge(Gauge):
     def __init__(self, rehearsal: Rehearsal, current: MGRIT, against_exact: bool) -> None:
         super().__init__(rehearsal, current)
         self.against_exact = against_exact
-        self._own: Gradients | None = None
         self._reference: Gradients | None = None
 
+    @functools.cached_property
+    def _own(self) -> Gradients:
+        return self.rehearsal.gradients(self.current)
+
     def start(self) -> Measurement:
+        own, factors = self._own, {}
         if self.current.exact or self.against_exact:
-            return self._against_exact()
-        self._own = self.rehearsal.gradients(self.current)
-        self._reference = self.rehearsal.gradients(finer(self.current), watch=True)
-        return self._compared(self.current, self._own, self._reference.convergence_factor)
+            self._exact_reference()
+        else:
+            self._reference = self.rehearsal.gradients(finer_options(self.current), watch=True)
+            factors = self._reference.convergence_factor
+        return self._against_reference(self.current, own, factors)
 
     def sharpen(self) -> Measurement | None:
-        measurement = self._against_exact()
-        return measurement if self._is_finite(self._reference) else None
+        own, reference = self._own, self._exact_reference()
+        measurement = self._against_reference(self.current, own)
+        return measurement if self._is_finite(reference) else None
 
     def measure(self, options: MGRIT) -> Measurement:
         if options.exact:
             return Measurement(options, 1.0, 0.0)
-        return self._compared(options, self._gradients(options))
+        return self._against_reference(options, self._gradients(options))
 
-    def _against_exact(self) -> Measurement:
-        self._reference = None
-        if self._own is None:
-            self._own = self.rehearsal.gradients(self.current)
-        self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact(self.current))
-        return self._compared(self.current, self._own)
+    def _exact_reference(self) -> Gradients:
+        self._reference = None  # its memory is free before the next one takes some
+        self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact_options(self.current))
+        return self._reference
 
-    def _compared(self, options: MGRIT, found: Gradients, factors: dict[str, float] | None = None) -> Measurement:
-        return Measurement(options, *compare(found, self._reference, self.rehearsal.blocks), factors or {})
+    def _against_reference(
+        self, options: MGRIT, gradients: Gradients, factors: dict[str, float] | None = None
+    ) -> Measurement:
+        assert self._reference is not None, "measure comes after start or sharpen"
+        agreement = gradient_agreement(gradients, self._reference, self.rehearsal.blocks)
+        return Measurement(options, *agreement, factors or {})

@@ -123,7 +123,7 @@ def _own_weights(blocks: LayerParallel) -> dict[int, tuple[torch.nn.Parameter, .
     return weights
 
 
-def compare(a: Gradients, b: Gradients, blocks: LayerParallel) -> tuple[float, float]:
+def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tuple[float, float]:
     """Cosine of two gradients and ||a - b|| / ||b||, over the parameters of all ranks. Collective.
 
     Added up layer by layer in the order of the layers: the same to the last bit on every rank, for any number of ranks.

@@ -16,7 +16,7 @@ import torch
 
 from ..comm.collectively import jointly
 from ..comm.communicator import Comm
-from ..control.ladder import describe
+from ..control.ladder import short_form
 from .comparison import Comparison
 from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
@@ -157,7 +157,7 @@ class Report:
             self.metrics.write({"step": self.trainer.step, "comparison": dataclasses.asdict(comparison)})
         self.metrics.close()
         lines = read_lines(self.directory / "metrics.jsonl")
-        label, control = describe(self.config.solver.mgrit()), self.trainer.control
+        label, control = short_form(self.config.solver.mgrit()), self.trainer.control
         loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
         if sample is not None:
             (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
@@ -170,7 +170,7 @@ class Report:
                 f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"
             )
         if comparison is not None:
-            mode = describe(self.trainer.blocks.options)
+            mode = short_form(self.trainer.blocks.options)
             self._say(
                 f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
                 f"layer-parallel {mode} {comparison.seconds:.3f} s, exact serial sweep "

@@ -17,7 +17,7 @@ from ..comm.collectively import jointly
 from ..comm.communicator import Comm
 from ..control.decision import Decision
 from ..control.error_control import ErrorControl
-from ..control.ladder import describe
+from ..control.ladder import short_form
 from ..errors import ConfigError, TrainingError
 from ..flops import FlopMeter
 from ..mgrit.options import MGRIT
@@ -78,7 +78,7 @@ class Trainer:
         self.step = self.position = 0
         self.origin = ""
         self.iterations: dict[str, int] = {}
-        self.mode = describe(self.blocks.options)
+        self.mode = short_form(self.blocks.options)
         self.decision: Decision | None = None
         self.control: ErrorControl | None = None
         if solver.measure is not None:
@@ -138,7 +138,7 @@ class Trainer:
     def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
         losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
-        self.iterations, self.mode = dict(self.blocks.stats.iterations), describe(self.blocks.options)
+        self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
         loss = sum(losses) / accumulate
         self.decision = None
         if self.control is not None and (self.phase is None or self.phase.fine):
@@ -227,7 +227,7 @@ class Trainer:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
         if self.control is None:
             return
-        self.control.steps = self.step
+        self.control.steps = checkpoint.info.get("fine_steps", self.step)  # coarse steps do not reach it
         state = checkpoint.info.get("control")
         # Where other options have been asked for, those it had come to are no rung above them: it begins anew.
         if state is not None and MGRIT(**state["options"]) in self.control.ladder:
