@@ -20,6 +20,7 @@ from .attention_backward import configs as backward_configs
 from .attention_tiles import (
     LOG2_E,
     aot_cases,
+    block_of,
     check_heads,
     config_of,
     constants,
@@ -29,9 +30,10 @@ from .attention_tiles import (
     length_strides,
     load_tile,
     padded_head,
+    real_and_seen,
     store_tile,
 )
-from .common import Launch, dot, round_to
+from .common import Launch, dot, round_to, strides_of
 
 __all__ = [
     "attention",
@@ -114,10 +116,7 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last queries have most to do
-    start = block * BLOCK_M
+    head, start = block_of(T, BLOCK_M, True)
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
     q_head = head_of(q, q_strides, head, B, H)
     queries = load_tile(q_head, q_strides[3], start, n, HEAD, BLOCK_M, BLOCK_D)  # [BM, BD]
@@ -156,13 +155,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of :func:`attention_train`, in plain PyTorch; differentiable."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    token = torch.arange(q.shape[3], device=q.device)
-    real = torch.ones_like(token, dtype=torch.bool).expand(*q.shape[:2], 1, -1)  # [J, B, 1, T]
-    if lengths is not None:
-        real = (token < lengths[..., None]).expand(*q.shape[:2], -1)[:, :, None]
-    seen = real[..., None, :] & real[..., None]  # [J, B, 1, T, T]
-    if causal:
-        seen = seen & (token[:, None] >= token)
+    real, seen = real_and_seen(q, causal, lengths)
     q, k, v = (torch.where(real[..., None], x, 0) for x in (q, k, v))
     scores = scale * (q @ k.mT).to(wide)
     lse = torch.where(seen, scores, -torch.inf).masked_fill(~real[..., None], 0).logsumexp(-1)
@@ -260,8 +253,7 @@ def launch_of(
         (triton.cdiv(t, config["BLOCK_M"]) * j * b * h,),
         (
             *(q, k, v, o, lse, lengths),
-            *(x.stride()[:4] for x in (q, k, v, o)),
-            *(length_strides(lengths), scale, b, h, t),
+            *(*strides_of(q, k, v, o), length_strides(lengths), scale, b, h, t),
         ),
         constants(q, causal, lengths) | {"LSE": lse is not None} | config,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, library
 from .attention_tiles import (
     LOG2_E,
     aot_cases,
+    block_of,
     check_heads,
     config_of,
     constants,
@@ -25,9 +26,10 @@ from .attention_tiles import (
     length_strides,
     load_tile,
     padded_head,
+    real_and_seen,
     store_tile,
 )
-from .common import Launch, check, dot, round_to, to_float
+from .common import Launch, check, dot, round_to, strides_of, to_float
 
 
 @triton.jit
@@ -48,15 +50,34 @@ def attention_bwd_delta_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """delta = sum(o do) of each query: what the softmax's backward subtracts."""
-    blocks = tl.cdiv(T, BLOCK)
-    head = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK
+    head, start = block_of(T, BLOCK, False)
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
     o_head, do_head = head_of(o, o_strides, head, B, H), head_of(do, do_strides, head, B, H)
     outputs = to_float(load_tile(o_head, o_strides[3], start, n, HEAD, BLOCK, BLOCK_D))  # [BLOCK, BD]
     grads = to_float(load_tile(do_head, do_strides[3], start, n, HEAD, BLOCK, BLOCK_D))
     tokens = start + tl.arange(0, BLOCK)
     tl.store(delta + head.to(tl.int64) * T + tokens, tl.sum(outputs * grads, 1), mask=tokens < T)
+
+
+@triton.jit
+def _probabilities(rows, columns, lse, seen, scale, MASK: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """exp(scale rows columns^T - lse) [R, C], with MASK zero where a query does not see a key.
+
+    The queries are the rows [R, BD] and the keys the columns [C, BD], or the other way round; lse is [R, 1] or [1, C].
+    As in the forward, scale and lse come with log2(e).
+    """
+    zeros = tl.zeros((rows.shape[0], columns.shape[0]), lse.dtype)
+    scores = dot(rows, tl.trans(columns), zeros, INPUT_PRECISION) * scale - lse
+    if MASK:
+        scores = tl.where(seen, scores, float("-inf"))
+    return tl.exp2(scores)
+
+
+@triton.jit
+def _score_grads(p, rows, columns, delta, INPUT_PRECISION: tl.constexpr):
+    """The softmax's backward, p (rows columns^T - delta) [R, C], of values and output gradients [R or C, BD]."""
+    zeros = tl.zeros(p.shape, p.dtype)
+    return p * (dot(rows, tl.trans(columns), zeros, INPUT_PRECISION) - delta)
 
 
 @triton.jit
@@ -88,9 +109,7 @@ def attention_bwd_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, BLOCK_OWN)
-    head = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK_OWN
+    head, start = block_of(T, BLOCK_OWN, False)
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
     q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
     k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
@@ -110,15 +129,12 @@ def attention_bwd_dkdv_kernel(
         others = other + tl.arange(0, BLOCK_OTHER)  # [other]
         queries = load_tile(q_head, q_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
         dos = load_tile(do_head, do_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
-        sums = tl.load(lse + statistics + others, mask=others < n, other=0.0)
+        sums = tl.load(lse + statistics + others, mask=others < n, other=0.0) * LOG2_E
         deltas = tl.load(delta + statistics + others, mask=others < n, other=0.0)
-        zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
-        scores = dot(keys, tl.trans(queries), zeros, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[None, :]
-        if CAUSAL:
-            scores = tl.where(others[None, :] >= tokens[:, None], scores, float("-inf"))
-        p = tl.exp2(scores)  # [own, other]
+        seen = others[None, :] >= tokens[:, None]
+        p = _probabilities(keys, queries, sums[None, :], seen, scale * LOG2_E, CAUSAL, INPUT_PRECISION)  # [own, other]
         dvs = dot(round_to(p, dos.dtype), dos, dvs, INPUT_PRECISION)
-        ds = p * (dot(values, tl.trans(dos), zeros, INPUT_PRECISION) - deltas[None, :])
+        ds = _score_grads(p, values, dos, deltas[None, :], INPUT_PRECISION)
         dks = dot(round_to(ds, queries.dtype), queries, dks, INPUT_PRECISION)
 
     real = (tokens < n)[:, None]
@@ -155,9 +171,7 @@ def attention_bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, BLOCK_OWN)
-    head = tl.program_id(0) // blocks
-    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_OWN
+    head, start = block_of(T, BLOCK_OWN, True)
     n = length_of(lengths, length_strides, head, B, H, T, LENGTHS)
     q_head, do_head = head_of(q, q_strides, head, B, H), head_of(do, do_strides, head, B, H)
     k_head, v_head = head_of(k, k_strides, head, B, H), head_of(v, v_strides, head, B, H)
@@ -165,7 +179,7 @@ def attention_bwd_dq_kernel(
     dos = load_tile(do_head, do_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
     tokens = start + tl.arange(0, BLOCK_OWN)
     statistics = head.to(tl.int64) * T + tokens
-    sums = tl.load(lse + statistics, mask=tokens < n, other=0.0)
+    sums = tl.load(lse + statistics, mask=tokens < n, other=0.0) * LOG2_E
     deltas = tl.load(delta + statistics, mask=tokens < n, other=0.0)
 
     acc: tl.constexpr = lse.dtype.element_ty
@@ -176,14 +190,12 @@ def attention_bwd_dq_kernel(
     for other in range(0, last, BLOCK_OTHER):
         keys = load_tile(k_head, k_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
         values = load_tile(v_head, v_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
-        zeros = tl.zeros((BLOCK_OWN, BLOCK_OTHER), acc)
-        scores = dot(queries, tl.trans(keys), zeros, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[:, None]
         others = other + tl.arange(0, BLOCK_OTHER)
         seen = (others < n)[None, :]  # 2^-lse of a key that does not exist may overflow
         if CAUSAL:
             seen = seen & (tokens[:, None] >= others[None, :])
-        p = tl.exp2(tl.where(seen, scores, float("-inf")))  # [own, other]
-        ds = p * (dot(dos, tl.trans(values), zeros, INPUT_PRECISION) - deltas[:, None])
+        p = _probabilities(queries, keys, sums[:, None], seen, scale * LOG2_E, True, INPUT_PRECISION)  # [own, other]
+        ds = _score_grads(p, dos, values, deltas[:, None], INPUT_PRECISION)
         dqs = dot(round_to(ds, keys.dtype), keys, dqs, INPUT_PRECISION)
 
     dqs = tl.where((tokens < n)[:, None], dqs * scale, 0.0)
@@ -202,13 +214,8 @@ def attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`attention_backward` does, in plain PyTorch."""
-    wide, token = lse.dtype, torch.arange(q.shape[3], device=q.device)
-    real = torch.ones_like(lse[:, :, :1], dtype=torch.bool)  # [J, B, 1, T]
-    if lengths is not None:
-        real = (token < lengths[..., None]).expand(*q.shape[:2], -1)[:, :, None]
-    seen = real[..., None, :] & real[..., None]  # [J, B, 1, T, T]
-    if causal:
-        seen = seen & (token[:, None] >= token)
+    wide = lse.dtype
+    real, seen = real_and_seen(q, causal, lengths)
     do, q, k, v, o = (torch.where(real[..., None], x, 0) for x in (do, q, k, v, o))
     p = torch.where(seen, (scale * (q @ k.mT).to(wide) - lse[..., None]).exp(), 0)
     delta = (o.to(wide) * do.to(wide)).sum(-1, keepdim=True)
@@ -333,25 +340,25 @@ def launches(
     constexprs = constants(q, causal, lengths)
     delta = torch.empty_like(lse)
     shape = {name: constexprs[name] for name in ("HEAD", "BLOCK_D", "LENGTHS")}
-    do_strides, padding = do.stride()[:4], length_strides(lengths)
+    o_strides, do_strides, padding = *strides_of(o, do), length_strides(lengths)
     yield Launch(
         attention_bwd_delta_kernel,
         (triton.cdiv(t, 64) * heads,),
-        (o, do, delta, lengths, o.stride()[:4], do_strides, padding, b, h, t),
+        (o, do, delta, lengths, o_strides, do_strides, padding, b, h, t),
         shape | {"BLOCK": 64, "num_warps": 4},
     )
     programs = (triton.cdiv(t, config["BLOCK_OWN"]) * heads,)
-    strides = (*(x.stride()[:4] for x in (q, k, v)), do_strides)
+    strides = strides_of(q, k, v, do)
     yield Launch(
         attention_bwd_dkdv_kernel,
         programs,
-        (q, k, v, do, lse, delta, dk, dv, lengths, *strides, dk.stride()[:4], padding, scale, b, h, t),
+        (q, k, v, do, lse, delta, dk, dv, lengths, *strides, *strides_of(dk), padding, scale, b, h, t),
         constexprs | config,
     )
     yield Launch(
         attention_bwd_dq_kernel,
         programs,
-        (q, k, v, do, lse, delta, dq, lengths, *strides, dq.stride()[:4], padding, scale, b, h, t),
+        (q, k, v, do, lse, delta, dq, lengths, *strides, *strides_of(dq), padding, scale, b, h, t),
         constexprs | config,
     )
 

@@ -17,6 +17,19 @@ WIDEST = 128  # head dimension
 
 
 @triton.jit
+def block_of(T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(head, first token) of a program of a one-dimensional grid of J x B x H x blocks(T).
+
+    With LAST_FIRST the programs of a head begin at its end: under a causal mask the last queries have most to do.
+    """
+    blocks = tl.cdiv(T, BLOCK)
+    block = tl.program_id(0) % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return tl.program_id(0) // blocks, block * BLOCK
+
+
+@triton.jit
 def head_of(pointer, strides, head, B, H):
     """Where head number `head` of J x B x H starts."""
     j, b, h = head // (B * H), head // H % B, head % H
@@ -76,6 +89,16 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None
     expected = f"int32 [{q.shape[0]}, {q.shape[1]}] or [{q.shape[1]}] on {q.device}"
     if lengths.dtype != torch.int32 or lengths.device != q.device or lengths.shape not in (q.shape[:2], q.shape[1:2]):
         raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
+
+
+def real_and_seen(q: Tensor, causal: bool, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The masks of the references: tokens that exist, [J, B, 1, T], and keys that a query sees, [J, B, 1, T, T]."""
+    token = torch.arange(q.shape[3], device=q.device)
+    real = torch.ones_like(token, dtype=torch.bool).expand(*q.shape[:2], 1, -1)
+    if lengths is not None:
+        real = (token < lengths[..., None]).expand(*q.shape[:2], -1)[:, :, None]
+    seen = real[..., None, :] & real[..., None]
+    return real, seen & (token[:, None] >= token) if causal else seen
 
 
 def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from . import dispatch
-from .common import Launch, check, check_dense, round_to, to_float
+from .common import Launch, check, check_dense, round_to, strides_of, to_float
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def launch_of(a: float, x: Tensor, b: float, y: Tensor, out: Tensor, config: dic
         Launch(
             axpby_norm_kernel,
             (partial.shape[1], j),
-            (x, y, out, partial, x.stride()[:2], y.stride()[:2], a, b, n, d),
+            (x, y, out, partial, *strides_of(x, y), a, b, n, d),
             {"DENSE": all(dense)} | config,
         ),
         partial,

@@ -92,7 +92,7 @@ class Launch:
 
     kernel: object
     grid: tuple[int, ...]
-    arguments: tuple  # tensors, integers and floats, in the kernel's order
+    arguments: tuple  # tensors, integers, floats and tuples of these, in the kernel's order
     constexprs: dict  # the kernel's constexpr parameters, and num_warps and num_stages
 
     def run(self):
@@ -107,6 +107,11 @@ class Launch:
                 f"{self.kernel.__name__} runs on a CUDA device and the tensors are on {first.device}: "
                 "take the _reference function beside it, or set TRITON_INTERPRET=1 before Triton is imported"
             )
+
+
+def strides_of(*tensors: torch.Tensor) -> list[tuple[int, ...]]:
+    """What kernels take of the layout of each tensor: the strides of all dimensions but the last, whose is 1."""
+    return [tensor.stride()[:-1] for tensor in tensors]
 
 
 def input_precision() -> str:

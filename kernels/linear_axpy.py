@@ -11,20 +11,20 @@ import triton.language as tl
 from torch import Tensor, library
 
 from . import dispatch
-from .common import Launch, check, check_dense, dot, input_precision, round_to, tile_of, to_float
+from .common import Launch, check, check_dense, dot, input_precision, round_to, strides_of, tile_of, to_float
 
 
 @triton.jit
-def store_step(acc, bias, y, x, out, rows, columns, y_row, x_row, M, N, h, SAME: tl.constexpr):
-    """The step of an accumulator [BM, BN] without its bias; y, x and out point to one layer's [M, N]."""
+def store_step(acc, bias, y, x, out, rows, columns, y_stride, x_stride, M, N, h, SAME: tl.constexpr):
+    """Store the step of an accumulator [BM, BN] without its bias; y, x and out point to one layer's [M, N]."""
     rows64 = rows.to(tl.int64)[:, None]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
-    old = to_float(tl.load(x + rows64 * x_row + columns[None, :], mask=mask, other=0.0))  # [BM, BN]
+    old = to_float(tl.load(x + rows64 * x_stride + columns[None, :], mask=mask, other=0.0))  # [BM, BN]
     if SAME:
         new = old + h * acc
     else:
-        inner = to_float(tl.load(y + rows64 * y_row + columns[None, :], mask=mask, other=0.0))
+        inner = to_float(tl.load(y + rows64 * y_stride + columns[None, :], mask=mask, other=0.0))
         new = (1.0 - h) * old + h * (inner + acc)
     tl.store(out + rows64 * N + columns[None, :], round_to(new, out.dtype.element_ty), mask=mask)
 
@@ -36,16 +36,12 @@ def linear_axpy_fwd_kernel(
     bias,  # [J, N]
     y,  # [J, M, N]
     x,  # [J, M, N]
-    out,  # [J, M, N]
-    a_layer,
-    a_row,
-    weight_layer,
-    weight_row,
-    bias_layer,
-    y_layer,
-    y_row,
-    x_layer,
-    x_row,
+    out,  # [J, M, N], dense
+    a_strides,  # (J, M)
+    weight_strides,  # (J, N)
+    bias_strides,  # (J,)
+    y_strides,  # (J, M)
+    x_strides,
     M,
     N,
     K,
@@ -60,18 +56,19 @@ def linear_axpy_fwd_kernel(
     layer, pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_rows = a + layer * a_layer + rows.to(tl.int64)[:, None] * a_row
-    weight_rows = weight + layer * weight_layer + columns.to(tl.int64)[None, :] * weight_row
+    a_rows = a + layer * a_strides[0] + rows.to(tl.int64)[:, None] * a_strides[1]
+    weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a_block = tl.load(a_rows + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)  # [BM, BK]
         w = tl.load(weight_rows + k[:, None], mask=(k < K)[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(a_block, w, acc, INPUT_PRECISION)
-    y += layer * y_layer
-    x += layer * x_layer
-    bias += layer * bias_layer
-    store_step(acc, bias, y, x, out + layer * M * N, rows, columns, y_row, x_row, M, N, h, SAME)
+    y += layer * y_strides[0]
+    x += layer * x_strides[0]
+    bias += layer * bias_strides[0]
+    out += layer * M * N
+    store_step(acc, bias, y, x, out, rows, columns, y_strides[1], x_strides[1], M, N, h, SAME)
 
 
 def linear_axpy_reference(a: Tensor, weight: Tensor, bias: Tensor, y: Tensor, x: Tensor, h: float) -> Tensor:
@@ -110,10 +107,7 @@ def launch_of(
     return Launch(
         linear_axpy_fwd_kernel,
         (layers * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),),
-        (
-            *(a, weight, bias, y, x, out, a.stride(0), a.stride(1), weight.stride(0), weight.stride(1)),
-            *(bias.stride(0), y.stride(0), y.stride(1), x.stride(0), x.stride(1), m, n, k, float(h)),
-        ),
+        (a, weight, bias, y, x, out, *strides_of(a, weight, bias, y, x), m, n, k, float(h)),
         {"SAME": same, "INPUT_PRECISION": input_precision(), **config},
     )
 

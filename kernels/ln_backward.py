@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from . import dispatch
-from .common import Launch, check, check_dense, round_to, to_float
+from .common import Launch, check, check_dense, round_to, strides_of, to_float
 
 WIDEST = 16384  # a row is one block in registers
 
@@ -35,7 +35,7 @@ def ln_backward_add_kernel(
     dy_strides,  # (J, M)
     x_strides,
     residual_strides,
-    weight_stride,
+    weight_strides,  # (J,)
     M,
     D,
     RESIDUAL: tl.constexpr,
@@ -46,7 +46,7 @@ def ln_backward_add_kernel(
     j = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)  # [BD]
     inside = cols < D
-    w = to_float(tl.load(weight + j * weight_stride + cols, mask=inside, other=0.0))[None, :]
+    w = to_float(tl.load(weight + j * weight_strides[0] + cols, mask=inside, other=0.0))[None, :]
     acc: tl.constexpr = partial.dtype.element_ty
     dw = tl.zeros((BLOCK_M, BLOCK_D), acc)
     db = tl.zeros((BLOCK_M, BLOCK_D), acc)
@@ -204,11 +204,10 @@ def launches(
     rows = config["ROWS"]
     residual = x if residual_grad is None else residual_grad
     partial = torch.empty(j, triton.cdiv(m, rows), 2, d, dtype=mean.dtype, device=x.device)
-    strides = (dy.stride()[:2], x.stride()[:2], residual.stride()[:2], weight.stride(0))
     yield Launch(
         ln_backward_add_kernel,
         (partial.shape[1], j),
-        (dy, x, mean, rstd, weight, residual, dx, partial, *strides, m, d),
+        (dy, x, mean, rstd, weight, residual, dx, partial, *strides_of(dy, x, residual, weight), m, d),
         {"RESIDUAL": residual_grad is not None, "BLOCK_D": triton.next_power_of_2(d)} | config,
     )
     yield Launch(

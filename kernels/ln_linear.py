@@ -19,6 +19,7 @@ from .common import (
     dot,
     input_precision,
     round_to,
+    strides_of,
     tile_of,
     to_float,
 )
@@ -28,10 +29,10 @@ WIDEST_ROW = 256  # channels of a row that is held whole
 
 
 @triton.jit
-def normalise_rows(row, columns, D, eps):
-    """Mean and 1/std of whole rows, [BM, BK] with BK >= D and zeros beyond D; float32."""
-    mean = tl.sum(row, 1) / D
-    centred = tl.where((columns < D)[None, :], row - mean[:, None], 0.0)
+def row_statistics(block, columns, D, eps):
+    """Mean and 1/std [BM] of whole rows, a block [BM, BK] with BK >= D and zeros beyond D; float32."""
+    mean = tl.sum(block, 1) / D
+    centred = tl.where((columns < D)[None, :], block - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     return mean, rstd
 
@@ -59,8 +60,23 @@ def stream_statistics(x, row_mask, D, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def store_tile(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION: tl.constexpr, TRAIN: tl.constexpr):
-    """Bias, activation and rounding of an accumulator [BM, BN]; y and pre_activation point to one layer's [M, N]."""
+def store_statistics(mean, rstd, mean_out, rstd_out, rows, mask):
+    """Store mean and 1/std [BM]; mean_out and rstd_out point to one layer's [M]."""
+    tl.store(mean_out + rows, mean, mask=mask)
+    tl.store(rstd_out + rows, rstd, mask=mask)
+
+
+@triton.jit
+def normalised(block, mean, rstd, ln_weight, ln_bias, columns, D):
+    """LayerNorm of a block [BM, BK] with known statistics; ln_weight and ln_bias point to one layer's [D]; float32."""
+    scale = to_float(tl.load(ln_weight + columns, mask=columns < D, other=0.0))
+    shift = to_float(tl.load(ln_bias + columns, mask=columns < D, other=0.0))
+    return (block - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION: tl.constexpr, TRAIN: tl.constexpr):
+    """Store an accumulator [BM, BN] with bias and activation; y and pre_activation point to one layer's [M, N]."""
     acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
@@ -76,17 +92,15 @@ def ln_linear_fwd_kernel(
     ln_bias,  # [J, D]
     weight,  # [J, N, D]
     bias,  # [J, N]
-    y,  # [J, M, N]
-    pre_activation,  # [J, M, N]; y itself where none is kept
-    mean_out,  # [J, M], float32; None where TRAIN is false, like rstd_out
-    rstd_out,  # [J, M], float32
-    x_layer,
-    x_row,
-    ln_weight_layer,
-    ln_bias_layer,
-    weight_layer,
-    weight_row,
-    bias_layer,
+    y,  # [J, M, N], dense
+    pre_activation,  # [J, M, N], dense; y itself where none is kept
+    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out
+    rstd_out,  # [J, M], float32, dense
+    x_strides,  # (J, M)
+    ln_weight_strides,  # (J,)
+    ln_bias_strides,  # (J,)
+    weight_strides,  # (J, N)
+    bias_strides,  # (J,)
     M,
     N,
     D,
@@ -104,26 +118,26 @@ def ln_linear_fwd_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < M
-    x_rows = x + layer * x_layer + rows.to(tl.int64)[:, None] * x_row
-    weight_rows = weight + layer * weight_layer + columns.to(tl.int64)[None, :] * weight_row
+    x_rows = x + layer * x_strides[0] + rows.to(tl.int64)[:, None] * x_strides[1]
+    weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
     mean, rstd = stream_statistics(x_rows, row_mask, D, eps, BLOCK_M, BLOCK_K)
     if TRAIN:
-        first = pid_n == 0
-        tl.store(mean_out + layer * M + rows, mean, mask=row_mask & first)
-        tl.store(rstd_out + layer * M + rows, rstd, mask=row_mask & first)
+        store_statistics(mean, rstd, mean_out + layer * M, rstd_out + layer * M, rows, row_mask & (pid_n == 0))
 
+    ln_weight += layer * ln_weight_strides[0]
+    ln_bias += layer * ln_bias_strides[0]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < D
         a = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
-        scale = to_float(tl.load(ln_weight + layer * ln_weight_layer + k, mask=k_mask, other=0.0))
-        shift = to_float(tl.load(ln_bias + layer * ln_bias_layer + k, mask=k_mask, other=0.0))
-        a = (a - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+        a = normalised(a, mean, rstd, ln_weight, ln_bias, k, D)
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(round_to(a, x.dtype.element_ty), w, acc, INPUT_PRECISION)
-    at = layer * M * N
-    store_tile(acc, bias + layer * bias_layer, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
+    bias += layer * bias_strides[0]
+    y += layer * M * N
+    pre_activation += layer * M * N
+    store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION, TRAIN)
 
 
 @triton.jit
@@ -133,17 +147,15 @@ def ln_linear_rows_fwd_kernel(
     ln_bias,  # [J, D]
     weight,  # [J, N, D]
     bias,  # [J, N]
-    y,  # [J, M, N]
-    pre_activation,  # [J, M, N]; y itself where none is kept
-    mean_out,  # [J, M], float32; None where TRAIN is false, like rstd_out
-    rstd_out,  # [J, M], float32
-    x_layer,
-    x_row,
-    ln_weight_layer,
-    ln_bias_layer,
-    weight_layer,
-    weight_row,
-    bias_layer,
+    y,  # [J, M, N], dense
+    pre_activation,  # [J, M, N], dense; y itself where none is kept
+    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out
+    rstd_out,  # [J, M], float32, dense
+    x_strides,  # (J, M)
+    ln_weight_strides,  # (J,)
+    ln_bias_strides,  # (J,)
+    weight_strides,  # (J, N)
+    bias_strides,  # (J,)
     M,
     N,
     D,
@@ -163,25 +175,24 @@ def ln_linear_rows_fwd_kernel(
     row_mask = rows < M
     k = tl.arange(0, BLOCK_K)
     k_mask = k < D
-    x_rows = x + layer * x_layer + rows.to(tl.int64)[:, None] * x_row
+    x_rows = x + layer * x_strides[0] + rows.to(tl.int64)[:, None] * x_strides[1]
     row = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
-    mean, rstd = normalise_rows(row, k, D, eps)
+    mean, rstd = row_statistics(row, k, D, eps)
     if TRAIN:
-        first = pid_n == 0
-        tl.store(mean_out + layer * M + rows, mean, mask=row_mask & first)
-        tl.store(rstd_out + layer * M + rows, rstd, mask=row_mask & first)
-    scale = to_float(tl.load(ln_weight + layer * ln_weight_layer + k, mask=k_mask, other=0.0))
-    shift = to_float(tl.load(ln_bias + layer * ln_bias_layer + k, mask=k_mask, other=0.0))
-    a = (row - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
-    a = round_to(a, x.dtype.element_ty)
+        store_statistics(mean, rstd, mean_out + layer * M, rstd_out + layer * M, rows, row_mask & (pid_n == 0))
+    ln_weight += layer * ln_weight_strides[0]
+    ln_bias += layer * ln_bias_strides[0]
+    a = round_to(normalised(row, mean, rstd, ln_weight, ln_bias, k, D), x.dtype.element_ty)
 
-    at = layer * M * N
+    bias += layer * bias_strides[0]
+    y += layer * M * N
+    pre_activation += layer * M * N
     for tile in range(0, TILES):
         columns = (pid_n * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight_rows = weight + layer * weight_layer + columns.to(tl.int64)[None, :] * weight_row
+        weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(a, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
-        store_tile(acc, bias + layer * bias_layer, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
+        store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION, TRAIN)
 
 
 def ln_linear_reference(
@@ -210,8 +221,7 @@ def ln_linear_train_reference(
     y, pre_activation = _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)
     wide = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(wide, -1, correction=0)
-    kept = x.new_empty(0) if activation == "none" else pre_activation
-    return y, mean, torch.rsqrt(variance + eps), kept
+    return y, mean, torch.rsqrt(variance + eps), x.new_empty(0) if activation == "none" else pre_activation
 
 
 def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
@@ -275,8 +285,7 @@ def launch_of(
         (layers * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"] * config.get("TILES", 1)),),
         (
             *(x, ln_weight, ln_bias, weight, bias, y, pre_activation, mean, rstd),
-            *(x.stride(0), x.stride(1), ln_weight.stride(0), ln_bias.stride(0)),
-            *(weight.stride(0), weight.stride(1), bias.stride(0), m, n, d, float(eps)),
+            *(*strides_of(x, ln_weight, ln_bias, weight, bias), m, n, d, float(eps)),
         ),
         {"ACTIVATION": activation, "TRAIN": mean is not None, "INPUT_PRECISION": input_precision(), **config},
     )

@@ -11,8 +11,19 @@ import triton.language as tl
 from torch import Tensor, library
 
 from . import dispatch
-from .common import Launch, activate, check, check_activation, check_dense, dot, input_precision, round_to, to_float
-from .ln_linear import GELU_APPROXIMATION, normalise_rows
+from .common import (
+    Launch,
+    activate,
+    check,
+    check_activation,
+    check_dense,
+    dot,
+    input_precision,
+    round_to,
+    strides_of,
+    to_float,
+)
+from .ln_linear import GELU_APPROXIMATION, normalised, row_statistics
 
 WIDEST = 256  # channels: a row, and the accumulator of its result, are held whole
 MOST_A_WARP = 2048  # numbers of the accumulator; with more, registers spill
@@ -28,19 +39,15 @@ def mlp_fwd_kernel(
     b1,  # [J, H]
     w2,  # [J, D, H]
     b2,  # [J, D]
-    out,  # [J, M, D]
-    y_layer,
-    y_row,
-    x_layer,
-    x_row,
-    ln_weight_layer,
-    ln_bias_layer,
-    w1_layer,
-    w1_row,
-    b1_layer,
-    w2_layer,
-    w2_row,
-    b2_layer,
+    out,  # [J, M, D], dense
+    y_strides,  # (J, M)
+    x_strides,
+    ln_weight_strides,  # (J,)
+    ln_bias_strides,  # (J,)
+    w1_strides,  # (J, H)
+    b1_strides,  # (J,)
+    w2_strides,  # (J, D)
+    b2_strides,  # (J,)
     M,
     D,
     H,
@@ -59,27 +66,29 @@ def mlp_fwd_kernel(
     d_mask = d < D
     rows64 = rows.to(tl.int64)[:, None]
     mask = (rows < M)[:, None] & d_mask[None, :]
-    row = to_float(tl.load(y + layer * y_layer + rows64 * y_row + d[None, :], mask=mask, other=0.0))  # [BM, BD]
-    mean, rstd = normalise_rows(row, d, D, eps)
-    scale = to_float(tl.load(ln_weight + layer * ln_weight_layer + d, mask=d_mask, other=0.0))
-    shift = to_float(tl.load(ln_bias + layer * ln_bias_layer + d, mask=d_mask, other=0.0))
-    a = round_to((row - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :], y.dtype.element_ty)
+    y_at = y + layer * y_strides[0] + rows64 * y_strides[1] + d[None, :]
+    row = to_float(tl.load(y_at, mask=mask, other=0.0))  # [BM, BD]
+    mean, rstd = row_statistics(row, d, D, eps)
+    ln_weight += layer * ln_weight_strides[0]
+    ln_bias += layer * ln_bias_strides[0]
+    a = round_to(normalised(row, mean, rstd, ln_weight, ln_bias, d, D), y.dtype.element_ty)
 
-    w1_at = w1 + layer * w1_layer + d[:, None]
-    w2_at = w2 + layer * w2_layer + d.to(tl.int64)[None, :] * w2_row
+    w1_at = w1 + layer * w1_strides[0] + d[:, None]
+    w2_at = w2 + layer * w2_strides[0] + d.to(tl.int64)[None, :] * w2_strides[1]
     # y is at hand: the sum begins with it, and the end needs registers for x alone
-    acc = row + to_float(tl.load(b2 + layer * b2_layer + d, mask=d_mask, other=0.0))[None, :]
+    acc = row + to_float(tl.load(b2 + layer * b2_strides[0] + d, mask=d_mask, other=0.0))[None, :]
     for start in range(0, H, BLOCK_H):
         k = start + tl.arange(0, BLOCK_H)
         k_mask = k < H
         both = d_mask[:, None] & k_mask[None, :]
-        up = tl.load(w1_at + k.to(tl.int64)[None, :] * w1_row, mask=both, other=0.0)  # [BD, BH]
+        up = tl.load(w1_at + k.to(tl.int64)[None, :] * w1_strides[1], mask=both, other=0.0)  # [BD, BH]
         hidden = dot(a, up, tl.zeros((BLOCK_M, BLOCK_H), tl.float32), INPUT_PRECISION)
-        hidden += to_float(tl.load(b1 + layer * b1_layer + k, mask=k_mask, other=0.0))[None, :]
+        hidden += to_float(tl.load(b1 + layer * b1_strides[0] + k, mask=k_mask, other=0.0))[None, :]
         hidden = round_to(activate(hidden, ACTIVATION), y.dtype.element_ty)  # [BM, BH], 0 beyond H
         down = tl.load(w2_at + k[:, None], mask=k_mask[:, None] & d_mask[None, :], other=0.0)  # [BH, BD]
         acc = dot(hidden, down, acc, INPUT_PRECISION)
-    old = to_float(tl.load(x + layer * x_layer + rows64 * x_row + d[None, :], mask=mask, other=0.0))
+    x_at = x + layer * x_strides[0] + rows64 * x_strides[1] + d[None, :]
+    old = to_float(tl.load(x_at, mask=mask, other=0.0))
     new = (1.0 - h) * old + h * acc
     tl.store(out + layer * M * D + rows64 * D + d[None, :], round_to(new, out.dtype.element_ty), mask=mask)
 
@@ -149,9 +158,8 @@ def launch_of(
         mlp_fwd_kernel,
         (layers * triton.cdiv(m, config["BLOCK_M"]),),
         (
-            *(y, x, *norm, *up, *down, out, y.stride(0), y.stride(1), x.stride(0), x.stride(1)),
-            *(norm[0].stride(0), norm[1].stride(0), up[0].stride(0), up[0].stride(1), up[1].stride(0)),
-            *(down[0].stride(0), down[0].stride(1), down[1].stride(0), m, d, hidden, float(h), float(eps)),
+            *(y, x, *norm, *up, *down, out, *strides_of(y, x, *norm, *up, *down)),
+            *(m, d, hidden, float(h), float(eps)),
         ),
         {
             "ACTIVATION": activation,
