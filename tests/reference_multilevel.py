@@ -78,12 +78,11 @@ def adamw(w, g, lr, b1=0.9, b2=0.99, eps=1e-8, decay=0.1):
 class Reference:
     """The training of a :class:`Net`, whose weights it reads once."""
 
-    def __init__(self, net, rule, lr, *, delta, networks=2, ode=True, state="restrict", neighbours="none", rewarm=10):
+    def __init__(self, net, rule, lr, *, delta, networks=2, ode=True, state="restrict", neighbours="none"):
         self.rule, self.lr, self.delta, self.networks, self.ode = rule, lr, delta, networks, ode
-        self.state, self.neighbours, self.rewarm = state, neighbours, rewarm
+        self.state, self.neighbours = state, neighbours
         self.shared = {n: Weights(p.detach().clone()) for n, p in net.named_parameters() if "blocks" not in n}
         self.blocks = [{n: Weights(p.detach().clone()) for n, p in b.named_parameters()} for b in net.blocks]
-        self.kept = {}
 
     def loss(self, blocks, h, batch):
         s = {n: w.value for n, w in self.shared.items()}
@@ -93,7 +92,7 @@ class Reference:
             x = x + h * (inner @ b["down.weight"].value.T + b["down.bias"].value)
         return (x @ s["head.weight"].T + s["head.bias"] - batch[1]).square().mean()
 
-    def step(self, blocks, h, batch, lr):
+    def step(self, blocks, h, batch):
         weights = [*self.shared.values(), *(w for b in blocks for w in b.values())]
         for w in weights:
             w.value = w.value.detach().requires_grad_()
@@ -101,40 +100,32 @@ class Reference:
         gradients = torch.autograd.grad(loss, [w.value for w in weights])
         for w, g in zip(weights, gradients, strict=True):
             w.value = w.value.detach()
-            self.rule(w, g, lr)
+            self.rule(w, g, self.lr)
         return float(loss.detach())
 
-    def start(self, name, w, ratio, key):
+    def start(self, w, ratio):
         """A coarse copy of a weight, with its state."""
         new = w.copy()
         if self.state == "restrict":
             new.m = None if w.m is None else w.m * ratio
             new.v = None if w.v is None else w.v * ratio**2
-        elif self.state == "separate":
-            old = self.kept.get((name, *key))
-            new.m, new.v, new.t = (old.m, old.v, old.t) if old else (None, None, 0)
-        elif self.state == "reset":
-            new.m, new.v, new.t = None, None, 0
         return new
 
-    def finish(self, name, w, coarse, ratio, key):
+    def finish(self, w, coarse, ratio):
         d = self.delta
         w.value = (1 - d) * w.value + d * coarse.value
         if self.state == "restrict":
             w.m = None if coarse.m is None else (1 - d) * w.m + d * coarse.m / ratio
             w.v = None if coarse.v is None else (1 - d) ** 2 * w.v + d**2 * coarse.v / ratio**2
             w.t = coarse.t
-        elif self.state == "carry":
+        else:
             w.m, w.v, w.t = coarse.m, coarse.v, coarse.t
-        elif self.state == "separate":
-            self.kept[(name, *key)] = coarse
 
     def train(self, blocks, h, steps, cycles, coarse_steps, stream, name="", order="AB", single=False):
         """The plan of method.md, section 5, recursively; blocks are changed in place. Returns the losses."""
         losses = []
         for i in range(steps):
-            lr = self.lr * min(1, (i + 1) / self.rewarm) if name and self.state == "reset" else self.lr
-            losses.append((name or "fine", self.step(blocks, h, next(stream), lr)))
+            losses.append((name or "fine", self.step(blocks, h, next(stream))))
             if not cycles or i >= cycles[0]:
                 continue
             c, ratio = self.networks, float(self.networks) if self.ode else 1.0
@@ -144,21 +135,17 @@ class Reference:
             for k in kinds:
                 places = range(c - 1 - k, len(blocks), c)
                 child = name + chr(ord("A") + k)
-                coarse = [{n: self.start(child, w, ratio, (j, n)) for n, w in blocks[j].items()} for j in places]
+                coarse = [{n: self.start(w, ratio) for n, w in blocks[j].items()} for j in places]
                 losses += self.train(
                     coarse, h * ratio, coarse_steps[0], cycles[1:], coarse_steps[1:], stream, child, order, single
                 )
                 for j, trained in zip(places, coarse, strict=True):
                     for n, w in trained.items():
                         for other in range(j // c * c, j // c * c + c):
-                            if other == j or self.neighbours == "none":
-                                continue
-                            q = blocks[other][n]
-                            if self.neighbours == "average":
+                            if other != j and self.neighbours == "average":
+                                q = blocks[other][n]
                                 q.value = (1 - self.delta) * q.value + self.delta * w.value
-                            else:
-                                q.value = q.value + self.delta * (w.value - blocks[j][n].value)
-                        self.finish(child, blocks[j][n], w, ratio, (j, n))
+                        self.finish(blocks[j][n], w, ratio)
         return losses
 
     def error(self, net):

@@ -93,6 +93,10 @@ def test_only_training_inside_a_step_counts():
     assert meter.steps == {"fine": 2, "A": 1}
     assert meter.all - once - meter.outside // 3 == 3 * (meter.blocks // 5)
 
+    with pytest.raises(KeyError), meter.step("fine"):
+        raise KeyError
+    assert meter.steps == {"fine": 2, "A": 1}  # a step that raised was not taken
+
     other = FlopMeter(model.blocks)
     other.load(meter.as_dict())
     assert other.as_dict() == meter.as_dict()

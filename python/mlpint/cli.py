@@ -187,7 +187,7 @@ def _prepare(flags: Mapping[str, Any], config_file: str | None) -> tuple[TrainCo
 
 def _check_resumable(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     now, saved = config.flat(), TrainConfig.of(saved).flat()  # keys that came later have their defaults
-    for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer", "multilevel"):
+    for name in (*(f.name for f in dataclasses.fields(config.model)), "sequence", "optimizer", "multilevel", "preset"):
         if now[name] != saved[name]:
             raise ConfigError(f"{name} = {now[name]!r}: must be {saved[name]!r}, as in {checkpoint.path}")
     done = checkpoint.info.get("fine_steps", checkpoint.step)

@@ -63,7 +63,7 @@ class FlopMeter:
             was measured together with the dense layers, in ``linear``), and outside the blocks.
         tokens: positions of the state so far, batch times sequence.
         seconds: wall time of the steps.
-        steps: by name of the network.
+        steps: those taken, by name of the network.
     """
 
     def __init__(self, blocks: Sequence[nn.Module] | nn.Module, model: nn.Module | None = None) -> None:
@@ -155,10 +155,10 @@ class _Step:
         self.meter._running = self.layers
         self.started = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self.meter._running = 0
         self.meter.seconds += time.perf_counter() - self.started
-        self.meter.steps[self.name] += 1
+        self.meter.steps[self.name] += kind is None  # a step that raised was not taken, whatever it has cost
 
 
 def _example(blocks: BlockStack | LayerParallel) -> nn.Module | None:

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpint import MGRIT, LayerParallel, Multilevel
 from mlpint.errors import DataError
+from mlpint.multilevel.stopping import StoppingRule
 from reference_multilevel import Block, Net, Reference, adamw, batches, momentum, sgd
 
 RULES = {
@@ -51,7 +52,6 @@ def compare(rule="sgd", layers=8, total=4, container=nn.Sequential, wrap=False, 
         ode=options.get("step_size", "ode") == "ode",
         state=state,
         neighbours=options.get("neighbours", "none"),
-        rewarm=options.get("rewarm", 10),
     )
     cycles, coarse_steps = options.setdefault("cycles", 2), options.setdefault("coarse_steps", 3)
     cycles = cycles if isinstance(cycles, tuple) else (cycles,)
@@ -85,7 +85,7 @@ def test_follows_the_method_written_out(container):
         {"single": True},
         {"networks": 4},
         {"neighbours": "average"},
-        {"neighbours": "correction", "networks": 4},
+        {"neighbours": "average", "networks": 4},
         {"levels": 3, "cycles": (2, 1), "coarse_steps": (3, 2)},
         {"levels": 3, "cycles": (2, 3), "coarse_steps": (3, 2), "step_size": "unit"},
         {"levels": 4, "cycles": (1, 1, 1), "coarse_steps": (2, 2, 2), "neighbours": "average"},
@@ -98,11 +98,11 @@ def test_options(options):
     compare(**options)
 
 
-@pytest.mark.parametrize("state", ["restrict", "separate", "reset", "carry"])
+@pytest.mark.parametrize("state", ["restrict", "carry"])
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
 def test_optimiser_state(rule, state):
-    compare(rule, state=state, rewarm=2, tolerance=1e-10)
-    compare(rule, state=state, levels=3, cycles=(2, 1), coarse_steps=(3, 2), rewarm=2, tolerance=1e-10)
+    compare(rule, state=state, tolerance=1e-10)
+    compare(rule, state=state, levels=3, cycles=(2, 1), coarse_steps=(3, 2), tolerance=1e-10)
 
 
 def test_gradients_set_to_zero_move_no_block_outside_the_network():
@@ -172,11 +172,8 @@ def test_what_a_phase_tells():
     found = phases(4, **options, clock="work")
     assert [p.clock for p in found] == [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9]
     assert {p.clock_steps for p in found} == {10}
-    found = phases(4, **options, data="same", clock="own")
+    found = phases(4, **options, data="same")
     assert [p.batch_index for p in found] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
-    assert [p.clock for p in found if p.fine] == [0, 1, 2, 3]
-    coarse = [p for p in found if not p.fine]
-    assert [p.clock for p in coarse] == list(range(12)) and {p.clock_steps for p in coarse} == {12}
 
     deep = phases(2, **options, levels=3)
     assert [p.name for p in deep][:11] == ["fine", "A", *["AA"] * 3, *["AB"] * 3, "A", "A", "B"]
@@ -201,7 +198,7 @@ def test_the_user_needs_no_more_batches_than_announced():
 def test_learning_rate_of_coarse_steps():
     net = net_of(4)
     optimizer = torch.optim.SGD(net.parameters(), 0.5)
-    options = {"cycles": 1, "coarse_steps": 4, "coarse_lr": 0.5, "state": "reset", "rewarm": 2}
+    options = {"cycles": 1, "coarse_steps": 4, "coarse_lr": 0.5}
     used = []
 
     def spy(optimizer, *_):
@@ -216,7 +213,7 @@ def test_learning_rate_of_coarse_steps():
             optimizer.zero_grad()
             handle.remove()
             assert optimizer.param_groups[0]["lr"] == (0.4 if phase.fine else 0.8)
-    assert used == pytest.approx([0.4, *[0.2, 0.4, 0.4, 0.4] * 2, 0.4])
+    assert used == pytest.approx([0.4, *[0.4] * 4 * 2, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -234,11 +231,14 @@ def test_learning_rate_of_coarse_steps():
         ({"coarse_steps": (1, 2)}, 8, r"coarse_steps = \(1, 2\): must be one number, or 1 for levels = 2"),
         ({"cycles": -1}, 8, "cycles = -1: must be an integer of at least 0 or 'auto'"),
         ({"cycles": (3, "auto"), "levels": 3}, 8, "cycles = .* must be an integer"),
-        ({"cycles": "auto", "clock": "own"}, 8, "clock = 'own': its length is not known"),
+        ({"cycles": "auto", "clock": "work"}, 8, "clock = 'work': its length is not known"),
+        ({"single": 2}, 8, "single = 2: must be one of False, True"),
+        ({"clock": "own"}, 8, "clock = 'own': must be one of shared, work"),
+        ({"neighbours": "correction"}, 8, "neighbours = 'correction': must be one of none, average"),
         ({"networks": 1}, 8, "networks = 1: must be an integer of at least 2"),
         ({"levels": 1}, 8, "levels = 1: must be an integer of at least 2"),
         ({"order": "ba"}, 8, "order = 'ba': must be one of AB, BA, alternating"),
-        ({"state": "none"}, 8, "state = 'none': must be one of carry, restrict, separate, reset"),
+        ({"state": "none"}, 8, "state = 'none': must be one of restrict, carry"),
         ({"coarse_lr": -1}, 8, "coarse_lr = -1: must be a number of at least 0"),
     ],
 )
@@ -272,11 +272,10 @@ def test_bad_blocks_and_optimisers():
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Adagrad])
 def test_a_state_that_cannot_be_averaged_is_refused_unless_it_need_not_be(optimizer):
     net = net_of(4)
-    with pytest.raises(ValueError, match="optimiser.* of layer 1's up.weight.*pass state='separate'"):
+    with pytest.raises(ValueError, match="optimiser.* of layer 1's up.weight.*pass state='carry'"):
         run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2)
     assert "forward" not in net.blocks[0].__dict__
-    for state in ("separate", "reset", "carry"):
-        run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2, state=state)
+    run(net, optimizer(net.parameters(), 0.01), 2, iter(batches(99)), cycles=1, coarse_steps=2, state="carry")
 
 
 def test_the_end_of_the_data_is_named():
@@ -307,7 +306,8 @@ def test_a_step_that_raised_is_offered_again():
         net = net_of(4)
         optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
         data, count = batches(100), 0
-        for phase in Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2).schedule(2):
+        multilevel = Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2)
+        for phase in multilevel.schedule(2):
             count += 1
             try:
                 with phase:
@@ -318,10 +318,68 @@ def test_a_step_that_raised_is_offered_again():
             except KeyError:
                 pass
             optimizer.zero_grad()
-        return net.state_dict()
+        return net.state_dict(), multilevel
 
-    plain, failed = train(()), train((1, 2, 4, 6, 8))
+    (plain, expected), (failed, multilevel) = train(()), train((1, 2, 4, 6, 8))
     assert all(torch.equal(a, b) for a, b in zip(plain.values(), failed.values(), strict=True))
+    assert multilevel.steps_done == expected.steps_done == 6
+    assert multilevel.flops.steps == expected.flops.steps == {"fine": 2, "A": 2, "B": 2}
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_step_that_raised_is_not_taken_where_the_training_goes_on_elsewhere(failing):
+    data = batches(100)
+
+    def make():
+        net = net_of(4)
+        return net, torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+
+    def train(net, optimizer, state=None, failing=None):
+        """The steps that were taken, and what goes on from them."""
+        multilevel = Multilevel(net.blocks, optimizer, cycles=1, coarse_steps=2)
+        if state is not None:
+            multilevel.load_state_dict(state)
+        taken = []
+        try:
+            for phase in multilevel.schedule(2):
+                with phase:
+                    net.loss(data[phase.batch_index]).backward()
+                    if len(taken) == failing:
+                        raise KeyError(failing)
+                    optimizer.step()
+                optimizer.zero_grad()
+                taken.append((phase.name, phase.batch_index))
+        except KeyError:
+            optimizer.zero_grad()
+        return taken, multilevel.state_dict()
+
+    whole, optimizer = make()
+    expected, _ = train(whole, optimizer)
+    net, optimizer = make()
+    taken, state = train(net, optimizer, failing=failing)
+    assert sum(state["info"]["flops"]["steps"].values()) == state["info"]["steps_done"] == len(taken) == failing
+    assert taken + train(net, optimizer, state)[0] == expected
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_a_layer_that_refuses_leaves_the_model_the_fine_network():
+    net, other = net_of(4), net_of(4)
+    multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), cycles=1, coarse_steps=1)
+    schedule = multilevel.schedule(1)
+    with next(schedule):
+        pass
+    phase = next(schedule)
+    own = net.blocks[2].forward = net.blocks[2].forward
+    with pytest.raises(RuntimeError, match="layer 2 has a forward of its own"), phase:
+        pass
+    assert [n for n, block in enumerate(net.blocks) if "forward" in block.__dict__] == [2]
+    assert net.blocks[2].forward is own
+    batch = batches(1)[0]
+    assert torch.equal(net.loss(batch), other.loss(batch))
+    del net.blocks[2].forward
+    with phase:
+        assert not torch.equal(net.loss(batch), other.loss(batch))
+    assert torch.equal(net.loss(batch), other.loss(batch)) and multilevel.steps_done == 2
 
 
 def test_hugging_face_like_loops():
@@ -396,47 +454,6 @@ def test_layers_that_change_their_state_are_refused():
                 layers(torch.randn(3, 4))
 
 
-def test_coherence_makes_the_first_coarse_gradient_the_fine_one():
-    net = net_of(4)
-    optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    batch, gradients = batches(1)[0], {}
-    for phase in Multilevel(net.blocks, optimizer, cycles=2, coarse_steps=3, coherence=1.0).schedule(2):
-        with phase:
-            net.loss(batch).backward()
-            optimizer.step()
-            gradients[phase.name] = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
-            optimizer.zero_grad()
-    for name, ratio in (("A", 2), ("B", 2)):
-        for key, gradient in gradients[name].items():
-            scale = ratio if "blocks" in key else 1
-            torch.testing.assert_close(gradient, scale * gradients["fine"][key], rtol=1e-10, atol=1e-14)
-    assert len(gradients["A"]) == len(gradients["B"]) == 4 + 2 * 4
-
-
-def test_coherence_averages_over_cycles():
-    net = net_of(4)
-    optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    data, seen, fine = batches(100), {"A": [], "B": []}, []
-    multilevel = Multilevel(net.blocks, optimizer, cycles=3, coarse_steps=2, coherence=0.5)
-    p = net.blocks[1].up.weight
-    for phase in multilevel.schedule(3):
-        with phase:
-            net.loss(data[phase.batch_index]).backward()
-            before = None if p.grad is None else p.grad.clone()
-            optimizer.step()
-            if phase.fine:
-                fine.append(before)
-            elif phase.name == "A":
-                seen["A"].append((before, p.grad.clone()))
-            optimizer.zero_grad()
-    v, weight = 0, 0
-    for cycle in range(3):
-        (first, after), (second, after_second) = seen["A"][2 * cycle : 2 * cycle + 2]
-        v, weight = 0.9 * v + 0.1 * (first - 2 * fine[cycle]), 0.9 * weight + 0.1
-        torch.testing.assert_close(after, first - 0.5 * v / weight)
-        torch.testing.assert_close(after_second, second - 0.5 * v / weight)
-
-
 def test_cycles_end_where_fine_training_pays_more():
     """Losses made up, falling along one slope in cycles and another in fine steps: the rule stops, or never does."""
 
@@ -457,3 +474,52 @@ def test_cycles_end_where_fine_training_pays_more():
     assert cycles(0.01, 0.001).count("A") > 900
     with pytest.raises(RuntimeError, match="say phase.loss"):
         phases(3, cycles="auto")
+
+
+@pytest.mark.parametrize("skipped", [{0}, {1, 2}, {5, 9}])
+def test_the_rule_for_cycles_sees_no_step_that_was_skipped(skipped, monkeypatch):
+    seen, another = [], StoppingRule.another
+
+    def watched(rule, flops, loss):
+        seen.append(loss)
+        return another(rule, flops, loss)
+
+    monkeypatch.setattr(StoppingRule, "another", watched)
+    net = net_of(4)
+    multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.0), cycles="auto", coarse_steps=1)
+    followed = {}
+    for phase in multilevel.schedule(12):
+        with phase:
+            net.loss(batches(1)[0])
+            phase.loss(torch.tensor(float("nan") if phase.fine_step in skipped else 10.0 - phase.fine_step))
+        followed[phase.fine_step] = not phase.fine
+    assert seen == [10.0 - step for step in range(12) if step not in skipped]
+    assert multilevel.steps_done == 12 + 2 * sum(followed.values())
+    assert not any(followed[step] for step in skipped) and any(followed.values())
+
+
+def test_a_cascade_trains_one_network_once():
+    def train(make):
+        net = net_of(4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        multilevel, names = make(net.blocks, optimizer), []
+        for phase in multilevel.schedule(3):
+            with phase:
+                net.loss(batches(20)[phase.batch_index]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            names.append(phase.name)
+            if names == ["fine", "A", "A"]:
+                for own, neighbour in ((1, 0), (3, 2)):
+                    pairs = zip(net.blocks[own].parameters(), net.blocks[neighbour].parameters(), strict=True)
+                    assert all(torch.equal(a, b) for a, b in pairs)
+        assert names == ["fine", "A", "A", "fine", "fine"]
+        return net.state_dict()
+
+    written_out = {"delta": 1, "neighbours": "average", "single": True, "cycles": 1}
+    preset = train(lambda *args: Multilevel.cascade(*args, coarse_steps=2))
+    expected = train(lambda *args: Multilevel(*args, coarse_steps=2, **written_out))
+    assert all(torch.equal(a, b) for a, b in zip(preset.values(), expected.values(), strict=True))
+    net = net_of(4)
+    other = Multilevel.cascade(net.blocks, torch.optim.SGD(net.parameters(), 0.05), delta=0.5)
+    assert (other.options.delta, other.options.neighbours) == (0.5, "average")

@@ -79,10 +79,10 @@ DEEP = {"levels": 3, "cycles": (2, 1), "coarse_steps": (3, 2)}
     [
         ("adamw", False, {"state": "restrict", "neighbours": "average"}),
         ("adamw", True, {"state": "restrict", **DEEP}),
-        ("adamw", False, {"state": "separate", **DEEP}),
-        ("adamw", False, {"state": "reset", "step_size": "unit", **DEEP}),
+        ("adamw", False, {"state": "carry", **DEEP}),
+        ("adamw", False, {"state": "restrict", "step_size": "unit", **DEEP}),
         ("adamw", True, {"state": "carry", "networks": 4, "order": "BA"}),
-        ("momentum", True, {"state": "restrict", "neighbours": "correction", "networks": 4}),
+        ("momentum", True, {"state": "restrict", "neighbours": "average", "networks": 4}),
         ("momentum", False, {"state": "carry", **DEEP}),
     ],
 )
@@ -105,10 +105,10 @@ def test_stacked_parameters_are_trained_like_a_list_of_blocks(optimizer, wrap, o
     ("kind", "options"),
     [
         ("list", {"state": "restrict", "cycles": "auto", "window": 2}),
-        ("list", {"state": "separate", **DEEP}),
-        ("list", {"state": "reset", "coherence": 0.7}),
+        ("list", {"state": "restrict", **DEEP}),
+        ("list", {"state": "carry", **DEEP}),
         ("stack", {"state": "restrict", **DEEP}),
-        ("stack", {"state": "separate", "data": "same", "order": "alternating"}),
+        ("stack", {"state": "carry", "data": "same", "order": "alternating"}),
         ("LayerParallel", {"state": "carry", "neighbours": "average"}),
     ],
 )
@@ -149,13 +149,20 @@ def test_other_options_than_those_saved_are_refused():
         Multilevel(model.blocks, optimizer, cycles=2, coarse_steps=3, delta=0.5).load_state_dict(saved)
 
 
+def test_tensors_of_another_kind_are_refused():
+    model, _ = pair(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = train(model, optimizer, stop=3).state_dict()
+    state["tensors"]["average/A/1/ln1_weight"] = torch.zeros(D)
+    with pytest.raises(ValueError, match="tensor 'average/A/1/ln1_weight': this training has no place for it"):
+        Multilevel(model.blocks, optimizer, cycles=2, coarse_steps=3).load_state_dict(state)
+
+
 def test_what_stacks_cannot_do_is_refused():
     model, _ = pair(4)
     with pytest.raises(ValueError, match="does not own 'ln1_weight' of the stack"):
         Multilevel(model.blocks, torch.optim.SGD(model.head.parameters(), 0.1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="coherence needs blocks with parameters of their own: pass a stack's to_blo"):
-        Multilevel(model.blocks, optimizer, coherence=1.0)
     blocks = LayerParallel(model.blocks, open_layers=1, close_layers=1)
     with pytest.raises(ValueError, match="open_layers = 1, close_layers = 1: must be 0 for multilevel training"):
         Multilevel(blocks, torch.optim.SGD(blocks.parameters(), 0.1))

@@ -77,7 +77,7 @@ def compare(model, other):
 def ranks_train_like_one_process(comm):
     """Exact sweeps, with clipping, over blocks and stacked blocks; no weight leaves its rank."""
     deep = {"levels": 3, "cycles": (1, 1), "coarse_steps": (2, 2)}
-    for options in ({"state": "restrict", **deep}, {"state": "separate", "cycles": "auto", "window": 2}):
+    for options in ({"state": "restrict", **deep}, {"state": "carry", "cycles": "auto", "window": 2}):
         alone = Model(stack().to_blocks())
         alone.blocks = nn.Sequential(*alone.blocks)
         optimizer, reference = start(alone, **options)
@@ -98,7 +98,7 @@ def ranks_train_like_one_process(comm):
 
 def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
     """Bit-equally, with inexact sweeps, coarse operators that have learnt, and dropout."""
-    for kind, options in (("list", {"state": "restrict", "coherence": 0.5}), ("stack", {"state": "separate"})):
+    for kind, options in (("list", {"state": "restrict"}), ("stack", {"state": "carry"})):
         whole = wrapped(comm, kind, INEXACT, dropout=0.1)
         optimizer, multilevel = start(whole, **options)
         expected = train(whole, multilevel, optimizer)

@@ -134,6 +134,15 @@ def test_configuration_survives_saving():
     assert TrainConfig.of(config.flat()) == config
 
 
+def test_keys_that_are_gone_are_passed_over_where_they_had_no_effect():
+    saved = dataclasses.asdict(TrainConfig.of({"layers": 6}))
+    saved["multilevel"] |= {"coherence": 0.0, "rewarm": 10}
+    assert TrainConfig.of(from_saved(saved)) == TrainConfig.of({"layers": 6})
+    saved["multilevel"]["coherence"] = 0.5
+    with pytest.raises(ConfigError, match="saved configuration: unknown key 'coherence' in .multilevel"):
+        from_saved(saved)
+
+
 def test_solver_keys_reach_the_solver():
     values = {"levels": 3, "cfactor": 2, "forward_iters": 5, "backward_iters": 4, "relaxation": "FCF"}
     values |= {"coarse": "identity", "tolerance": 0.5}

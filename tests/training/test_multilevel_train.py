@@ -1,13 +1,16 @@
 """``mlpint train --multilevel``: schedule, metrics, checkpoints, curves over FLOPs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from mlpint import checkpoint, cli
+from mlpint.multilevel.stopping import StoppingRule
 from mlpint.training.config import TrainConfig, read_toml
+from mlpint.training.trainer import Trainer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multilevel.toml"
 SMALL = {"layers": 4, "dim": 8, "heads": 2, "sequence": 8, "batch": 2, "eval_batches": 1, "sample": 0, "compare": 0}
@@ -36,7 +39,7 @@ def weights(run):
 
 
 def test_a_run_and_going_on_with_it_in_the_middle_of_a_cycle(capsys):
-    options = {"optimizer_state": "restrict", "coherence": 0.5, "coarse": "fitted", "control": "gradient"}
+    options = {"optimizer_state": "restrict", "coarse": "fitted", "control": "gradient"}
     assert train("--out=whole", checkpoint_every=4, **options) == 0
     lines = steps_of("whole")
     assert [line["network"] for line in lines] == ["fine", *"AABB", "fine", *"AABB", "fine"]
@@ -95,8 +98,14 @@ def test_curves_over_what_they_cost(capsys):
         (["--layers=6", "--depths=3"], "their number must be a multiple of 4; take 4 or 8 layers"),
         (["--delta=2"], "delta = 2.0: must be a number at least 0 and at most 1"),
         (["--coarse-steps=0"], "coarse_steps = 0: must be an integer at least 1"),
-        (["--cycles=-1", "--clock=own"], "clock = 'own': its length is not known with cycles = -1"),
-        (["--optimizer-state=none"], "optimizer_state = 'none': must be one of restrict, separate, reset, carry"),
+        (["--cycles=-1", "--clock=work"], "clock = 'work': its length is not known with cycles = -1"),
+        (["--preset=stack"], "preset = 'stack': must be one of paper, cascade"),
+        (["--optimizer-state=none"], "optimizer_state = 'none': must be one of restrict, carry"),
+        (["--optimizer-state=separate"], "optimizer_state = 'separate': must be one of restrict, carry"),
+        (["--neighbours=correction"], "neighbours = 'correction': must be one of none, average"),
+        (["--clock=own"], "clock = 'own': must be one of shared, work"),
+        (["--coherence=1"], "unrecognized arguments: --coherence=1"),
+        (["--rewarm=1"], "unrecognized arguments: --rewarm=1"),
         (["--layout=cyclic", "--coarse=sum"], "coarse networks run in layout='block' only"),
     ],
 )
@@ -113,10 +122,49 @@ def test_the_example_names_the_papers_network():
         for line in EXAMPLE.read_text().splitlines()
         if "=" in line and "# " in line and not line.startswith("#")
     }
-    assert (named["dim"], named["coarse_steps"], named["cycles"], config.model.heads) == ("256", "100", "35", 8)
+    assert (named["dim"], named["coarse_steps"], config.model.heads) == ("256", "100", 8)
+    assert "cycles = 35" in next(line for line in EXAMPLE.read_text().splitlines() if line.startswith("preset = "))
+
+
+def test_the_preset_stands_for_the_keys_that_are_not_given():
+    cascade = {"delta": 1.0, "neighbours": "average", "single": True, "cycles": 1}
+    options = TrainConfig.of({"preset": "cascade"}).multilevel.options()
+    assert options == TrainConfig.of(cascade).multilevel.options()
+    assert TrainConfig.of({"preset": "cascade", "delta": 0.5}).multilevel.options() == options | {"delta": 0.5}
+    assert TrainConfig.of(read_toml(EXAMPLE)).multilevel.options().items() >= cascade.items()
+    assert TrainConfig.of({"preset": "paper"}) == TrainConfig()
+
+
+def test_a_cascade(capsys):
+    assert train("--preset=cascade", "--cycles=1", "--out=a", checkpoint_every=3) == 0
+    assert [line["network"] for line in steps_of("a")] == ["fine", "A", "A", "fine", "fine"]
+    assert cli.main(["train", "--resume=a/checkpoints/step-00000003", "--preset=paper", "--out=b"]) == 2
+    assert "preset = 'paper': must be 'cascade', as in" in capsys.readouterr().err
 
 
 def test_cycles_by_measured_benefit():
     assert train("--out=a", cycles=-1, steps=12, coarse_steps=1) == 0
     names = [line["network"] for line in steps_of("a")]
     assert names.count("fine") == 12 and names.count("A") == names.count("B") >= 5
+
+
+def test_cycles_by_measured_benefit_go_by_no_step_that_was_skipped(monkeypatch):
+    seen, another, forward_backward = [], StoppingRule.another, Trainer.forward_backward
+
+    def watched(rule, flops, loss):
+        seen.append(loss)
+        return another(rule, flops, loss)
+
+    def overflowing(trainer, step, microbatch, position):
+        loss = forward_backward(trainer, step, microbatch, position)
+        if trainer.phase is not None and trainer.phase.fine and trainer.phase.fine_step == 2:  # its loss is finite
+            for p in trainer.model.parameters():
+                p.grad = torch.full_like(p, math.inf)
+        return loss
+
+    monkeypatch.setattr(StoppingRule, "another", watched)
+    monkeypatch.setattr(Trainer, "forward_backward", overflowing)
+    assert train("--out=a", "--control=gradient", cycles=-1, steps=5, coarse_steps=1) == 0
+    fine = [line for line in steps_of("a") if line["network"] == "fine"]
+    assert seen == [line["loss"] for line in fine]
+    assert [(line["step"], line["fine_step"]) for line in fine] == [(1, 1), (4, 2), (8, 4), (11, 5)]  # step 7: no loss

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,17 +14,13 @@ from torch import nn
 from ..errors import DataError
 from ..flops import FlopMeter
 from . import saved
-from .coherence import Coherence
-from .copies import Key, ModuleCopies
+from .blocks import check_blocks, runner_of
+from .copies import Copies
 from .hierarchy import Network, hierarchy
+from .learning_rate import scaled_learning_rate
+from .options import CASCADE, Cycles, MultilevelOptions, by_level
 from .phase import Phase
-from .plan import Close, Plan, Step
-from .runners import check_blocks, runner_of
-from .settings import Settings
-from .stack_copies import StackCopies
-from .stacks import ParallelRunner
-from .state import ParameterState
-from .steps import StepHooks
+from .schedule import Close, Schedule, Step
 from .stopping import StoppingRule
 
 
@@ -41,6 +39,8 @@ class Multilevel:
     networks. At the end the trained blocks are averaged into the fine ones, theta <- (1 - delta) theta + delta
     theta_coarse (equation 4 there). Between phases the model is always the fine network. A phase whose body raises
     changes no schedule: the loop, if it goes on, gets the same step again.
+
+    The defaults are the paper's way; :meth:`cascade` is another one, which saved more in this project's experiments.
 
     Args:
         blocks: the residual blocks, wherever they are in the model: an ``nn.Sequential``, ``nn.ModuleList`` or other
@@ -62,23 +62,21 @@ class Multilevel:
         order: ``"AB"``, ``"BA"``, or ``"alternating"`` from one to the other.
         step_size: ``"ode"``: a coarse step is c times as long, x + c F(x); ``"unit"``: x + F(x).
         neighbours: ``"none"``; ``"average"``: trained blocks are averaged, with delta, into the blocks they stand for
-            too; ``"correction"``: delta times their change is added to these.
-        single: only the first coarse network, for ablation.
+            too.
+        single: only the first coarse network.
         state: what coarse networks do with the optimiser's state for their blocks. ``"restrict"``: start from the fine
-            network's, which is averaged with theirs afterwards (:mod:`mlpint.multilevel.state`); ``"separate"``: each
-            has its own and goes on with it in the next cycle; ``"reset"``: none, and the learning rate rises over
-            ``rewarm`` steps; ``"carry"``: there is only one, which all go on with.
-        rewarm: see ``state``.
-        coherence: weight of the first-order term of MG/OPT, in [0, 1]; see :mod:`mlpint.multilevel.coherence`.
+            network's, which is averaged with theirs afterwards (:mod:`mlpint.multilevel.optimizer_state`);
+            ``"carry"``: there is only one, which all go on with.
         coarse_lr: factor of the learning rate in coarse steps.
-        clock: what ``phase.clock`` counts, for a schedule of the learning rate: fine steps (``"shared"``), the steps on
-            the phase's level (``"own"``), or all steps by the layers they run, in units of fine ones (``"work"``).
+        clock: what ``phase.clock`` counts, for a schedule of the learning rate: fine steps (``"shared"``), or all steps
+            by the layers they run, in units of fine ones (``"work"``).
         data: ``"fresh"``, or ``"same"``: the coarse networks of one cycle are meant to see the same batches, by
             ``phase.batch_index``.
         window: cycles that ``cycles="auto"`` looks at together.
 
     Attributes:
         networks: by name.
+        options: the :class:`mlpint.multilevel.options.MultilevelOptions`.
         flops: the :class:`mlpint.flops.FlopMeter` of all phases so far.
         steps_done: optimiser steps so far, on all levels.
 
@@ -93,35 +91,81 @@ class Multilevel:
         optimizer: torch.optim.Optimizer,
         *,
         model: nn.Module | None = None,
-        **options: Any,
+        delta: float = 0.25,
+        coarse_steps: int | Sequence[int] = 100,
+        cycles: Cycles | Sequence[Cycles] = 35,
+        networks: int = 2,
+        levels: int = 2,
+        order: Literal["AB", "BA", "alternating"] = "AB",
+        step_size: Literal["ode", "unit"] = "ode",
+        neighbours: Literal["none", "average"] = "none",
+        single: bool = False,
+        state: Literal["restrict", "carry"] = "restrict",
+        coarse_lr: float = 1.0,
+        clock: Literal["shared", "work"] = "shared",
+        data: Literal["fresh", "same"] = "fresh",
+        window: int = 5,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.settings, self.optimizer = Settings(**options), optimizer
-        s = self.settings
+        self.optimizer = optimizer
+        self.options = MultilevelOptions(
+            delta=delta,
+            coarse_steps=by_level("coarse_steps", coarse_steps, levels, least=1),
+            cycles=by_level("cycles", cycles, levels, least=0, deeper=1),
+            networks=networks,
+            levels=levels,
+            order=order,
+            step_size=step_size,
+            neighbours=neighbours,
+            single=single,
+            state=state,
+            coarse_lr=coarse_lr,
+            clock=clock,
+            data=data,
+            window=window,
+        )
         self._runner = runner_of(blocks)
-        layers = [n for n in range(self._runner.count) if n not in self._runner.kept]
-        self._fine = hierarchy(layers, s.networks, s.levels, s.step_size == "ode", s.single)
+        layers = [n for n in range(self._runner.count) if n not in self._runner.common_layers]
+        self._fine = hierarchy(layers, networks, levels, step_size == "ode", single)
         self.networks: dict[str, Network] = {network.name: network for network in self._fine.walk()}
         self._parents = {child.name: network for network in self._fine.walk() for child in network.children}
-        check_blocks(self._runner, optimizer)
-        if isinstance(self._runner, ParallelRunner):
-            self._runner.check(self.networks, s)
+        check_blocks(blocks, self._runner, optimizer)
+        self._runner.check(self.networks, self.options)
         self.flops = FlopMeter(blocks, model)
-        self._copies: dict[str, ModuleCopies | StackCopies] = {}
-        self._kept: dict[str, dict[Key, ParameterState]] = {name: {} for name in self.networks}
-        inside = {p: (str(n), name) for n, named in self._runner.parameters.items() for name, p in named.items()}
-        self._names = inside | {p: ("shared", str(i)) for i, p in enumerate(self._shared(inside))}
-        self._coherences = self._make_coherences() if s.coherence else {}
-        self._hooks = StepHooks(optimizer, s, self._coherences)
-        self._rule = StoppingRule(s.window)
-        self._decisions: list[bool] = []  # of the rule, one a fine step
-        self._loss: torch.Tensor | float | None = None
-        self._plan: Plan | None = None
+        self.steps_done = 0
+        self._copies: dict[str, Copies] = {}  # of the networks in training
+        self._rule = StoppingRule(window)
+        self._decisions: list[bool] = []  # whether a cycle follows each fine step, where cycles = "auto"
+        self._schedule: Schedule | None = None
         self._events: Iterator[Step | Close] = iter(())
         self._next: Step | None = None
+        self._closed: list[Network] = []  # networks whose training ended with the last step
         self._inside: Phase | None = None
-        self.steps_done = 0
+
+    @classmethod
+    def cascade(
+        cls,
+        blocks: Sequence[nn.Module] | nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        coarse_steps: int | Sequence[int] = 100,
+        **options: Any,
+    ) -> Multilevel:
+        """Trains one coarse network once, whose blocks then take their own and their neighbours' places.
+
+        The preset ``delta=1, neighbours="average", single=True, cycles=1``: after the first fine step network A takes
+        ``coarse_steps`` steps, x + 2 F(x); the fine network goes on with each of its blocks twice, x + F(x).
+
+        Args:
+            blocks, optimizer: as for the class.
+
+        Keyword args:
+            coarse_steps: of network A, which take half a fine step's FLOPs each. Half to four fifths of all FLOPs were
+                good.
+            options: the class's keyword arguments; those of the preset can be given other values.
+        """
+        return cls(blocks, optimizer, coarse_steps=coarse_steps, **(CASCADE | options))
 
     # --- the schedule ------------------------------------------------------------------------------------------------
 
@@ -137,44 +181,42 @@ class Multilevel:
         """
         if type(total_steps) is not int or total_steps < 1:
             raise ValueError(f"total_steps = {total_steps!r}: must be an integer of at least 1")
-        plan = Plan(self._fine, self.settings, total_steps, self._another)
-        if batches is not None and not self.settings.adaptive and plan.batches() > batches:
+        schedule = self._schedule_of(total_steps)
+        if batches is not None and not self.options.adaptive and schedule.batches() > batches:
             raise ValueError(
-                f"the schedule takes {plan.batches()} batches ({', '.join(map(str, plan.steps_by_level()))} steps on "
-                f"levels 0 to {self.settings.levels - 1}), the data has {batches}: lower total_steps, cycles or "
-                "coarse_steps, or go through the data several times"
+                f"the schedule takes {schedule.batches()} batches ({', '.join(map(str, schedule.steps_by_level()))} "
+                f"steps on levels 0 to {self.options.levels - 1}), the data has {batches}: lower total_steps, cycles "
+                "or coarse_steps, or go through the data several times"
             )
-        return self._phases(plan)
+        return self._phases(schedule)
 
     def total_steps(self, total_steps: int) -> int:
         """Optimiser steps of a whole schedule; with ``cycles="auto"`` those done and the fine ones that are left."""
-        if self.settings.adaptive:
+        if self.options.adaptive:
             return self.steps_done + total_steps - len(self._decisions)
-        return sum(Plan(self._fine, self.settings, total_steps, self._another).steps_by_level())
+        return sum(self._schedule_of(total_steps).steps_by_level())
 
-    def _phases(self, plan: Plan) -> Iterator[Phase]:
-        self._plan, self._events = plan, iter(plan)
-        self._advance()
-        for _ in range(self.steps_done):
-            self._advance()
+    def _schedule_of(self, total_steps: int) -> Schedule:
+        return Schedule(self._fine, self.options, total_steps, lambda fine_step: self._decisions[fine_step])
+
+    def _phases(self, schedule: Schedule) -> Iterator[Phase]:
+        self._schedule, self._events = schedule, iter(schedule)
+        for _ in range(self.steps_done + 1):
+            self._closed = self._advance()
+        clock_steps = schedule.work() if self.options.clock == "work" else schedule.total
         while self._next is not None:
-            phase = self._phase(plan, self._next)
+            step = self._next
+            clock = step.work if self.options.clock == "work" else step.fine_step
+            phase = Phase(step, clock, clock_steps, self._running)
             yield phase
-            if self._plan is not plan:
+            if self._schedule is not schedule:
                 raise RuntimeError("another schedule of this Multilevel was begun: only the latest one goes on")
             if not phase.entered:
                 raise RuntimeError(f"{phase} was not entered: say `with phase:` around each step")
 
-    def _phase(self, plan: Plan, step: Step) -> Phase:
-        if self.settings.clock == "shared":
-            return Phase(self, step, step.fine_step, plan.total)
-        if self.settings.clock == "work":
-            return Phase(self, step, step.work, plan.work())
-        return Phase(self, step, step.own_step, plan.steps_by_level()[step.network.level])
-
     def _advance(self) -> list[Network]:
-        """Goes on to the next step; the networks whose training ends before it."""
-        closed = []
+        """Goes on to the next step; returns the networks whose training ends before it."""
+        closed: list[Network] = []
         for event in self._events:
             if isinstance(event, Step):
                 self._next = event
@@ -183,87 +225,72 @@ class Multilevel:
         self._next = None
         return closed
 
-    def _another(self, fine_step: int) -> bool:
-        if fine_step == len(self._decisions):
-            if self._loss is None:
+    def _step_taken(self, phase: Phase) -> None:
+        if self.options.adaptive and phase.fine:
+            if phase.step_loss is None:
                 raise RuntimeError("cycles = 'auto' goes by the loss of fine steps: say phase.loss(loss) in each")
-            decision = self._rule.another(self.flops.blocks, float(self._loss))
-            self._decisions.append(self._runner.agreed(decision))
-        return self._decisions[fine_step]
-
-    def _shared(self, inside: Mapping[nn.Parameter, object]) -> list[nn.Parameter]:
-        """What all networks share: what the optimiser owns outside the blocks that are dealt out."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p not in inside]
-
-    def _make_coherences(self) -> dict[str, Coherence]:
-        parameters = self._runner.parameters
-        if not parameters and self._runner.count:
-            raise ValueError("coherence needs blocks with parameters of their own: pass a stack's to_blocks()")
-        shared = [p for p, (place, _) in self._names.items() if place == "shared"]
-        terms = {}
-        for network in (n for n in self.networks.values() if n.level):
-            own = [p for n in network.layers for p in parameters.get(n, {}).values()]
-            terms[network.name] = Coherence(self.settings.coherence, network.ratio, own, shared)
-        return terms
+            loss = float(phase.step_loss)
+            follows = math.isfinite(loss) and self._rule.another(self.flops.blocks, loss)
+            self._decisions.append(self._runner.agreed(follows))
+        self.steps_done += 1
+        self._closed = self._advance()
 
     # --- a phase -----------------------------------------------------------------------------------------------------
 
-    def _enter(self, phase: Phase) -> None:
+    @contextmanager
+    def _running(self, phase: Phase) -> Iterator[None]:
+        """Runs the phase's network inside it; the schedule goes on only if nothing is raised there."""
         if self._inside is not None:
             raise RuntimeError(f"{phase} inside {self._inside}: leave the one before the other")
-        if phase.plan is not self._next:
+        if phase.step is not self._next:
             raise RuntimeError(f"{phase} is not the next step of the schedule: enter each phase once, as it comes")
-        with ExitStack() as undo:  # whatever goes wrong half way
-            for network in phase.plan.path:
-                if network.name not in self._copies:
-                    self._copies[network.name] = self._make_copies(network)
-                self._copies[network.name].swap()
-                undo.callback(self._copies[network.name].swap)
-            if phase.plan.path:
-                self._leave_alone_others(phase.plan.network)
-                self._runner.enter(phase.plan.network)
-            self._hooks.enter(phase.plan)
-            undo.pop_all()
-        self._inside = phase
-        self._counting = self.flops.step(phase.name, len(phase.layers) + len(self._runner.kept))
-        self._counting.__enter__()
+        step, self._closed = phase.step, []
+        with ExitStack() as stack:  # which leaves the fine network in place, whatever goes wrong half way
+            for network in step.path:
+                stack.enter_context(self._in_place(network))
+            if step.path:
+                self._clear_gradients_outside(step.network)
+                self._runner.enter(step.network)
+                stack.callback(self._runner.exit)
+                stack.enter_context(scaled_learning_rate(self.optimizer, self.options.coarse_lr))
+            layers = len(step.network.layers) + len(self._runner.common_layers)
+            stack.enter_context(self.flops.step(phase.name, layers))
+            self._inside = phase
+            try:
+                yield
+            except StopIteration as error:
+                raise DataError(
+                    f"the data ended in optimiser step {self.steps_done + 1}, phase {phase.name!r} of fine step "
+                    f"{phase.fine_step + 1}: the schedule is longer than the data; lower total_steps, cycles or "
+                    "coarse_steps, or go through the data several times"
+                ) from error
+            finally:
+                self._inside = None
+            self._step_taken(phase)
 
-    def _make_copies(self, network: Network) -> ModuleCopies | StackCopies:
-        kept, parent = self._kept[network.name], self._parents[network.name]
-        return self._runner.copies(network, parent, self.optimizer, self.settings, kept)
+    @contextmanager
+    def _in_place(self, network: Network) -> Iterator[None]:
+        """A coarse network's weights stand in its parent's place inside, and are prolonged where its training ends."""
+        if network.name not in self._copies:
+            self._copies[network.name] = self._make_copies(network)
+        copies = self._copies[network.name]
+        copies.swap()
+        try:
+            yield
+        finally:
+            copies.swap()
+        if network in self._closed:
+            copies.prolong()
+            del self._copies[network.name]
 
-    def _leave_alone_others(self, network: Network) -> None:
+    def _make_copies(self, network: Network) -> Copies:
+        return self._runner.copies(network, self._parents[network.name], self.optimizer, self.options)
+
+    def _clear_gradients_outside(self, network: Network) -> None:
         """No gradient at all for layers outside the network: with a zero, momentum and weight decay would move them."""
-        for n in self._runner.parameters.keys() - network.layers - self._runner.kept:
+        for n in self._runner.parameters.keys() - network.layers - self._runner.common_layers:
             for p in self._runner.parameters[n].values():
                 p.grad = None
-
-    def _exit(self, phase: Phase, error: BaseException | None) -> None:
-        self._inside = None
-        self._counting.__exit__()
-        path = phase.plan.path
-        self._hooks.exit()
-        if path:
-            self._runner.exit()
-        closed: list[Network] = []
-        if error is None:
-            self.steps_done += 1
-            self._loss = phase.value
-            closed = self._advance()
-        for network in reversed(path):
-            copies = self._copies[network.name]
-            copies.swap()
-            if network in closed:
-                copies.prolong()
-                if self.settings.state == "separate":
-                    self._kept[network.name] = copies.states()
-                del self._copies[network.name]
-        if isinstance(error, StopIteration):
-            raise DataError(
-                f"the data ended in optimiser step {self.steps_done + 1}, phase {phase.name!r} of fine step "
-                f"{phase.fine_step + 1}: the schedule is longer than the data; lower total_steps, cycles or "
-                "coarse_steps, or go through the data several times"
-            ) from error
 
     # --- to go on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -275,11 +302,24 @@ class Multilevel:
         """
         if self._inside is not None:
             raise RuntimeError(f"state_dict inside {self._inside}: take it between phases")
-        return saved.state_dict(self)
+        info = {
+            "settings": dataclasses.asdict(self.options),
+            "steps_done": self.steps_done,
+            "decisions": list(self._decisions),
+            "rule": dataclasses.asdict(self._rule),
+            "flops": self.flops.as_dict(),
+            "open": list(self._copies),
+            "ahead": dict(self._runner.ahead),
+        }
+        tensors = {f"learnt/{name}": tensor for name, tensor in self._runner.learnt()}
+        for name, copies in self._copies.items():
+            tensors.update(saved.copies_tensors(name, copies))
+        return {"info": info, "tensors": tensors}
 
     def wants(self, name: str) -> bool:
         """Whether a tensor of a state dict that several ranks have put together is needed on this one."""
-        return saved.is_wanted(self, name)
+        kind, _, place = (*name.split("/"), "", "")[:3]
+        return kind == "learnt" or place.isdigit() and int(place) in self._runner.local_indices
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there with the next :meth:`schedule`; model and optimiser are loaded before.
@@ -287,14 +327,19 @@ class Multilevel:
         Raises:
             ValueError: the options are not those it was saved with.
         """
-        saved.load_state_dict(self, state)
-
-    def _load_copies(self, values: Mapping[str, tuple[dict[Key, torch.Tensor], dict[Key, ParameterState]]]) -> None:
-        """Of the networks in training, from the outermost in."""
+        info, tensors = state["info"], dict(state["tensors"])
+        saved.check_options(self.options, info["settings"])
+        learnt = {name: tensors.pop(name) for name in list(tensors) if name.startswith("learnt/")}
+        in_training = saved.saved_copies(tensors, info["open"])
+        self.steps_done, self._decisions = info["steps_done"], list(info["decisions"])
+        self._rule = StoppingRule(**{**info["rule"], "points": [tuple(point) for point in info["rule"]["points"]]})
+        self.flops.load(info["flops"])
+        self._runner.ahead = {key: tuple(value) for key, value in info["ahead"].items()}
+        self._runner.load_learnt(self.networks, {name.removeprefix("learnt/"): t for name, t in learnt.items()})
         self._copies = {}
-        for name, (weights, states) in values.items():
-            copies = self._copies[name] = self._make_copies(self.networks[name])
-            copies.load(weights, states)
-            copies.swap()  # is the parent of the next
-        for copies in reversed(self._copies.values()):
-            copies.swap()
+        with ExitStack() as stack:  # each network's copies are in place where those of the next are made
+            for name, (weights, states) in in_training.items():
+                copies = self._copies[name] = self._make_copies(self.networks[name])
+                copies.load(weights, states)
+                copies.swap()
+                stack.callback(copies.swap)

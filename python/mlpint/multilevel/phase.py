@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
-from .plan import Step
-
-if TYPE_CHECKING:
-    from .multilevel import Multilevel
+from .schedule import Step
 
 
 class Phase:
@@ -27,15 +26,18 @@ class Phase:
         seconds: what the step took, once it is done.
     """
 
-    def __init__(self, multilevel: Multilevel, step: Step, clock: int, clock_steps: int) -> None:
-        self._multilevel, self._started = multilevel, 0.0
-        self.plan = step
+    def __init__(
+        self, step: Step, clock: int, clock_steps: int, running: Callable[[Phase], AbstractContextManager[None]]
+    ) -> None:
+        self.step = step
         self.name, self.level, self.layers = step.network.name, step.network.level, step.network.layers
         self.fine_step, self.batch_index = step.fine_step, step.batch
         self.clock, self.clock_steps = clock, clock_steps
         self.entered = False
         self.seconds = 0.0
-        self.value: torch.Tensor | float | None = None
+        self.step_loss: float | torch.Tensor | None = None
+        self._running = running
+        self._started = 0.0
 
     @property
     def fine(self) -> bool:
@@ -43,17 +45,24 @@ class Phase:
         return self.level == 0
 
     def loss(self, value: torch.Tensor | float) -> None:
-        """Tells the step's loss, which ``cycles="auto"`` goes by."""
-        self.value = value.detach() if isinstance(value, torch.Tensor) else float(value)
+        """Tells the step's loss, which ``cycles="auto"`` goes by; NaN for a step that was skipped.
+
+        A loss that is not finite is not compared with others, and no cycle follows its step.
+        """
+        self.step_loss = value.detach() if isinstance(value, torch.Tensor) else float(value)
 
     def __enter__(self) -> Phase:
-        self._multilevel._enter(self)
+        context = self._running(self)
+        context.__enter__()
+        self._context = context
         self.entered, self._started = True, time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.seconds = time.perf_counter() - self._started
-        self._multilevel._exit(self, error)
+        self._context.__exit__(kind, error, traceback)
 
     def __repr__(self) -> str:
         return f"Phase({self.name!r}, fine_step={self.fine_step}, batch_index={self.batch_index})"

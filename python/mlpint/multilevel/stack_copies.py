@@ -14,23 +14,23 @@ from ..nn.kernels import kernel
 from ..nn.settings import NAMES, Weights
 from .copies import Key
 from .hierarchy import Network
-from .settings import Settings
-from .state import ParameterState, check_averaged, placed, prolonged, restricted
+from .optimizer_state import ParameterState, check_averaged, placed, prolonged, restricted
+from .options import MultilevelOptions
 
 Ahead = dict[str, tuple[float, float]]  # what a parent's count of steps stood at after a child, and what that had added
 
 
 class StackCopies:
-    """As :class:`mlpint.multilevel.copies.ModuleCopies`, for stacked parameters.
+    """A coarse network's own stacked parameters, and the optimiser's state for them.
 
-    A coarse network has stacked parameters of its own, which :meth:`swap` puts in the place of the stack's, in the
-    module and in the optimiser's groups.
+    :meth:`swap` puts them in the place of the stack's, in the module and in the optimiser's groups.
 
     Args:
         network: whose copies these are.
         parent_layers: indices of the layers whose rows the stack holds now.
         stack: the stack.
-        optimizer, settings, kept: as for ModuleCopies.
+        optimizer: the user's.
+        options: those of the training.
         ahead: shared by all copies of a training. A stacked parameter has one count of steps for all its rows; here it
             is kept how far one coarse network has brought it ahead of the rows of the next.
     """
@@ -41,119 +41,114 @@ class StackCopies:
         parent_layers: Sequence[int],
         stack: BlockStack,
         optimizer: torch.optim.Optimizer,
-        settings: Settings,
-        kept: Mapping[Key, ParameterState],
+        options: MultilevelOptions,
         ahead: Ahead,
     ) -> None:
-        self.network, self.stack, self.optimizer, self.settings = network, stack, optimizer, settings
-        self.ahead, self._parent = ahead, list(parent_layers)
+        self.network, self.stack, self.optimizer, self.options = network, stack, optimizer, options
+        self.ahead = ahead
         self.layers = [n for n in network.layers if n in set(parent_layers)]
-        self.rows = [self._parent.index(n) for n in self.layers]
-        self.aside = {field: nn.Parameter(p.detach()[self.rows], p.requires_grad) for field, p in self._now().items()}
-        self.state = {field: self._start(field, p, kept) for field, p in self._now().items()}
-        self._counts = {(f, k): float(v) for f, state in self.state.items() for k, v in state.items() if _is_count(v)}
+        self.rows = [list(parent_layers).index(n) for n in self.layers]
+        self.stored = {
+            field: nn.Parameter(p.detach()[self.rows], p.requires_grad) for field, p in self._in_place().items()
+        }
+        self.stored_state = {field: self._start(field, p) for field, p in self._in_place().items()}
+        self._counts = {
+            (field, key): float(value)
+            for field, state in self.stored_state.items()
+            for key, value in state.items()
+            if _is_count(value)
+        }
 
-    def _now(self) -> dict[str, nn.Parameter]:
-        return {field: self.stack._parameters[field] for field in Weights._fields}
+    def _in_place(self) -> dict[str, nn.Parameter]:
+        return {field: getattr(self.stack, field) for field in Weights._fields}
 
-    def _start(self, field: str, p: nn.Parameter, kept: Mapping[Key, ParameterState]) -> ParameterState:
-        how, now = self.settings.state, self.optimizer.state.get(p, {})
-        if how == "separate":
-            return placed(_stacked([kept.get((n, _name(field)), {}) for n in self.layers]), p)
-        if how == "reset":
-            return {}
-        if how == "restrict":
-            check_averaged(f"the stack's {field}", now, p.shape)
-        state = {k: v[self.rows] if _by_row(v, p) else v.clone() for k, v in now.items() if v is not None}
+    def _start(self, field: str, p: nn.Parameter) -> ParameterState:
+        parent = self.optimizer.state.get(p, {})
+        restrict = self.options.state == "restrict"
+        if restrict:
+            check_averaged(f"the stack's {field}", parent, p.shape)
+        state = {k: v[self.rows] if _by_row(v, p) else v.clone() for k, v in parent.items() if v is not None}
         for key, value in state.items():
-            after, added = self.ahead.get(f"{self.network.name[:-1]}.{field}.{key}", (None, 0.0))
+            after, added = self.ahead.get(self._ahead_key(field, key), (None, 0.0))
             if _is_count(value) and float(value) == after:
                 value.sub_(added)
-        return restricted(state, self.network.ratio) if how == "restrict" else state
+        return restricted(state, self.network.ratio) if restrict else state
+
+    def _ahead_key(self, field: str, key: str) -> str:
+        """The name in ``ahead`` of a count that the parent keeps of a parameter."""
+        return f"{self.network.name[:-1]}.{field}.{key}"
 
     def swap(self) -> None:
-        """Puts the copies in the parameters' place, or the parent's back."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         places = {p: (parameters, i) for parameters in groups for i, p in enumerate(parameters)}
-        for field, old in self._now().items():
-            new = self.aside[field]
-            self.stack._parameters[field], self.aside[field] = new, old
+        for field, old in self._in_place().items():
+            new = self.stored[field]
+            self.stack._parameters[field], self.stored[field] = new, old
             if old in places:
                 parameters, i = places[old]
                 parameters[i] = new
-            now = self.optimizer.state.pop(old, {})
-            if self.state[field]:
-                self.optimizer.state[new] = self.state[field]
-            self.state[field] = now
+            state = self.optimizer.state.pop(old, {})
+            if self.stored_state[field]:
+                self.optimizer.state[new] = self.stored_state[field]
+            self.stored_state[field] = state
 
     @torch.no_grad()
     def prolong(self) -> None:
-        """Averages the copies into the parent's rows, which are in place."""
-        delta, how = self.settings.delta, self.settings.neighbours
-        fine = [p.detach() for p in self._now().values()]
+        fine = [p.detach() for p in self._in_place().values()]
         done = 0
         for rows in progressions(self.rows):
-            coarse = [p.detach()[done : done + len(rows)] for p in self.aside.values()]
+            coarse = [p.detach()[done : done + len(rows)] for p in self.stored.values()]
             done += len(rows)
-            for shift in self._neighbours() if how != "none" else ():
-                other = range(rows.start + shift, rows.stop + shift, rows.step)
-                if how == "average":
-                    average_rows(fine, coarse, other, delta)
-                else:
-                    for f, c in zip(fine, coarse, strict=True):
-                        f[as_slice(other)].add_(c - f[as_slice(rows)], alpha=delta)
-            average_rows(fine, coarse, rows, delta)
-        if self.settings.state in ("restrict", "carry"):
-            for field, p in self._now().items():
-                self._prolong_state(field, p)
+            for shift in self._shifts() if self.options.neighbours == "average" else (0,):
+                average_rows(fine, coarse, range(rows.start + shift, rows.stop + shift, rows.step), self.options.delta)
+        for field, p in self._in_place().items():
+            self._prolong_state(field, p)
 
-    def _neighbours(self) -> list[int]:
-        """How many rows after its own a block stands for others; the same for all."""
+    def _shifts(self) -> list[int]:
+        """How many rows after a block's own the rows are into which it is averaged; the same for all blocks."""
         layer, others = self.network.layers[0], self.network.stands_for[0]
-        whole = sorted((layer, *others))
-        return [whole.index(other) - whole.index(layer) for other in others]
+        group = sorted((layer, *others))
+        return [i - group.index(layer) for i in range(len(group))]
 
     def _prolong_state(self, field: str, p: nn.Parameter) -> None:
-        coarse = self.state[field]
+        coarse = self.stored_state[field]
         if not coarse:
             return
-        now = self.optimizer.state[p]
-        mine = {key: v[self.rows] for key, v in now.items() if _by_row(v, p)}
-        if self.settings.state == "restrict":
-            coarse = prolonged(mine, coarse, self.network.ratio, self.settings.delta)
+        parent = self.optimizer.state[p]
+        if self.options.state == "restrict":
+            rows = {key: value[self.rows] for key, value in parent.items() if _by_row(value, p)}
+            coarse = prolonged(rows, coarse, self.network.ratio, self.options.delta)
         for key, value in coarse.items():
-            if _by_row(value, self.aside[field]):
-                now.setdefault(key, torch.zeros_like(p, dtype=value.dtype))[self.rows] = value
-                continue
-            if not _is_count(value):
-                now[key] = value
-            elif key not in now or value >= now[key]:  # less where none of the network's rows are this rank's
-                now[key] = value
+            if _by_row(value, self.stored[field]):
+                parent.setdefault(key, torch.zeros_like(p, dtype=value.dtype))[self.rows] = value
+            elif not _is_count(value):
+                parent[key] = value
+            elif key not in parent or value >= parent[key]:  # less where none of the network's rows are this rank's
+                parent[key] = value
                 added = float(value) - self._counts.get((field, key), 0.0)
-                self.ahead[f"{self.network.name[:-1]}.{field}.{key}"] = (float(value), added)
+                self.ahead[self._ahead_key(field, key)] = (float(value), added)
 
     # --- for checkpoints, by single layers ---------------------------------------------------------------------------
 
     def weights(self) -> Iterator[tuple[Key, torch.Tensor]]:
-        for field, stacked in self.aside.items():
+        for field, stacked in self.stored.items():
             for i, n in enumerate(self.layers):
                 yield (n, _name(field)), stacked.detach()[i]
 
     def states(self) -> dict[Key, ParameterState]:
-        found = {}
-        for field, state in self.state.items():
-            p = self.aside[field]
-            for i, n in enumerate(self.layers):
-                found[n, _name(field)] = {k: v[i] if _by_row(v, p) else v.clone() for k, v in state.items()}
-        return found
+        return {
+            (n, _name(field)): {k: v[i] if _by_row(v, self.stored[field]) else v.clone() for k, v in state.items()}
+            for field, state in self.stored_state.items()
+            for i, n in enumerate(self.layers)
+        }
 
     @torch.no_grad()
     def load(self, weights: Mapping[Key, torch.Tensor], states: Mapping[Key, Any]) -> None:
-        for field, stacked in self.aside.items():
+        for field, stacked in self.stored.items():
             for i, n in enumerate(self.layers):
                 stacked[i].copy_(weights[n, _name(field)])
             rows = [states.get((n, _name(field)), {}) for n in self.layers]
-            self.state[field] = placed(_stacked(rows), stacked)
+            self.stored_state[field] = placed(_stacked(rows), stacked)
 
 
 def average_rows(fine: Sequence[torch.Tensor], coarse: Sequence[torch.Tensor], rows: range, delta: float) -> None:

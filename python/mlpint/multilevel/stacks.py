@@ -1,52 +1,22 @@
-"""BlockStack and LayerParallel stacks run as one of their coarse networks."""
+"""LayerParallel stacks run as one of their coarse networks."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ..nn import BlockStack
 from ..parallel.layer_parallel import LayerParallel
-from .copies import ModuleCopies, Named, trainable
+from .copies import NamedParameters, trainable
 from .hierarchy import Network
-from .settings import Settings
+from .module_copies import ModuleCopies
+from .options import MultilevelOptions
+from .runner import Runner
 from .stack_copies import Ahead, StackCopies
 
 
-class StackRunner:
-    """A BlockStack in one process."""
-
-    kept: frozenset[int] = frozenset()
-
-    def __init__(self, stack: BlockStack) -> None:
-        self.stack, self.count = stack, len(stack)
-        self.local_indices = range(self.count)
-        self.parameters: Named = {}
-        self.ahead: Ahead = {}
-
-    def agreed(self, decision: bool) -> bool:
-        return decision
-
-    def copies(
-        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, settings: Settings, kept: Mapping
-    ) -> StackCopies:
-        return StackCopies(network, parent.layers, self.stack, optimizer, settings, kept, self.ahead)
-
-    def enter(self, network: Network) -> None:
-        self._outer = self.stack.indices, self.stack.settings
-        self.stack.indices = network.layers
-        self.stack.settings = dataclasses.replace(
-            self.stack.settings, step_size=self.stack.settings.step_size * network.stretch
-        )
-
-    def exit(self) -> None:
-        self.stack.indices, self.stack.settings = self._outer
-
-
-class ParallelRunner:
+class ParallelRunner(Runner):
     """A LayerParallel stack: every rank trains and averages the blocks that it owns; none is sent anywhere.
 
     Inside a coarse phase the stack is one of the network's layers, which are numbered anew and keep their ranks.
@@ -66,33 +36,33 @@ class ParallelRunner:
         self.stack, self.count = stack, stack.layer_count
         self.ahead: Ahead = {}
         self._solved: dict[str, dict[str, Any]] = {}  # solvers and learnt operators of the networks
-        self.kept = frozenset((*stack.open_indices, *stack.close_indices))
-        if self.kept and stack.stacked is not None:
+        self.common_layers = frozenset((*stack.open_indices, *stack.close_indices))
+        if self.common_layers and stack.stacked is not None:
             raise ValueError(
                 f"open_layers = {stack.open_layers}, close_layers = {stack.close_layers}: must be 0 for multilevel "
                 "training of a BlockStack; or pass its to_blocks()"
             )
         modules = stack.local_layers if stack.stacked is None else {}
-        self.parameters: Named = {n: trainable(m) for n, m in modules.items() if n not in self.kept}
+        self.parameters: NamedParameters = {n: trainable(m) for n, m in modules.items() if n not in self.common_layers}
         self.local_indices = list(stack.local_indices)
 
     def copies(
-        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, settings: Settings, kept: Mapping
+        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, options: MultilevelOptions
     ) -> ModuleCopies | StackCopies:
         if self.stack.stacked is None:
-            return ModuleCopies(network, self.parameters, optimizer, settings, kept)
+            return ModuleCopies(network, self.parameters, optimizer, options)
         mine = set(self.local_indices)
         layers = [n for n in parent.layers if n in mine]
-        return StackCopies(network, layers, self.stack.stacked, optimizer, settings, kept, self.ahead)
+        return StackCopies(network, layers, self.stack.stacked, optimizer, options, self.ahead)
 
     def agreed(self, decision: bool) -> bool:
         """Rank 0's: FLOPs are not measured on a rank without layers."""
         return bool(self.stack.comm.broadcast(torch.tensor([decision])))
 
-    def check(self, networks: Mapping[str, Network], settings: Settings) -> None:
+    def check(self, networks: Mapping[str, Network], options: MultilevelOptions) -> None:
         """Raises a ValueError if ranks have different options, or too few layers for these."""
         stack = self.stack
-        stack.comm.vote({"options": str(settings)}, "Multilevel")
+        stack.comm.vote({"options": str(options)}, "Multilevel")
         for network in networks.values():
             for kept, layer, end in ((stack.open_layers, 0, "first"), (stack.close_layers, -1, "last")):
                 whole, mine = getattr(stack, f"{end}_rank"), stack.rank_of(network.layers[layer])
@@ -101,7 +71,7 @@ class ParallelRunner:
                         f"network {network.name} has no layer on rank {whole}, which owns the {end} layers of the "
                         "stack, and these belong to every network: take fewer ranks, or no open and close layers"
                     )
-            if settings.neighbours == "none":
+            if options.neighbours == "none":
                 continue
             for n, others in zip(network.layers, network.stands_for, strict=True):
                 far = [m for m in others if self.stack.rank_of(m) != self.stack.rank_of(n)]
@@ -113,7 +83,7 @@ class ParallelRunner:
 
     def enter(self, network: Network) -> None:
         stack = self.stack
-        numbered = sorted({*network.layers, *self.kept})
+        numbered = sorted({*network.layers, *self.common_layers})
         number = {n: i for i, n in enumerate(numbered)}
         owners = [stack.rank_of(n) for n in network.layers]
         local = [n for n in numbered if n in set(self.local_indices)]

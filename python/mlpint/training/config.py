@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..mgrit.options import MGRIT
+from ..multilevel.options import CASCADE
 from .fields import Section, key, similar
 
 TASKS = ("gpt", "bert", "vit", "tagging", "classification", "translation")
@@ -120,6 +121,13 @@ class MultilevelConfig(Section):
     """The arguments of ``Multilevel``."""
 
     multilevel: bool = key(False, "train in alternation with coarse networks, made of every other layer")
+    preset: str = key(
+        "paper",
+        "paper, or cascade: train one coarse network once, whose layers then take their own and their neighbours' "
+        f"places; stands for {', '.join(f'{name} = {value}' for name, value in CASCADE.items())} where these are not "
+        "given",
+        choices=("paper", "cascade"),
+    )
     delta: float = key(0.25, "weight of trained coarse layers in their average with the fine ones", least=0, most=1)
     coarse_steps: int = key(100, "steps of a coarse network at a time", least=1)
     cycles: int = key(35, "first steps that coarse training follows; -1: as long as it pays per FLOP", least=-1)
@@ -129,23 +137,19 @@ class MultilevelConfig(Section):
     coarse_step_size: str = key("ode", "ode: x + 2 F(x) in a network of half the layers; unit: x + F(x)",
                                 choices=("ode", "unit"))  # fmt: skip
     neighbours: str = key(
-        "none",
-        "prolong to layers that were not trained: none, average or correction",
-        choices=("none", "average", "correction"),
+        "none", "prolong to layers that were not trained: none or average", choices=("none", "average")
     )
-    single: bool = key(False, "only one coarse network, for ablation")
+    single: bool = key(False, "only one coarse network")
     optimizer_state: str = key(
         "restrict",
-        "momentum and Adam's averages on the levels: restrict, separate, reset or carry",
-        choices=("restrict", "separate", "reset", "carry"),
+        "momentum and Adam's averages on the levels: restrict or carry",
+        choices=("restrict", "carry"),
     )
-    rewarm: int = key(10, "steps of a coarse network's warm-up after a reset", least=0)
-    coherence: float = key(0.0, "weight of the first-order coherence term", least=0, most=1)
     coarse_lr: float = key(1.0, "factor of the learning rate in coarse steps", least=0)
     clock: str = key(
         "shared",
-        "the learning rate goes by fine steps (shared), steps of each depth (own) or layers run so far (work)",
-        choices=("shared", "own", "work"),
+        "the learning rate goes by fine steps (shared) or by layers run so far (work)",
+        choices=("shared", "work"),
     )
     same_data: bool = key(False, "the coarse networks of a cycle see the same batches")
 
@@ -164,11 +168,11 @@ class MultilevelConfig(Section):
             "coarse_step_size": "step_size",
             "optimizer_state": "state",
         }
-        given = {names.get(name, name): value for name, value in vars(self).items()}
-        given["data"] = "same" if given.pop("same_data") else "fresh"
-        given["cycles"] = "auto" if self.cycles < 0 else self.cycles
-        del given["multilevel"]
-        return given
+        options = {names.get(name, name): value for name, value in vars(self).items()}
+        options["data"] = "same" if options.pop("same_data") else "fresh"
+        options["cycles"] = "auto" if self.cycles < 0 else self.cycles
+        del options["multilevel"], options["preset"]
+        return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +222,15 @@ class TrainConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From key -> value over all sections, for instance ``{"layers": 16, "lr": 3e-4}``."""
+        """From key -> value over all sections, for instance ``{"layers": 16, "lr": 3e-4}``.
+
+        A preset stands for the keys that are not among them.
+        """
         for name in values:
             if name not in KEYS:
                 raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
+        if values.get("preset") == "cascade":
+            values = CASCADE | dict(values)
         return cls(
             **{
                 name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
@@ -256,7 +265,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def from_saved(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values of a configuration saved in a checkpoint (``dataclasses.asdict``)."""
+    """The keys and values of a configuration saved in a checkpoint (``dataclasses.asdict``).
+
+    Keys that were taken out of [multilevel] are passed over where they had no effect: a coherence of 0, and rewarm,
+    which went with optimizer_state = "reset" alone.
+    """
+    multilevel = tables.get("multilevel")
+    if isinstance(multilevel, Mapping):
+        known = {k: v for k, v in multilevel.items() if k != "rewarm" and (k, v) != ("coherence", 0)}
+        tables = {**tables, "multilevel": known}
     return dict(_flatten(tables, "saved configuration: "))
 
 

@@ -132,7 +132,8 @@ class Trainer:
         self.position = phase.batch_index * self.config.data.accumulate
         with phase:
             loss, norm = self._train_step((phase.clock, phase.clock_steps))
-            phase.loss(loss)
+            skipped = self.decision is not None and self.decision.skip
+            phase.loss(math.nan if skipped else loss)
         return loss, norm
 
     def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from .hierarchy import Network
-from .settings import Settings
+from .options import MultilevelOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +17,14 @@ class Step:
         path: the networks in training, from below the fine one down to the one that steps; empty for a fine step.
         network: the one that steps.
         fine_step: fine steps before this one, not counting the one whose cycle a coarse step belongs to.
-        own_step: steps on this network's level before this one.
         work: layers that all steps before this one have run, over those of the fine network, rounded down.
-        group_step: steps of this network since its training began last.
         batch: number of the batch.
     """
 
     path: tuple[Network, ...]
     network: Network
     fine_step: int
-    own_step: int
     work: int
-    group_step: int
     batch: int
 
 
@@ -39,7 +35,7 @@ class Close:
     network: Network
 
 
-class Plan:
+class Schedule:
     """The steps of a whole training, each known once the one before it has been taken.
 
     A network takes a step and then, for its first ``cycles`` steps, has its coarse networks trained for
@@ -47,16 +43,17 @@ class Plan:
 
     Args:
         fine: the hierarchy.
-        settings: its options.
+        options: those of the training.
         total: fine steps.
-        another: says of a fine step that has been taken whether a cycle follows, where ``cycles`` is ``"auto"``.
+        cycle_follows: whether a cycle follows a fine step that has been taken, where ``cycles`` is ``"auto"``.
     """
 
-    def __init__(self, fine: Network, settings: Settings, total: int, another: Callable[[int], bool]) -> None:
-        self.fine, self.settings, self.total, self.another = fine, settings, total, another
+    def __init__(
+        self, fine: Network, options: MultilevelOptions, total: int, cycle_follows: Callable[[int], bool]
+    ) -> None:
+        self.fine, self.options, self.total, self.cycle_follows = fine, options, total, cycle_follows
         self._batch = 0
         self._fine_step = 0
-        self._own = [0] * settings.levels
         self._layers_run = 0
 
     def __iter__(self) -> Iterator[Step | Close]:
@@ -66,49 +63,57 @@ class Plan:
         for i in range(steps):
             if not path:
                 self._fine_step = i
-            work = self._layers_run // len(self.fine.layers)
-            yield Step(path, network, self._fine_step, self._own[network.level], work, i, self._batch)
+            yield Step(path, network, self._fine_step, self._layers_run // len(self.fine.layers), self._batch)
             self._batch += 1
             self._layers_run += len(network.layers)
-            self._own[network.level] += 1
-            if network.children and self._cycles(network, i):
+            if network.children and self._has_cycle(network, i):
                 yield from self._cycle(network, path, i)
 
-    def _cycles(self, network: Network, i: int) -> bool:
-        if network.level == 0 and self.settings.adaptive:
-            return self.another(i)
-        return i < self.settings.cycles[network.level]
+    def _has_cycle(self, network: Network, i: int) -> bool:
+        cycles = self.options.cycles[network.level]
+        return self.cycle_follows(i) if cycles == "auto" else i < cycles
 
     def _cycle(self, network: Network, path: tuple[Network, ...], i: int) -> Iterator[Step | Close]:
-        backwards = self.settings.order == "BA" or (self.settings.order == "alternating" and i % 2 == 1)
+        backwards = self.options.order == "BA" or (self.options.order == "alternating" and i % 2 == 1)
         start = self._batch
         for child in reversed(network.children) if backwards else network.children:
-            if self.settings.data == "same":
+            if self.options.data == "same":
                 self._batch = start
-            yield from self._train(child, (*path, child), self.settings.coarse_steps[network.level])
+            yield from self._train(child, (*path, child), self.options.coarse_steps[network.level])
             yield Close(child)
 
+    # --- what follows is known where the number of cycles is ---------------------------------------------------------
+
     def steps_by_level(self) -> list[int]:
-        """Steps on each level; where the number of cycles is known."""
-        children = 1 if self.settings.single else self.settings.networks
+        """Steps on each level."""
         counts, groups, length = [self.total], 1, self.total
-        for cycles, coarse_steps in zip(self.settings.cycles, self.settings.coarse_steps, strict=True):
-            groups, length = groups * min(length, cycles) * children, coarse_steps
+        for level, coarse_steps in enumerate(self.options.coarse_steps):
+            groups, length = groups * self._cycles(level, length) * self._children, coarse_steps
             counts.append(groups * length)
         return counts
 
     def work(self) -> int:
-        """All steps in units of fine ones, by the layers that they run; where the number of cycles is known."""
-        parts = (steps // self.settings.networks**level for level, steps in enumerate(self.steps_by_level()))
-        return sum(parts)
+        """All steps in units of fine ones, by the layers that they run."""
+        return sum(steps // self.options.networks**level for level, steps in enumerate(self.steps_by_level()))
 
     def batches(self) -> int:
-        """Batches that the steps take; where the number of cycles is known."""
+        """Batches that the steps take."""
         return self._batches(0, self.total)
 
     def _batches(self, level: int, steps: int) -> int:
-        if level == self.settings.levels - 1:
+        if level == self.options.levels - 1:
             return steps
-        children = 1 if self.settings.single or self.settings.data == "same" else self.settings.networks
-        coarse = children * self._batches(level + 1, self.settings.coarse_steps[level])
-        return steps + min(steps, self.settings.cycles[level]) * coarse
+        groups = 1 if self.options.data == "same" else self._children
+        coarse = groups * self._batches(level + 1, self.options.coarse_steps[level])
+        return steps + self._cycles(level, steps) * coarse
+
+    @property
+    def _children(self) -> int:
+        return len(self.fine.children)
+
+    def _cycles(self, level: int, steps: int) -> int:
+        """The cycles within so many steps of a network."""
+        cycles = self.options.cycles[level]
+        if cycles == "auto":
+            raise ValueError("cycles = 'auto': how many steps there will be is not known")
+        return min(steps, cycles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,72 +11,71 @@ from torch import nn
 
 from ..mgrit.vectors import extrapolate
 from ..state import State, describe
-from .copies import ModuleCopies, Named, trainable
+from .copies import trainable
 from .hierarchy import Network
-from .settings import Settings
+from .module_copies import ModuleCopies
+from .options import MultilevelOptions
+from .runner import Runner
 
 
-class ModuleRunner:
-    """How a sequence of modules runs as its coarse networks; :mod:`mlpint.multilevel.stacks` has its likes for stacks.
-
-    Layers are called one by one: by ``nn.Sequential``, or by the model's own loop over an ``nn.ModuleList``.
+class ModuleRunner(Runner):
+    """Layers that are called one by one: by ``nn.Sequential``, or by the model's own loop over an ``nn.ModuleList``.
 
     While a coarse network runs, a layer that is not in it hands its state on, and one that is takes a longer step.
 
     Args:
         layers: every layer of the fine network.
-
-    Attributes:
-        count: layers in all.
-        local_indices: those that this process holds.
-        kept: indices of layers that every network has, with their own step size; none.
-        parameters: those that are trained and that this process holds.
     """
-
-    kept: frozenset[int] = frozenset()
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
         self.count = len(self.layers)
         self.local_indices = range(self.count)
-        self.parameters: Named = {n: trainable(layer) for n, layer in enumerate(self.layers)}
-        self._form: int | None = None  # entries of the tuple that layers return, 0 for a tensor; None: not known yet
-
-    def agreed(self, decision: bool) -> bool:
-        """A decision that all ranks take alike."""
-        return decision
+        self.parameters = {n: trainable(layer) for n, layer in enumerate(self.layers)}
+        self.ahead = {}
+        self._replaced: list[nn.Module] = []  # layers whose forward is a coarse network's
+        self._returned: int | None = (
+            None  # entries of the tuple that layers return, 0 for a tensor; None: not yet known
+        )
 
     def copies(
-        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, settings: Settings, kept: Mapping
+        self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, options: MultilevelOptions
     ) -> ModuleCopies:
-        """What a network trains; called where its parent's weights are in place."""
-        return ModuleCopies(network, self.parameters, optimizer, settings, kept)
+        return ModuleCopies(network, self.parameters, optimizer, options)
 
     def enter(self, network: Network) -> None:
-        """From here on calls run the network."""
         active = set(network.layers)
-        for n, layer in enumerate(self.layers):
-            if "forward" in layer.__dict__:
-                raise RuntimeError(
-                    f"layer {n} has a forward of its own in place of its class's: take that back before coarse phases"
+        try:
+            for n, layer in enumerate(self.layers):
+                if "forward" in layer.__dict__:
+                    raise RuntimeError(
+                        f"layer {n} has a forward of its own in place of its class's: take that back before coarse "
+                        "phases"
+                    )
+                if n in active and network.stretch == 1:
+                    continue
+                forward = layer.forward
+                layer.__dict__["forward"] = (
+                    self._stretched(n, forward, network.stretch) if n in active else self._passing(forward)
                 )
-            if n not in active:
-                layer.__dict__["forward"] = self._passing(layer.forward)
-            elif network.stretch != 1:
-                layer.__dict__["forward"] = self._stretched(n, layer.forward, network.stretch)
+                self._replaced.append(layer)
+        except BaseException:
+            self.exit()
+            raise
 
     def exit(self) -> None:
-        for layer in self.layers:
+        for layer in self._replaced:
             layer.__dict__.pop("forward", None)
+        self._replaced = []
 
     def _passing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(*args: Any, **kwargs: Any) -> Any:
             state = _state(forward, args, kwargs)
             if not isinstance(state, torch.Tensor):
                 return state
-            if self._form is None:
-                self._form = _form_of(forward, args, kwargs)
-            return (state, *[None] * (self._form - 1)) if self._form else state
+            if self._returned is None:
+                self._returned = _entries_returned(forward, args, kwargs)
+            return (state, *[None] * (self._returned - 1)) if self._returned else state
 
         return passing
 
@@ -104,8 +103,11 @@ def _state(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
 
 
 @torch.no_grad()
-def _form_of(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> int:
-    """What a layer returns for a tensor, found by calling it once, without a trace in the random numbers."""
+def _entries_returned(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> int:
+    """Entries of the tuple that a layer returns for a tensor, 0 for a tensor.
+
+    It is called once to find out, without a trace in the random numbers.
+    """
     device = args[0].device if args else next(iter(kwargs.values())).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         output = forward(*args, **kwargs)

@@ -15,64 +15,64 @@ import torch
 
 ParameterState = dict[str, Any]
 
-_FIRST = frozenset({"momentum_buffer", "exp_avg"})
-_SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
-
-
-def copied(state: Mapping[str, Any]) -> ParameterState:
-    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+_FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
+_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+_MOMENTS = _FIRST_MOMENTS | _SECOND_MOMENTS
 
 
 def placed(state: Mapping[str, Any], p: torch.Tensor) -> ParameterState:
-    """A copy in the parameter's place; counts stay in host memory, where optimisers have them."""
+    """A copy on the parameter's device; counts stay in host memory, where optimisers have them."""
     return {
-        key: value.to(p.device, copy=True) if isinstance(value, torch.Tensor) and value.dim() else value
-        for key, value in copied(state).items()
+        key: value.to(p.device if value.dim() else value.device, copy=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in state.items()
     }
 
 
 @torch.no_grad()
 def restricted(state: Mapping[str, Any], ratio: float) -> ParameterState:
-    """What a coarse network starts from."""
-    found = copied(state)
-    for key, value in found.items():
-        if isinstance(value, torch.Tensor):
-            value.mul_(_power(key, ratio))
-    return found
+    """What a coarse network starts from, a copy."""
+    own: ParameterState = {}
+    for key, value in state.items():
+        if key in _MOMENTS and value is not None:
+            own[key] = value * _power(key, ratio)
+        else:
+            own[key] = value.clone() if isinstance(value, torch.Tensor) else value
+    return own
 
 
 @torch.no_grad()
 def prolonged(parent: Mapping[str, Any], coarse: Mapping[str, Any], ratio: float, delta: float) -> ParameterState:
     """What the parent goes on with; the count of steps is the coarse network's, which includes the parent's."""
-    found: ParameterState = {}
+    averages: ParameterState = {}
     for key, value in coarse.items():
-        if not isinstance(value, torch.Tensor) or key not in _FIRST | _SECOND:
-            found[key] = value
+        if not isinstance(value, torch.Tensor) or key not in _MOMENTS:
+            averages[key] = value
             continue
-        power = 1 if key in _FIRST else 2
-        mine = parent.get(key)
-        found[key] = value * (delta**power / _power(key, ratio))
-        if mine is not None:
-            found[key].add_(mine, alpha=(1 - delta) ** power)
-    return found
+        power = 1 if key in _FIRST_MOMENTS else 2
+        averages[key] = value * (delta**power / _power(key, ratio))
+        if parent.get(key) is not None:
+            averages[key].add_(parent[key], alpha=(1 - delta) ** power)
+    return averages
 
 
 def check_averaged(name: str, state: Mapping[str, Any], shape: torch.Size) -> None:
     """Raises a ValueError for a state whose average over levels would make no sense."""
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0 and key not in _FIRST | _SECOND:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0 and key not in _MOMENTS:
             continue
         if value.shape != shape:
             raise ValueError(
                 f"the optimiser's {key!r} of {name} is {tuple(value.shape)}, the parameter {tuple(shape)}: such a "
-                "state cannot be averaged over levels; pass state='separate' or state='reset'"
+                "state cannot be averaged over levels; pass state='carry'"
             )
-        if key not in _FIRST | _SECOND:
+        if key not in _MOMENTS:
             raise ValueError(
                 f"the optimiser keeps {key!r} of {name}, and how to average it over levels is not known (known are "
-                f"{', '.join(sorted(_FIRST | _SECOND))}); pass state='separate' or state='reset'"
+                f"{', '.join(sorted(_MOMENTS))}); pass state='carry'"
             )
 
 
 def _power(key: str, ratio: float) -> float:
-    return ratio if key in _FIRST else ratio**2 if key in _SECOND else 1.0
+    return ratio if key in _FIRST_MOMENTS else ratio**2
