@@ -20,8 +20,8 @@ import torch
 from machine import describe, ratio
 
 from mlpint.nn import BlockStack, batching, pre_norm
-from mlpint.nn.call import Call
 from mlpint.nn.settings import Weights
+from mlpint.nn.step_context import StepContext
 
 AIM, LIMIT, CFACTOR = 1.8, 1.05, 4
 SWEEP = [
@@ -37,7 +37,7 @@ class Case:
         self.d, self.m, self.j = d, m, j
         stack = BlockStack(j * CFACTOR, d, max(2, d // 64))
         self.blocks = stack.to_blocks()[::CFACTOR]
-        self.call = Call(stack.settings, 1, None, None, 1.0)
+        self.context = StepContext(stack.settings, 1, None, None, 1.0)
         self.x, self.grad = torch.randn(j, m, d), torch.randn(j, m, d)
         self.leaves = [t[None].clone().requires_grad_() for t in self.x]
         gradients = Weights(*(torch.empty_like(p) for p in stack.weights()))
@@ -57,7 +57,7 @@ class Case:
     def batched_forward(self) -> None:
         with torch.no_grad():
             for rows, weights, _ in self.parts:
-                pre_norm.forward(self.call, weights, self.x[rows])
+                pre_norm.forward(self.context, weights, self.x[rows])
 
     def loop_both(self) -> None:
         outs = [block(x) for block, x in zip(self.blocks, self.leaves, strict=True)]
@@ -66,10 +66,10 @@ class Case:
 
     def batched_both(self) -> None:
         with torch.no_grad():
-            recorded = [pre_norm.forward_train(self.call, w, self.x[rows])[1] for rows, w, _ in self.parts]
+            recorded = [pre_norm.forward_train(self.context, w, self.x[rows])[1] for rows, w, _ in self.parts]
             for (rows, weights, into), saved in zip(self.parts, recorded, strict=True):
-                _, inner = pre_norm.input_vjp(self.call, weights, saved, self.grad[rows])
-                pre_norm.weight_vjp(self.call, weights, saved, inner, into)
+                _, inner = pre_norm.input_vjp(self.context, weights, saved, self.grad[rows])
+                pre_norm.weight_vjp(self.context, weights, saved, inner, into)
 
 
 def timed(work: Callable[[], None]) -> float:

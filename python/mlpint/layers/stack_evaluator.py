@@ -11,9 +11,9 @@ import torch
 from ..mgrit.stats import Stats
 from ..nn import BlockStack, batching
 from ..nn.attention import Padding
-from ..nn.block import STEPS
-from ..nn.call import Call, autocast_dtype, for_products
+from ..nn.block import BATCHED_STEPS
 from ..nn.settings import Weights
+from ..nn.step_context import StepContext, autocast_dtype, for_products
 from ..state import State
 from .random_keys import LayerRandom
 from .saved_rows import Records
@@ -85,7 +85,7 @@ class StackStream:
         self.random, self.key, self.stats = random, key, stats
         self.where = ""
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
-        self._step = STEPS[stack.settings.norm]
+        self._step = BATCHED_STEPS[stack.settings.norm]
         self._rows = {n: i for i, n in enumerate(stack.indices)}
         self._parameters = stack.weights()
         self._weights: dict[range, Weights] = {}
@@ -99,7 +99,7 @@ class StackStream:
         """Evaluates layers; ``keep`` at their final values, so that a backward can follow."""
         keep = keep and self.record
 
-        def step(call: Call, rows: range, x: torch.Tensor) -> torch.Tensor:
+        def step(call: StepContext, rows: range, x: torch.Tensor) -> torch.Tensor:
             if not keep:
                 return self._step.forward(call, self._weights_of(rows), x)
             if self.recompute:
@@ -115,7 +115,7 @@ class StackStream:
     def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, keep: bool) -> list[State]:
         """Gradients for the inputs; ``keep`` where :meth:`finish` will be told them again."""
 
-        def step(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+        def step(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved = self._saved_of(call, rows, level)
             dx, inner = self._step.input_vjp(call, self._weights_of(rows), saved, grad)
             if keep and not self.recompute:
@@ -133,7 +133,7 @@ class StackStream:
         if self.recompute:  # what an earlier visit found inside was not kept
             known = [None] * len(layers)
 
-        def finish(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+        def finish(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved, weights = self._saved_of(call, rows, level), self._weights_of(rows)
             dx, inner = self._step.input_vjp(call, weights, saved, grad)
             self._step.weight_vjp(call, weights, saved, inner, self._into(rows))
@@ -141,7 +141,7 @@ class StackStream:
             self._inner.drop(rows)
             return dx
 
-        def finish_known(call: Call, rows: range, grad: torch.Tensor) -> torch.Tensor:
+        def finish_known(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved, inner = self._saved.get(rows), self._inner.get(rows)
             self._step.weight_vjp(call, self._weights_of(rows), saved, inner, self._into(rows))
             self._saved.drop(rows)
@@ -166,7 +166,7 @@ class StackStream:
         self,
         layers: Sequence[int],
         states: Sequence[State],
-        step: Callable[[Call, range, torch.Tensor], torch.Tensor],
+        step: Callable[[StepContext, range, torch.Tensor], torch.Tensor],
         watched: bool = False,
     ) -> list[State]:
         """A step of every layer, as many at once as pays."""
@@ -182,7 +182,7 @@ class StackStream:
                 for start in range(0, len(run), width):
                     rows = run[start : start + width]
                     x = stacked_states([states[place[row]] for row in rows])
-                    call = Call(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h)
+                    call = StepContext(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h)
                     y = step(call, rows, x.flatten(1, 2)).view(x.shape)
                     for i, row in enumerate(rows):
                         results[place[row]] = Slice(y, i)
@@ -211,7 +211,7 @@ class StackStream:
                 self.gradients[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
         return Weights(*(self.gradients[p][as_slice(rows)] if p.requires_grad else None for p in self._parameters))
 
-    def _saved_of(self, call: Call, rows: range, level: int) -> tuple[torch.Tensor, ...]:
+    def _saved_of(self, call: StepContext, rows: range, level: int) -> tuple[torch.Tensor, ...]:
         if not self.recompute:
             return self._saved.get(rows)
         self._count("forward", level, len(rows))

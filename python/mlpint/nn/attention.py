@@ -19,12 +19,12 @@ class Padding:
 
     def __init__(self, lengths: torch.Tensor, sequence: int) -> None:
         self.lengths = lengths
-        places = torch.arange(sequence, device=lengths.device)
-        self.padded = places >= lengths.unsqueeze(1)  # [B, T]
+        positions = torch.arange(sequence, device=lengths.device)
+        self.padded = positions >= lengths.unsqueeze(1)  # [B, T]
         self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def bias(self, j: int, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of J batches, [J B, 1, 1, T]."""
+        """The mask that is added to the scores of J batches, [J B, 1, 1, T]."""
         if (j, dtype) not in self._biases:
             bias = torch.zeros(self.padded.shape, dtype=dtype, device=self.padded.device)
             bias = bias.masked_fill_(self.padded, _MASKED)
@@ -32,13 +32,13 @@ class Padding:
         return self._biases[j, dtype]
 
     def clear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [J, B, T, ...], zero in padded places."""
+        """Returns x [J, B, T, ...] with zeros where there is padding."""
         padded = self.padded.reshape(1, *self.padded.shape, *[1] * (x.dim() - 3))
         return x.masked_fill(padded, 0)
 
 
 def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
-    """q, k, v [J B, H, T, hd], views of [J, B T, 3 D]; of a copy where layers are strided and B > 1."""
+    """The q, k, v [J B, H, T, hd] as views of [J, B T, 3 D], or of a copy where layers are strided and B > 1."""
     j, m, width = qkv.shape
     return qkv.reshape(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -46,7 +46,7 @@ def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Ten
 def attention(
     qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
 ) -> torch.Tensor:
-    """Softmax attention of [J, B T, 3 D], nothing saved -> [J, B T, D]. Padded queries give 0."""
+    """Softmax attention [J, B T, 3 D] -> [J, B T, D], with nothing saved. Padded queries give 0."""
     module = _kernel("attention", qkv, batch, heads, len(qkv))
     if module:
         return _tokens(module.attention(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale))
@@ -59,8 +59,8 @@ def attention(
 def attention_train(
     qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`attention`, with what its backward needs beside qkv and the output: [J, B, H, T] log-sum-exp on the
-    CPU and where the kernels are taken; elsewhere nothing, [J, 0], since the backward evaluates it again."""
+    """The output of :func:`attention`, and what its backward needs beside that and qkv: the log-sum-exp [J, B, H, T] on
+    the CPU and where the kernels are taken; elsewhere nothing, [J, 0], since the backward evaluates it again."""
     if _trains_by_kernels(qkv, batch, heads):
         from ..kernels.attention import attention_train as train
 
@@ -87,25 +87,25 @@ def attention_backward(
     padding: Padding | None,
     scale: float,
 ) -> torch.Tensor:
-    """Gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
+    """The gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
     j, m, d = o.shape
     if _trains_by_kernels(qkv, batch, heads):
         from ..kernels.attention_backward import attention_backward_packed
 
         do, o = (t.view(j, batch, m // batch, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
-        found = attention_backward_packed(
+        packed = attention_backward_packed(
             do, *_per_layer(qkv, batch, heads), o, lse.contiguous(), causal, _lengths(padding), scale
         )
-        return found.view(j, m, 3 * d)
+        return packed.view(j, m, 3 * d)
     bias = _bias(j, causal, padding, qkv.dtype)
     grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
     if qkv.device.type == "cpu":
         q, k, v = split_heads(qkv, batch, heads)
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, _split_output(o, batch, heads, None), lse.flatten(0, 1), 0.0, causal,
             attn_mask=bias, scale=scale,
         )  # fmt: skip
-        return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in found], -1)
+        return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in gradients], -1)
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()
         q, k, v = split_heads(leaf, batch, heads)
@@ -123,7 +123,7 @@ def dropout_attention(
     keys: Sequence[int],
     probability: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention whose weights are dropped: the output and the weights before, [J, B, H, T, T]."""
+    """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, T]."""
     j = len(qkv)
     q, k, v = split_heads(qkv, batch, heads)
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
@@ -134,8 +134,8 @@ def dropout_attention(
         scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
     weights = torch.softmax(scores, -1)
     weights = weights.view(j, batch, *weights.shape[1:])
-    kept = dropout.dropped(weights, keys, dropout.ATTENTION, probability)
-    return _merged(torch.matmul(kept.flatten(0, 1), v), j, padding), weights
+    thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability)
+    return _merged(torch.matmul(thinned.flatten(0, 1), v), j, padding), weights
 
 
 def dropout_attention_backward(
@@ -149,12 +149,12 @@ def dropout_attention_backward(
     keys: Sequence[int],
     probability: float,
 ) -> torch.Tensor:
-    """Gradient for qkv of :func:`dropout_attention`."""
+    """The gradient for qkv of :func:`dropout_attention`."""
     j, m, _ = qkv.shape
     q, k, v = split_heads(qkv, batch, heads)
     grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
-    kept = dropout.dropped(weights, keys, dropout.ATTENTION, probability).flatten(0, 1)
-    dv = torch.matmul(kept.transpose(-1, -2), grad)
+    thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability).flatten(0, 1)
+    dv = torch.matmul(thinned.transpose(-1, -2), grad)
     dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights)
     dweights = dropout.dropped(dweights, keys, dropout.ATTENTION, probability)
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
@@ -164,17 +164,17 @@ def dropout_attention_backward(
 
 def _kernel(op: str, qkv: torch.Tensor, batch: int, heads: int, j: int) -> ModuleType | None:
     _, m, width = qkv.shape
-    head = max(16, 1 << (width // 3 // heads - 1).bit_length())  # as tiles have it
+    head = max(16, 1 << (width // 3 // heads - 1).bit_length())  # the width of the kernel's tiles
     return kernel(op, head, m // batch, j * batch * heads, qkv)
 
 
 def _trains_by_kernels(qkv: torch.Tensor, batch: int, heads: int) -> bool:
-    """The same for any number of layers at once: what one grouping of layers saves another one reads."""
+    """Whether both kernels are taken, whatever the number of layers: what one grouping of them saves another reads."""
     return all(_kernel(op, qkv, batch, heads, 1) for op in ("attention", "attention_backward"))
 
 
 def _per_layer(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
-    """Views q, k, v [J, B, H, T, hd], as the kernels take them."""
+    """The q, k, v as views [J, B, H, T, hd], as the kernels take them."""
     j, m, width = qkv.shape
     return qkv.view(j, batch, m // batch, 3, heads, width // 3 // heads).permute(3, 0, 1, 4, 2, 5).unbind(0)
 
@@ -189,7 +189,7 @@ def _lengths(padding: Padding | None) -> torch.Tensor | None:
 
 
 def _bias(j: int, causal: bool, padding: Padding | None, dtype: torch.dtype) -> torch.Tensor | None:
-    # Behind a causal mask no query but padded ones, whose output is cleared, sees a padded key.
+    # Under a causal mask padded queries alone see padded keys, and their output is cleared.
     return None if causal or padding is None else padding.bias(j, dtype)
 
 

@@ -1,4 +1,4 @@
-"""How many independent blocks to evaluate in one go."""
+"""The number of independent blocks to evaluate in one go."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CPU_ELEMENTS = 65536
 
 
 def width(count: int, m: int, d: int, device: torch.device) -> int:
-    """Blocks to take together, of ``count`` that could be; 1 is the loop over them.
+    """The number of blocks to take together, of ``count`` that could be; 1 is the loop over them.
 
     Args:
         m: rows of one block's state, batch x sequence.
-        d: its width.
+        d: width of that state.
     """
     if device.type != "cpu":
         return count

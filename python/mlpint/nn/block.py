@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from . import attention as attn
-from . import plain, post_norm, pre_norm
-from .call import Call, autocast_dtype, for_products
+from . import differentiable, post_norm, pre_norm
 from .random_keys import draw_key
-from .settings import Settings, Weights
+from .settings import BlockSettings, Weights
+from .step_context import StepContext, autocast_dtype, for_products
 
-STEPS = {"pre": pre_norm, "post": post_norm}
+# The modules with the step of J blocks at once and its hand-written backward, by where the LayerNorms stand.
+BATCHED_STEPS = {"pre": pre_norm, "post": post_norm}
 
 
 class Block(nn.Module):
@@ -35,9 +36,9 @@ class Block(nn.Module):
         attention: ``"causal"`` or ``"full"``.
         norm: ``"pre"`` or ``"post"``.
         gelu: torch's ``approximate``: ``"tanh"`` or ``"none"``, the exact one.
-        eps: of the LayerNorms.
-        dropout: probability, of both residual increments.
-        attention_dropout: of attention weights; by default that of ``dropout``.
+        eps: what the LayerNorms add to the variance.
+        dropout: probability that an element of a residual increment is dropped.
+        attention_dropout: probability that an attention weight is dropped; by default that of ``dropout``.
         step_size: h.
         depth: number of blocks in the model: projections onto the residual stream start smaller by sqrt(2 depth).
             The layer-parallel solver relies on such small increments.
@@ -62,7 +63,7 @@ class Block(nn.Module):
         depth: int = 1,
     ) -> None:
         super().__init__()
-        self.settings = Settings(
+        self.settings = BlockSettings(
             dim,
             heads,
             4 * dim if ffn is None else ffn,
@@ -80,8 +81,8 @@ class Block(nn.Module):
         initialize(self.to_empty(device=device).weights(), depth)
 
     @classmethod
-    def _of(cls, settings: Settings) -> Block:
-        """A block without memory for its parameters."""
+    def _without_memory(cls, settings: BlockSettings) -> Block:
+        """A block whose parameters are on the meta device, to be replaced."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
         block.settings = settings
@@ -90,7 +91,7 @@ class Block(nn.Module):
         return block
 
     def _add_parts(self) -> None:
-        """In the order of :class:`Weights`, in which ``parameters()`` then has them."""
+        """Adds the submodules in the order of :class:`Weights`, which ``parameters()`` then follows."""
         dim, ffn, eps = self.settings.dim, self.settings.ffn, self.settings.eps
         self.ln1, self.qkv, self.proj = nn.LayerNorm(dim, eps), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.ln2, self.up, self.down = nn.LayerNorm(dim, eps), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
@@ -104,7 +105,7 @@ class Block(nn.Module):
         s = self.settings
         return f"attention={s.attention!r}, norm={s.norm!r}, heads={s.heads}, gelu={s.gelu!r}, dropout={s.dropout}"
 
-    def _key(self) -> int | None:
+    def _draw_key(self) -> int | None:
         s = self.settings
         return draw_key() if self.training and (s.dropout or s.attention_dropout) else None
 
@@ -117,47 +118,51 @@ class Block(nn.Module):
                 attend to counts as 0. None: all of the sequence.
         """
         self.settings.check_state(x, lengths)
-        return plain.step(self.settings, self.weights(), x, lengths, self._key(), self.settings.step_size)
+        return differentiable.step(self.settings, self.weights(), x, lengths, self._draw_key(), self.settings.step_size)
 
     def split_forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, BlockTape]:
         """One step without autograd, and the tape for its backward (:class:`mlpint.layers.tapes.SplitTape`)."""
         s = self.settings
         s.check_state(x, lengths)
-        key = self._key()
+        key = self._draw_key()
         padding = None if lengths is None else attn.Padding(lengths, x.shape[1])
-        call = Call(s, len(x), padding, None if key is None else [key], s.step_size)
+        context = StepContext(s, len(x), padding, None if key is None else [key], s.step_size)
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             weights = for_products(Weights(*(p.detach()[None] for p in parameters)), dtype)
-            out, saved = STEPS[s.norm].forward_train(call, weights, x.detach().reshape(1, -1, s.dim))
-        return out.view_as(x), BlockTape(call, parameters, weights, saved)
+            out, saved = BATCHED_STEPS[s.norm].forward_train(context, weights, x.detach().reshape(1, -1, s.dim))
+        return out.view_as(x), BlockTape(context, parameters, weights, saved)
 
 
 class BlockTape:
-    """What one evaluation of a block has saved, and its backward in two halves."""
+    """What one evaluation of a block has saved, with its backward in two halves."""
 
-    def __init__(self, call: Call, parameters: Weights, weights: Weights, saved: tuple[torch.Tensor, ...]) -> None:
-        self._call, self._parameters, self._weights, self._saved = call, parameters, weights, saved
-        self._step = STEPS[call.settings.norm]
+    def __init__(
+        self, context: StepContext, parameters: Weights, weights: Weights, saved: tuple[torch.Tensor, ...]
+    ) -> None:
+        self._context, self._parameters, self._weights, self._saved = context, parameters, weights, saved
+        self._step = BATCHED_STEPS[context.settings.norm]
         self._inner: tuple[torch.Tensor, ...] | None = None
 
     def input_vjp(self, grad_output: torch.Tensor) -> torch.Tensor:
+        """The gradient for the input; several calls are allowed, and the last one counts for the weights."""
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             grad = grad_output.reshape(1, -1, grad_output.shape[-1])
-            dx, self._inner = self._step.input_vjp(self._call, self._weights, self._saved, grad)
+            dx, self._inner = self._step.input_vjp(self._context, self._weights, self._saved, grad)
         return dx.view_as(grad_output)
 
     def weight_vjp(self) -> list[torch.Tensor | None]:
+        """The gradients of the parameters that require one, for the gradient that the last ``input_vjp`` was given."""
         with torch.no_grad(), torch.autocast(self._saved[0].device.type, enabled=False):
             into = Weights(*(torch.empty_like(p)[None] if p.requires_grad else None for p in self._parameters))
-            self._step.weight_vjp(self._call, self._weights, self._saved, self._inner, into)
+            self._step.weight_vjp(self._context, self._weights, self._saved, self._inner, into)
         return [t[0] for t in into if t is not None]
 
 
 @torch.no_grad()
 def initialize(w: Weights, depth: int) -> None:
-    """GPT-2's: normal with deviation 0.02, smaller onto the residual stream; LayerNorms the identity."""
+    """Fills the weights as GPT-2's: normal with deviation 0.02, smaller onto the stream; LayerNorms the identity."""
     for name, p in zip(Weights._fields, w, strict=True):
         if name.endswith("bias"):
             p.zero_()

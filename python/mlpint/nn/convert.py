@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .settings import Settings, Weights
+from .settings import BlockSettings, Weights
 from .stack import BlockStack
 
-# Where each linear map or LayerNorm is found in a layer; the names of either version of the library.
-_PLACES = {
+# The submodules of a layer that are each linear map or LayerNorm, by the names of either version of the library.
+_SUBMODULES = {
     "GPT2Block": {
         "ln1": ("ln_1",),
         "qkv": ("attn.c_attn",),
@@ -57,7 +57,7 @@ def from_transformers(model: nn.Module) -> BlockStack:
         ValueError: a model that is none of these, or a variant of one that blocks do not compute.
     """
     layers = _layers(model)
-    stack = BlockStack._made(_settings(model), range(len(layers)), None, model.training)
+    stack = BlockStack._not_filled(_settings_of(model), range(len(layers)), None, model.training)
     first = next(layers[0].parameters())
     stack.to(first.device, first.dtype)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
     Raises:
         ValueError: the model's layers are others, in number or in what they compute.
     """
-    layers, settings = _layers(model), _settings(model)
+    layers, settings = _layers(model), _settings_of(model)
     if len(layers) != len(stack) or settings != stack.settings:
         raise ValueError(
             f"the model has {len(layers)} layers with {settings}, the stack {len(stack)} with {stack.settings}"
@@ -92,16 +92,16 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    layers = [m for m in model.modules() if type(m).__name__ in _PLACES]
+    layers = [m for m in model.modules() if type(m).__name__ in _SUBMODULES]
     if not layers or len({type(m).__name__ for m in layers}) > 1:
         raise ValueError(
-            f"{type(model).__name__} has no layers of the kinds {', '.join(_PLACES)}, or several: only GPT-2, BERT and "
-            "ViT can be converted; any other stack of layers can be parallelized as it is"
+            f"{type(model).__name__} has no layers of the kinds {', '.join(_SUBMODULES)}, or several: only GPT-2, BERT "
+            "and ViT can be converted; any other stack of layers can be parallelized as it is"
         )
     return layers
 
 
-def _settings(model: nn.Module) -> Settings:
+def _settings_of(model: nn.Module) -> BlockSettings:
     config, kind = model.config, type(_layers(model)[0]).__name__
     refused = {"add_cross_attention": False, "position_embedding_type": "absolute"}
     if kind == "GPT2Block":
@@ -113,7 +113,7 @@ def _settings(model: nn.Module) -> Settings:
     if act not in _GELU:
         raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _GELU))}")
     if kind == "GPT2Block":
-        return Settings(
+        return BlockSettings(
             config.hidden_size,
             config.num_attention_heads,
             config.n_inner or 4 * config.hidden_size,
@@ -122,7 +122,7 @@ def _settings(model: nn.Module) -> Settings:
             dropout=config.resid_pdrop,
             attention_dropout=config.attn_pdrop,
         )
-    return Settings(
+    return BlockSettings(
         config.hidden_size,
         config.num_attention_heads,
         config.intermediate_size,
@@ -138,7 +138,7 @@ def _settings(model: nn.Module) -> Settings:
 def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
     """A layer's own tensors (None: it has no such bias) and the views of a stack's row that correspond to them."""
     part, kind = name.split("_")
-    paths = _found(layer, part)
+    paths = _paths_of(layer, part)
     for path, ours in zip(paths, row.chunk(len(paths)), strict=True):
         module = layer.get_submodule(path)
         theirs = getattr(module, kind)
@@ -146,12 +146,12 @@ def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any
         yield (theirs.t() if type(module).__name__ == "Conv1D" and kind == "weight" else theirs), ours
 
 
-def _found(layer: nn.Module, part: str) -> list[str]:
-    for choice in _PLACES[type(layer).__name__][part]:
+def _paths_of(layer: nn.Module, part: str) -> list[str]:
+    for paths in _SUBMODULES[type(layer).__name__][part]:
         try:
-            for path in choice.split():
+            for path in paths.split():
                 layer.get_submodule(path)
         except AttributeError:
             continue
-        return choice.split()
+        return paths.split()
     raise ValueError(f"{type(layer).__name__} is laid out in another way than is known: there is no {part} in it")

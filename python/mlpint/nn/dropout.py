@@ -31,7 +31,7 @@ def _xor_shift(z: torch.Tensor, bits: int) -> torch.Tensor:
 def keep_mask(
     keys: Sequence[int], place: int, shape: Sequence[int], probability: float, device: torch.device
 ) -> torch.Tensor:
-    """True where an element is kept, [J, *shape], one row for each key."""
+    """The mask [J, *shape], one row for each key: True where an element is kept."""
     count = 1
     for size in shape:
         count *= size
@@ -44,9 +44,9 @@ def keep_mask(
 
 
 def dropped(x: torch.Tensor, keys: Sequence[int] | None, place: int, probability: float) -> torch.Tensor:
-    """x [J, ...] with dropped elements zero and the others scaled up; x itself without keys. Linear in x, and its own
-    adjoint."""
+    """Returns x [J, ...] with dropped elements zero and the others scaled up; x itself without keys. The map is linear
+    and its own adjoint."""
     if keys is None or probability == 0:
         return x
-    kept = keep_mask(keys, place, x.shape[1:], probability, x.device)
-    return x * kept.to(x.dtype).mul_(1 / (1 - probability))
+    mask = keep_mask(keys, place, x.shape[1:], probability, x.device)
+    return x * mask.to(x.dtype).mul_(1 / (1 - probability))

@@ -1,4 +1,4 @@
-"""Where the Triton kernels stand in for an operation."""
+"""Says where the Triton kernels stand in for an operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import dispatch
 
-_MODULES = {"ln_backward_add": "ln_backward"}  # where the file's name is another
+_MODULES = {"ln_backward_add": "ln_backward"}  # operations whose file has another name
 
 
 def kernel(op: str, d: int, m: int, j: int, x: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
@@ -17,7 +17,7 @@ def kernel(op: str, d: int, m: int, j: int, x: torch.Tensor, *others: torch.Tens
 
     Args:
         d, m, j: width, rows of one layer and layers, as :func:`mlpint.kernels.dispatch.choose` has them.
-        x: what it is taken of.
+        x: the operand.
         others: tensors that the kernel takes only in x's dtype; under autocast they differ.
     """
     if x.device.type == "cpu" and not dispatch.is_forced():  # kernels run there only where a test says so

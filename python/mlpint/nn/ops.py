@@ -2,7 +2,7 @@
 
 All carry a leading dimension J: activations [J, M, D] with M = batch x sequence, weights [J, out, in] as strided views
 of stacked storage. At J = 1 torch's unbatched operations are the faster ones and are taken. Nothing here is recorded
-by autograd; see steps.py for what is put together from it.
+by autograd; see pre_norm.py and post_norm.py for what is put together from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .settings import Weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x W^T + b, in the dtype of W: [J, M, in] -> [J, M, out]."""
+    """Returns x W^T + b in the dtype of W: [J, M, in] -> [J, M, out]."""
     x = x.to(weight.dtype)
     if len(x) == 1:
         return torch.addmm(bias[0], x[0], weight[0].t()).unsqueeze(0)
@@ -23,7 +23,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Gradient for the input of :func:`linear`."""
+    """The gradient for the input of :func:`linear`."""
     grad = grad.to(weight.dtype)
     return torch.mm(grad[0], weight[0]).unsqueeze(0) if len(grad) == 1 else torch.bmm(grad, weight)
 
@@ -64,8 +64,8 @@ def ln_backward_add(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient for the input of :func:`ln`, plus that of the residual path; and what the kernel finds on the way, the
-    gradients of LN's weight and bias, [J, 2, D]: elsewhere [J, 0]."""
+    """The gradient for the input of :func:`ln` plus that of the residual path, and where the kernel is taken the
+    gradients of LN's weight and bias, [J, 2, D]; elsewhere [J, 0]."""
     grad = grad.to(x.dtype)
     module = kernel("ln_backward_add", x.shape[2], x.shape[1], len(x), x, *[t for t in (residual,) if t is not None])
     if module:
@@ -73,15 +73,15 @@ def ln_backward_add(
         mean, rstd = mean.to(wide).contiguous(), rstd.to(wide).contiguous()
         dx, *sums = module.ln_backward_add(grad, x, mean, rstd, weight, residual)
         return dx, torch.stack(sums, 1)
-    one = len(x) == 1
-    scaled = grad if one else grad * weight.unsqueeze(1)
+    single = len(x) == 1
+    scaled = grad if single else grad * weight.unsqueeze(1)
     dx = torch.ops.aten.native_layer_norm_backward(
         scaled,
         x,
         x.shape[-1:],
         mean.contiguous(),  # torch reads these two as if they were, and takes any shape
         rstd.contiguous(),
-        weight[0] if one else None,
+        weight[0] if single else None,
         None,
         [True, False, False],
     )[0]
@@ -101,9 +101,9 @@ def ln_weight_grads(
     """Writes the parameters' gradients of :func:`ln` into views [J, D], where given. ``sums`` are those that
     :func:`ln_backward_add` may have found; ``normalized``, (x - mean) rstd, is used up."""
     if sums.numel():
-        for into, found in zip((weight, bias), sums.unbind(1), strict=True):
+        for into, gradient in zip((weight, bias), sums.unbind(1), strict=True):
             if into is not None:
-                into.copy_(found)
+                into.copy_(gradient)
         return
     if weight is not None:
         if normalized is None:
@@ -137,7 +137,7 @@ def ln_linear_weight_grads(
 
 
 def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float) -> torch.Tensor:
-    """x + h ((y - x) + update); the update's memory is used up where the dtypes agree."""
+    """Returns x + h ((y - x) + update); the update's memory is used up where the dtypes agree."""
     total = update.add_(y) if update.dtype == y.dtype else y + update
     return total if h == 1 else torch.lerp(x, total, h)
 
@@ -146,13 +146,14 @@ def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: floa
 
 
 def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """ "none", "gelu" or "gelu_tanh"."""
+    """The activation of that name: "none", "gelu" or "gelu_tanh"."""
     if activation == "none":
         return pre
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def activation_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient for the argument of a GELU."""
     return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -165,7 +166,7 @@ def ln_linear(
     eps: float,
     activation: str,
 ) -> torch.Tensor:
-    """activation(LN(x) W^T + b), nothing saved."""
+    """Returns activation(LN(x) W^T + b), with nothing saved."""
     module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
     if module:
         return module.ln_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
@@ -181,7 +182,7 @@ def ln_linear_train(
     eps: float,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`ln_linear`, with what its backward needs: (y, mean, rstd, pre-activation).
+    """What :func:`ln_linear` gives and its backward needs: (y, mean, rstd, pre-activation).
 
     Without an activation the kernel leaves the last one empty.
     """
@@ -196,13 +197,14 @@ def ln_linear_train(
 def linear_axpy(
     a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float
 ) -> torch.Tensor:
-    """x + h ((y - x) + a W^T + b)."""
+    """Returns x + h ((y - x) + a W^T + b)."""
     module = kernel("linear_axpy", a.shape[2], a.shape[1], len(a), a, weight, x)
     if module:
         return module.linear_axpy(a, weight, bias, y, x, h)
     if not a.dtype == weight.dtype == y.dtype:
         return residual_add(linear(a, weight, bias), y, x, h)
-    total = y + bias.unsqueeze(1)  # in whose memory the product is then added up: a pass less than bias first, y last
+    # The product is added up in the memory of this sum: a pass less than with the bias first and y last.
+    total = y + bias.unsqueeze(1)
     if len(a) == 1:
         total[0].addmm_(a[0], weight[0].t())
     else:
@@ -211,7 +213,7 @@ def linear_axpy(
 
 
 def mlp(y: torch.Tensor, x: torch.Tensor, w: Weights, h: float, eps: float, activation: str) -> torch.Tensor:
-    """x + h ((y - x) + W2 activation(W1 LN2(y))), nothing saved."""
+    """Returns x + h ((y - x) + W2 activation(W1 LN2(y))), with nothing saved."""
     module = kernel("mlp", y.shape[2], y.shape[1], len(y), y, w.ln2_weight, w.up_weight)
     if module:
         parts = (w.ln2_weight, w.ln2_bias, w.up_weight, w.up_bias, w.down_weight, w.down_bias)

@@ -1,4 +1,4 @@
-"""What a block is, apart from its weights."""
+"""What a block computes, apart from its weights, and the order and names of the weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Weights(NamedTuple):
     down_bias: torch.Tensor  # [D]
 
 
-# By the names that a block's submodules give them.
+# These are the names of the same parameters in a block, which has them in submodules: "ln1.weight" for ln1_weight.
 NAMES = tuple(field.replace("_", ".") for field in Weights._fields)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Of a block; see :class:`mlpint.nn.Block`."""
+class BlockSettings:
+    """What a block computes, apart from its weights; :class:`mlpint.nn.Block` says what each argument means."""
 
     dim: int
     heads: int
@@ -65,23 +65,26 @@ class Settings:
 
     @property
     def causal(self) -> bool:
+        """Whether a token attends to itself and to what is before it only."""
         return self.attention == "causal"
 
     @property
     def head_dim(self) -> int:
+        """The channels of one attention head."""
         return self.dim // self.heads
 
     @property
     def scale(self) -> float:
+        """The factor of the attention scores before the softmax."""
         return 1 / math.sqrt(self.head_dim)
 
     def shapes(self) -> Weights:
-        """Shapes of one block's parameters."""
+        """The shapes of one block's parameters."""
         d, f = self.dim, self.ffn
         return Weights((d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (f, d), (f,), (d, f), (d,))
 
     def check_state(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Raises a ValueError where a block cannot take these."""
+        """Raises a ValueError where a block cannot take this state or these key lengths."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x is {tuple(x.shape)}: a block of dim {self.dim} takes [batch, sequence, {self.dim}]")
         if lengths is not None and (
@@ -90,9 +93,9 @@ class Settings:
             or lengths.is_floating_point()
             or lengths.dtype == torch.bool
         ):
-            given = (
+            got = (
                 f"{lengths.dtype} of shape {tuple(lengths.shape)}"
                 if isinstance(lengths, torch.Tensor)
                 else f"a {type(lengths).__name__}"
             )
-            raise ValueError(f"lengths is {given}: must be an integer tensor with one entry for each of {len(x)} rows")
+            raise ValueError(f"lengths is {got}: must be an integer tensor with one entry for each of {len(x)} rows")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import plain
+from . import differentiable
 from .block import Block, initialize
 from .random_keys import draw_key
-from .settings import NAMES, Settings, Weights
+from .settings import NAMES, BlockSettings, Weights
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -25,7 +25,7 @@ class BlockStack(nn.Module):
 
     Args:
         layers: L.
-        dim, heads, **settings: of each :class:`Block`; its ``depth`` is L by default.
+        dim, heads, **settings: the arguments of each :class:`Block`; ``depth`` is L by default.
     """
 
     def __init__(self, layers: int, dim: int, heads: int, *, depth: int | None = None, **settings: Any) -> None:
@@ -39,7 +39,7 @@ class BlockStack(nn.Module):
             initialize(Weights(*row), depth or layers)
 
     def _build(self, indices: Sequence[int], like: Weights | None = None) -> None:
-        """Parameters for so many rows, not filled; with the dtypes, devices and requires_grad of others."""
+        """Registers parameters for so many rows, not filled, with the dtypes, devices and requires_grad of others."""
         self.indices = tuple(indices)  # of the rows in the whole stack
         self.saved_by_owner = False  # a LayerParallel saves and loads the rows under its own prefix
         self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
@@ -50,7 +50,10 @@ class BlockStack(nn.Module):
             self.register_parameter(name, nn.Parameter(rows, p is None or p.requires_grad))
 
     @classmethod
-    def _made(cls, settings: Settings, indices: Sequence[int], like: Weights | None, training: bool) -> BlockStack:
+    def _not_filled(
+        cls, settings: BlockSettings, indices: Sequence[int], like: Weights | None, training: bool
+    ) -> BlockStack:
+        """A stack with memory for so many rows, and nothing in it yet; ``like`` as :meth:`_build` takes it."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.settings = settings
@@ -78,7 +81,7 @@ class BlockStack(nn.Module):
                     )
         if not blocks:
             raise ValueError("from_blocks got no blocks")
-        stack = cls._made(blocks[0].settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
+        stack = cls._not_filled(blocks[0].settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
         with torch.no_grad():
             for stacked, rows in zip(stack.weights(), zip(*(b.weights() for b in blocks), strict=True), strict=True):
                 torch.stack(rows, out=stacked)
@@ -88,7 +91,7 @@ class BlockStack(nn.Module):
         """The blocks with copies of their weights, and of their gradients where there are any."""
         blocks = nn.ModuleList()
         for i in range(len(self)):
-            block = Block._of(self.settings)
+            block = Block._without_memory(self.settings)
             for name, stacked in zip(NAMES, self.weights(), strict=True):
                 part, _, kind = name.partition(".")
                 p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
@@ -99,7 +102,7 @@ class BlockStack(nn.Module):
 
     def select(self, indices: Sequence[int]) -> BlockStack:
         """A stack of copies of some of the rows."""
-        part = self._made(self.settings, [self.indices[i] for i in indices], self.weights(), self.training)
+        part = self._not_filled(self.settings, [self.indices[i] for i in indices], self.weights(), self.training)
         with torch.no_grad():
             for p, q in zip(part.weights(), self.weights(), strict=True):
                 p.copy_(q[list(indices)])
@@ -128,23 +131,23 @@ class BlockStack(nn.Module):
     # --- serial run --------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """All blocks one after the other: [batch, sequence, dim] -> the same shape. As :meth:`Block.forward`."""
+        """All blocks one after the other, each as :meth:`Block.forward`: [batch, sequence, dim] -> the same shape."""
         keys = [draw_key() for _ in range(len(self))] if self.drops else None
-        return self.run(x, lengths, keys)
+        return self.forward_in_turn(x, lengths, keys)
 
-    def run(
+    def forward_in_turn(
         self,
         x: torch.Tensor,
         lengths: torch.Tensor | None,
         keys: Sequence[int] | None,
         step_sizes: Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """As :meth:`forward`, with given dropout keys and factors of the step size, one for each row."""
+        """The blocks one after the other, with dropout keys and factors of the step size, one of each for each row."""
         self.settings.check_state(x, lengths)
-        # unbind, whose backward stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
+        # The backward of unbind stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
         for i, row in enumerate(zip(*(p.unbind(0) for p in self.weights()), strict=True)):
             h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
-            y = plain.step(self.settings, Weights(*row), x, lengths, keys[i] if keys else None, h)
+            y = differentiable.step(self.settings, Weights(*row), x, lengths, keys[i] if keys else None, h)
             if self.watch:
                 self.watch(self.indices[i], x, y)
             x = y
@@ -185,7 +188,7 @@ class BlockStack(nn.Module):
 
 
 def named_rows(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """Parameters by the names they have where no blocks are stacked: (name, parameter, row of it or None for all)."""
+    """The parameters by their names where no blocks are stacked: (name, parameter, row of it or None for all)."""
     stacks = {path: m for path, m in model.named_modules() if isinstance(m, BlockStack)}
     for name, parameter in model.named_parameters():
         path, _, field = name.rpartition(".")

@@ -24,7 +24,7 @@ def plain_pass(stack: LayerParallel, state: Tensors, single: bool, args: tuple, 
     if stack.stacked is not None:
         keys = [stack.random.key_of(*key, n) for n in stack.local_indices] if stack.stacked.drops else None
         step_sizes = [stack.step_size_of(n) for n in stack.local_indices]
-        state = (stack.stacked.run(state[0], key_lengths(args, kwargs, single), keys, step_sizes),)
+        state = (stack.stacked.forward_in_turn(state[0], key_lengths(args, kwargs, single), keys, step_sizes),)
     elif any(draws(n, layer.training) for n, layer in stack.local_layers.items()):
         with stack.random.preserved(device):
             for n in range(stack.layer_count):

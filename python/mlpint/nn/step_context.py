@@ -1,4 +1,4 @@
-"""What one call of a step is given beside weights and state, and the parts of a step that depend on it."""
+"""What one evaluation of a step needs beside weights and state, and the parts of a step that depend on it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from . import dropout, ops
 from .settings import Settings, Weights
 
 
-class Call:
-    """Settings, step size, padding and dropout keys of one evaluation of J blocks.
+class StepContext:
+    """The settings, step size, padding and dropout keys of one evaluation of J blocks.
 
     Args:
-        settings: of the blocks.
+        settings: what the blocks compute.
         batch: rows of the batch; M = batch x sequence.
         padding: key lengths, if there are any.
         keys: J dropout keys; None where nothing is dropped.
-        h: step size in all.
+        h: the whole step size, that of the settings times the solver's.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Call:
         self._shape = (batch, settings.heads, settings.causal, padding, settings.scale)
 
     def dropped(self, x: torch.Tensor, place: int) -> torch.Tensor:
-        """x, or its gradient, behind the dropout of a residual increment."""
+        """The increment x of the residual stream, or its gradient, behind its dropout."""
         return dropout.dropped(x, self.keys, place, self.settings.dropout)
 
     def onto_stream(
@@ -52,17 +52,19 @@ class Call:
         h: float,
         place: int,
     ) -> torch.Tensor:
-        """x + h ((y - x) + drop(a W^T + b))."""
+        """Returns x + h ((y - x) + drop(a W^T + b))."""
         if not self.drops:
             return ops.linear_axpy(a, weight, bias, y, x, h)
         return ops.residual_add(self.dropped(ops.linear(a, weight, bias), place), y, x, h)
 
     def attention(self, qkv: torch.Tensor) -> torch.Tensor:
+        """The attention of [J, M, 3 D], with nothing kept for a backward."""
         if self._drops_attention:
             return self.attention_train(qkv)[0]
         return attn.attention(qkv, *self._shape)
 
     def attention_train(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention, and what :meth:`attention_backward` takes as ``attended``."""
         if self._drops_attention:
             return attn.dropout_attention(qkv, *self._shape, self.keys, self.settings.attention_dropout)
         return attn.attention_train(qkv, *self._shape)
@@ -70,6 +72,7 @@ class Call:
     def attention_backward(
         self, grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
+        """The gradient for qkv."""
         if self._drops_attention:
             s = self.settings
             return attn.dropout_attention_backward(
@@ -79,13 +82,13 @@ class Call:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast is on for; None where it is off."""
+    """The dtype that autocast takes products in; None where it is off."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def for_products(w: Weights, dtype: torch.dtype | None) -> Weights:
-    """Weights whose matrices and their biases have the dtype that products are to be taken in."""
+    """The weights, with the matrices and their biases in the dtype that products are taken in."""
     if dtype is None:
         return w
     return Weights(*(t if name.startswith("ln") else t.to(dtype) for name, t in zip(Weights._fields, w, strict=True)))

@@ -1,0 +1,50 @@
+"""One block in torch's own differentiable operations: what autograd, torch.compile and plain loops go through."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from . import attention as attn
+from . import dropout
+from .dropout import FFN, PROJECTION
+from .settings import BlockSettings, Weights
+
+
+def step(
+    settings: BlockSettings, w: Weights, x: torch.Tensor, lengths: torch.Tensor | None, key: int | None, h: float
+) -> torch.Tensor:
+    """One step x [B, T, D] -> [B, T, D]; h is the whole step size, ``key`` that of dropout."""
+    padding = None if lengths is None else attn.Padding(lengths, x.shape[1])
+    shape = (settings.dim,)
+    post = settings.norm == "post"
+
+    def drop(t: torch.Tensor, place: int) -> torch.Tensor:
+        # A mask numbers the elements of [M, D].
+        return t if key is None else dropout.dropped(t.flatten(0, 1)[None], [key], place, settings.dropout).view_as(t)
+
+    def ffn(t: torch.Tensor) -> torch.Tensor:
+        a = F.gelu(F.linear(t, w.up_weight, w.up_bias), approximate=settings.gelu)
+        return drop(F.linear(a, w.down_weight, w.down_bias), FFN)
+
+    n = x if post else F.layer_norm(x, shape, w.ln1_weight, w.ln1_bias, settings.eps)
+    o = _attend(settings, F.linear(n, w.qkv_weight, w.qkv_bias), padding, key)
+    y = x + drop(F.linear(o, w.proj_weight, w.proj_bias), PROJECTION)
+    if post:
+        y = F.layer_norm(y, shape, w.ln1_weight, w.ln1_bias, settings.eps)
+        out = F.layer_norm(y + ffn(y), shape, w.ln2_weight, w.ln2_bias, settings.eps)
+    else:
+        out = y + ffn(F.layer_norm(y, shape, w.ln2_weight, w.ln2_bias, settings.eps))
+    return out if h == 1 else torch.lerp(x, out, h)
+
+
+def _attend(settings: BlockSettings, qkv: torch.Tensor, padding: attn.Padding | None, key: int | None) -> torch.Tensor:
+    batch, sequence, _ = qkv.shape
+    flat = qkv.view(1, batch * sequence, -1)
+    if key is not None and settings.attention_dropout:
+        o, _ = attn.dropout_attention(
+            flat, batch, settings.heads, settings.causal, padding, settings.scale, [key], settings.attention_dropout
+        )
+    else:
+        o = attn.attention(flat, batch, settings.heads, settings.causal, padding, settings.scale)
+    return o.view(batch, sequence, -1)
