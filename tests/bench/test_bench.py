@@ -49,7 +49,7 @@ def test_bfloat16_and_full_attention():
 
 def test_wrong_results_are_not_timed(monkeypatch):
     case = CASES["axpby_norm"]
-    monkeypatch.setattr(case, "batched", lambda every, mode: lambda: (every["x"], every["x"].sum()), raising=False)
+    monkeypatch.setattr(case, "batched", lambda inputs, mode: lambda: (inputs["x"], inputs["x"].sum()), raising=False)
     timed = []
     monkeypatch.setattr(timing, "host_wall", lambda call, *_: timed.append(call) or [1.0])
     run = suite_of(["axpby_norm"])
@@ -60,7 +60,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
 
 
 def test_a_provider_that_fails_does_not_stop_the_others(monkeypatch):
-    def broken(every, mode):
+    def broken(inputs, mode):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(CASES["average"], "batched", broken, raising=False)

@@ -75,12 +75,12 @@ def candidates(monkeypatch):
     case = CASES["axpby_norm"]
     seconds = {"torch": 4.0, 0: 0.5, 1: 3.0, 2: 2.0}
 
-    def kernel(every, mode):
+    def kernel(inputs, mode):
         def call():
             number = dispatch.config(case.op, 64, 32, 1, torch.float32, CPU)["BLOCK"]
             if number == 3:
                 raise RuntimeError("out of resources: shared memory")
-            return case.plain(every) if number else (every["x"], every["y"].sum())
+            return case.plain(inputs) if number else (inputs["x"], inputs["y"].sum())
 
         return call
 

@@ -28,14 +28,14 @@ class Judge:
     def __init__(self, case: Case, shape: Shape, mode: str, device: torch.device) -> None:
         self._case, self._dtype = case, shape.dtype
         # Inputs are made anew for everyone: what works in place changes them.
-        every = case.inputs(shape, device)
-        read = sum(t.nbytes for t in tensors({k: v for k, v in every.items() if k != "grad" or mode != FORWARD}))
-        self._plain = providers.joined(providers.looped(case, every, mode)())
+        inputs = case.inputs(shape, device)
+        read = sum(t.nbytes for t in tensors({k: v for k, v in inputs.items() if k != "grad" or mode != FORWARD}))
+        self._plain = providers.joined(providers.looped(case, inputs, mode)())
         self.traffic = float(read + sum(t.nbytes for t in self._plain))
-        every = widened(case.inputs(shape, device))
-        self._exact = case.comparable(providers.joined(providers.looped(case, every, mode)()), every)
-        self._every = every
-        self._plain = case.comparable(self._plain, every)
+        inputs = widened(case.inputs(shape, device))
+        self._exact = case.comparable(providers.joined(providers.looped(case, inputs, mode)()), inputs)
+        self._inputs = inputs
+        self._plain = case.comparable(self._plain, inputs)
 
     def check(self, provider: str, results: object) -> float:
         """Largest error, relative to the largest entry of the reference.
@@ -43,14 +43,14 @@ class Judge:
         Raises:
             Inaccurate: naming the result and both errors.
         """
-        found = self._case.comparable(providers.joined(results), self._every)
+        comparable = self._case.comparable(providers.joined(results), self._inputs)
         if provider == providers.EAGER:
-            return check(found, self._exact, self._exact, self._dtype, PLAIN_ROUNDINGS)
-        return check(found, self._plain, self._exact, self._dtype)
+            return check(comparable, self._exact, self._exact, self._dtype, PLAIN_ROUNDINGS)
+        return check(comparable, self._plain, self._exact, self._dtype)
 
 
 def check(
-    found: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
     plain: Sequence[torch.Tensor],
     exact: Sequence[torch.Tensor],
     dtype: torch.dtype,
@@ -62,18 +62,19 @@ def check(
     roundings of the largest entry.
 
     Args:
-        found: the results.
+        results: what is to be checked.
         plain: those of plain PyTorch in the same dtype.
         exact: those of plain PyTorch in float64, from the same inputs.
-        dtype: of the computation.
+        dtype: that of the computation.
+        roundings: how many roundings of the largest entry are allowed on top.
 
     Raises:
         Inaccurate: naming the result and both errors.
     """
-    if len(found) != len(exact):
-        raise Inaccurate(f"{len(found)} results, and {len(exact)} are wanted")
+    if len(results) != len(exact):
+        raise Inaccurate(f"{len(results)} results, and {len(exact)} are wanted")
     worst = 0.0
-    for number, (x, p, e) in enumerate(zip(found, plain, exact, strict=True)):
+    for number, (x, p, e) in enumerate(zip(results, plain, exact, strict=True)):
         if x.shape != e.shape:
             raise Inaccurate(f"result {number} has shape {tuple(x.shape)}, and {tuple(e.shape)} is wanted")
         scale = float(e.abs().max())

@@ -41,21 +41,21 @@ class Attention(Case):
             "batch": shape.batch,
         }
 
-    def plain(self, one: Inputs) -> Tensors:
-        m, width = one["qkv"].shape
-        batch, heads = one["batch"], one["heads"]
-        q, k, v = one["qkv"].view(batch, m // batch, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        o = plain_attention(q, k, v, one["causal"], one["lengths"])
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        m, width = layer_inputs["qkv"].shape
+        batch, heads = layer_inputs["batch"], layer_inputs["heads"]
+        q, k, v = layer_inputs["qkv"].view(batch, m // batch, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        o = plain_attention(q, k, v, layer_inputs["causal"], layer_inputs["lengths"])
         return (o.transpose(1, 2).reshape(m, width // 3),)
 
-    def _shape(self, every: Inputs) -> tuple:
-        qkv, lengths = every["qkv"], every["lengths"]
-        padding = None if lengths is None else attn.Padding(lengths[0], qkv.shape[1] // every["batch"])
-        scale = (qkv.shape[-1] // 3 // every["heads"]) ** -0.5
-        return every["batch"], every["heads"], every["causal"], padding, scale
+    def _shape(self, inputs: Inputs) -> tuple:
+        qkv, lengths = inputs["qkv"], inputs["lengths"]
+        padding = None if lengths is None else attn.Padding(lengths[0], qkv.shape[1] // inputs["batch"])
+        scale = (qkv.shape[-1] // 3 // inputs["heads"]) ** -0.5
+        return inputs["batch"], inputs["heads"], inputs["causal"], padding, scale
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        qkv, grad, shape = every["qkv"], every["grad"], self._shape(every)
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        qkv, grad, shape = inputs["qkv"], inputs["grad"], self._shape(inputs)
         if mode == FORWARD:
             return lambda: (attn.attention(qkv, *shape),)
 
@@ -67,13 +67,13 @@ class Attention(Case):
         saved = attn.attention_train(qkv, *shape)
         return lambda: backward(saved)
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.attention import attention, attention_train
         from ..kernels.attention_backward import attention_backward
 
-        qkv = every["qkv"]
-        batch, heads, causal, _, scale = self._shape(every)
-        lengths = every["lengths"]
+        qkv = inputs["qkv"]
+        batch, heads, causal, _, scale = self._shape(inputs)
+        lengths = inputs["lengths"]
         j, m, width = qkv.shape
 
         def heads_of(t: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Attention(Case):
             return t.view(j, batch, m // batch, -1, heads, width // 3 // heads).permute(3, 0, 1, 4, 2, 5)
 
         q, k, v = heads_of(qkv)
-        (grad,) = heads_of(every["grad"])
+        (grad,) = heads_of(inputs["grad"])
 
         def merged(o: torch.Tensor) -> torch.Tensor:
             return o.transpose(2, 3).reshape(j, m, width // 3)
@@ -90,8 +90,8 @@ class Attention(Case):
             return lambda: (merged(attention(q, k, v, causal, lengths, scale)),)
 
         def backward(o: torch.Tensor, lse: torch.Tensor) -> Tensors:
-            found = attention_backward(grad, q, k, v, o, lse, causal, lengths, scale)
-            return (torch.cat([merged(t) for t in found], -1),)
+            gradients = attention_backward(grad, q, k, v, o, lse, causal, lengths, scale)
+            return (torch.cat([merged(t) for t in gradients], -1),)
 
         if mode == FULL:
             return lambda: backward(*attention_train(q, k, v, causal, lengths, scale))
@@ -107,7 +107,7 @@ class Attention(Case):
         return Key(op, self._width(shape), shape.sequence, shape.j * shape.batch * shape.heads)
 
     def _width(self, shape: Shape) -> int:
-        """Of a head, as the kernel's tiles have it."""
+        """The width of a head in the kernel's tiles."""
         return max(16, 1 << (shape.d // shape.heads - 1).bit_length())
 
     def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:

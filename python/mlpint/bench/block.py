@@ -7,15 +7,15 @@ from torch.nn import functional as F
 
 from ..nn import attention as attn
 from ..nn import pre_norm
-from ..nn.call import Call as BlockCall
-from ..nn.settings import Settings, Weights
+from ..nn.settings import BlockSettings, Weights
+from ..nn.step_context import StepContext
 from .attention import plain_attention
 from .cases import BACKWARD, FORWARD, FULL, Case, Inputs, Random, Tensors
 from .shapes import Shape
 from .timing import Call
 
 
-class Block(Case):
+class BlockCase(Case):
     """J pre-LN transformer blocks on J batches."""
 
     name, modes, masked = "block", (FORWARD, BACKWARD, FULL), True
@@ -37,40 +37,42 @@ class Block(Case):
             "h": 1.0,
         }
 
-    def plain(self, one: Inputs) -> Tensors:
-        x = one["x"]
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        x, h = layer_inputs["x"], layer_inputs["h"]
+        w = Weights(*(layer_inputs[name] for name in Weights._fields))
         b, t, d = x.shape
-        n = F.layer_norm(x, (d,), one["ln1_weight"], one["ln1_bias"])
-        qkv = F.linear(n, one["qkv_weight"], one["qkv_bias"])
-        q, k, v = qkv.view(b, t, 3, one["heads"], -1).permute(2, 0, 3, 1, 4)
-        o = plain_attention(q, k, v, one["causal"], one["lengths"]).transpose(1, 2).reshape(b, t, d)
-        y = x + F.linear(o, one["proj_weight"], one["proj_bias"])
-        n = F.layer_norm(y, (d,), one["ln2_weight"], one["ln2_bias"])
-        a = F.gelu(F.linear(n, one["up_weight"], one["up_bias"]), approximate="tanh")
-        out = y + F.linear(a, one["down_weight"], one["down_bias"])
-        return (out if one["h"] == 1 else torch.lerp(x, out, one["h"]),)
+        n = F.layer_norm(x, (d,), w.ln1_weight, w.ln1_bias)
+        qkv = F.linear(n, w.qkv_weight, w.qkv_bias)
+        q, k, v = qkv.view(b, t, 3, layer_inputs["heads"], -1).permute(2, 0, 3, 1, 4)
+        o = plain_attention(q, k, v, layer_inputs["causal"], layer_inputs["lengths"]).transpose(1, 2).reshape(b, t, d)
+        y = x + F.linear(o, w.proj_weight, w.proj_bias)
+        n = F.layer_norm(y, (d,), w.ln2_weight, w.ln2_bias)
+        a = F.gelu(F.linear(n, w.up_weight, w.up_bias), approximate="tanh")
+        out = y + F.linear(a, w.down_weight, w.down_bias)
+        return (out if h == 1 else torch.lerp(x, out, h),)
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        """mlpint.nn's step; which path its operations take is dispatch's to say."""
-        j, b, t, d = every["x"].shape
-        lengths = every["lengths"]
-        settings = Settings(d, every["heads"], every["up_bias"].shape[-1], "causal" if every["causal"] else "full")
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        """mlpint.nn's step; dispatch says which path its operations take."""
+        j, b, t, d = inputs["x"].shape
+        lengths = inputs["lengths"]
+        attention = "causal" if inputs["causal"] else "full"
+        settings = BlockSettings(d, inputs["heads"], inputs["up_bias"].shape[-1], attention)
         padding = None if lengths is None else attn.Padding(lengths[0], t)
-        call = BlockCall(settings, b, padding, None, every["h"])
-        w = Weights(*(every[name] for name in Weights._fields))
-        x, grad = (every[name].view(j, b * t, d) for name in ("x", "grad"))
+        context = StepContext(settings, b, padding, None, inputs["h"])
+        w = Weights(*(inputs[name] for name in Weights._fields))
+        x, grad = (inputs[name].view(j, b * t, d) for name in ("x", "grad"))
         if mode == FORWARD:
-            return lambda: (pre_norm.forward(call, w, x).view(j, b, t, d),)
+            return lambda: (pre_norm.forward(context, w, x).view(j, b, t, d),)
 
         def backward(saved: Tensors) -> Tensors:
-            dx, inner = pre_norm.input_vjp(call, w, saved, grad)
+            dx, inner = pre_norm.input_vjp(context, w, saved, grad)
             into = Weights(*(torch.empty_like(p) for p in w))
-            pre_norm.weight_vjp(call, w, saved, inner, into)
+            pre_norm.weight_vjp(context, w, saved, inner, into)
             return dx.view(j, b, t, d), *into
 
         if mode == FULL:
-            return lambda: backward(pre_norm.forward_train(call, w, x)[1])
-        saved = pre_norm.forward_train(call, w, x)[1]
+            return lambda: backward(pre_norm.forward_train(context, w, x)[1])
+        saved = pre_norm.forward_train(context, w, x)[1]
         return lambda: backward(saved)
 
     kernel = batched

@@ -31,12 +31,14 @@ class Key:
 
 
 class Case:
-    """One operation. Inputs are dictionaries of tensors [J, ...]; other values in them are the same for all layers.
+    """One operation that is timed.
+
+    Its inputs are dictionaries of tensors [J, ...]; other values in them are the same for all layers.
 
     Attributes:
-        name: of the operation.
-        op: that the kernel asks dispatch for.
-        modes: that it can be timed in.
+        name: the case's own name.
+        op: operation that the kernel asks dispatch for.
+        modes: modes that it can be timed in.
         masked: whether the mask matters.
         wanted: names of the inputs that a backward gives gradients for.
     """
@@ -51,23 +53,23 @@ class Case:
         """Random inputs; parameters are strided views of stacked storage, as the solver hands them out."""
         raise NotImplementedError
 
-    def plain(self, one: Inputs) -> Tensors:
+    def plain(self, layer_inputs: Inputs) -> Tensors:
         """One layer; differentiable."""
         raise NotImplementedError
 
-    def batched(self, every: Inputs, mode: str) -> Call:
+    def batched(self, inputs: Inputs, mode: str) -> Call:
         """J layers in batched plain PyTorch: a call that returns what ``plain`` does, with J in front."""
         raise NotImplementedError
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         """J layers in mlpint's Triton kernels."""
         raise NotImplementedError
 
-    def finished(self, grads: Tensors, one: Inputs) -> Tensors:
+    def finished(self, grads: Tensors, layer_inputs: Inputs) -> Tensors:
         """What the case makes of the gradients that autograd finds for ``wanted``."""
         return grads
 
-    def comparable(self, results: Tensors, every: Inputs) -> Tensors:
+    def comparable(self, results: Tensors, inputs: Inputs) -> Tensors:
         """The part of the results that is defined."""
         return results
 
@@ -85,22 +87,22 @@ class Case:
 
 def tensors(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """All tensors of the inputs, lists of them included."""
-    found: list[torch.Tensor] = []
+    flat: list[torch.Tensor] = []
     for value in inputs.values():
-        found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, torch.Tensor)]
-    return found
+        flat += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, torch.Tensor)]
+    return flat
 
 
-def layer(every: Inputs, n: int) -> Inputs:
+def layer_of(inputs: Inputs, n: int) -> Inputs:
     """The inputs of one layer."""
-    return {k: [t[n] for t in v] if isinstance(v, list) else v[n] if _stacked(v) else v for k, v in every.items()}
+    return {k: [t[n] for t in v] if isinstance(v, list) else v[n] if _stacked(v) else v for k, v in inputs.items()}
 
 
 def _stacked(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def widened(every: Inputs) -> Inputs:
+def widened(inputs: Inputs) -> Inputs:
     """The same values in float64."""
 
     def wide(value: Any) -> Any:
@@ -108,20 +110,21 @@ def widened(every: Inputs) -> Inputs:
             return [wide(v) for v in value]
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    return {name: wide(value) for name, value in every.items()}
+    return {name: wide(value) for name, value in inputs.items()}
 
 
-def differentiated(case: Case, function: Callable[[Inputs], Tensors], one: Inputs, mode: str) -> Call:
-    """The backward, or forward and backward, of the plain form of one layer; ``one["grad"]`` is the cotangent."""
-    one = {k: v.detach().requires_grad_() if k in case.wanted else v for k, v in one.items()}
-    leaves = [one[name] for name in case.wanted]
+def differentiated(case: Case, function: Callable[[Inputs], Tensors], layer_inputs: Inputs, mode: str) -> Call:
+    """The backward, or forward and backward, of the plain form of one layer; its input "grad" is the cotangent."""
+    layer_inputs = {k: v.detach().requires_grad_() if k in case.wanted else v for k, v in layer_inputs.items()}
+    leaves = [layer_inputs[name] for name in case.wanted]
 
     def backward(outputs: Tensors, retain: bool) -> Tensors:
-        return case.finished(torch.autograd.grad(outputs[0], leaves, one["grad"], retain_graph=retain), one)
+        grads = torch.autograd.grad(outputs[0], leaves, layer_inputs["grad"], retain_graph=retain)
+        return case.finished(grads, layer_inputs)
 
     if mode == FULL:
-        return lambda: backward(function(one), False)
-    outputs = function(one)
+        return lambda: backward(function(layer_inputs), False)
+    outputs = function(layer_inputs)
     return lambda: backward(outputs, True)
 
 
@@ -154,5 +157,5 @@ class Random:
         """Key lengths [J, B], from half the sequence on, the same in all layers; int32."""
         t = self.shape.sequence
         size = (self.shape.batch,)
-        found = torch.randint((t + 1) // 2, t + 1, size, generator=self._generator, device=self.device)
-        return found.to(torch.int32).expand(self.shape.j, -1).contiguous()
+        lengths = torch.randint((t + 1) // 2, t + 1, size, generator=self._generator, device=self.device)
+        return lengths.to(torch.int32).expand(self.shape.j, -1).contiguous()

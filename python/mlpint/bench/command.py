@@ -89,14 +89,14 @@ def device_of(name: str) -> torch.device:
 
 def grid_of(options: argparse.Namespace, grid: shapes.Grid) -> shapes.Grid:
     """The grid with what flags give in place of its own."""
-    given: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name in (*_GRID, "masks", "dtypes"):
         text = getattr(options, name, None)
         if text is not None:
-            given[name] = tuple(_integer(name, v) if name in _GRID else v for v in text.split(","))
+            changes[name] = tuple(_integer(name, v) if name in _GRID else v for v in text.split(","))
     if getattr(options, "sequence", None) is not None:
-        given["sequence"] = options.sequence
-    return dataclasses.replace(grid, **given)
+        changes["sequence"] = options.sequence
+    return dataclasses.replace(grid, **changes)
 
 
 def _integer(name: str, text: str) -> int:
@@ -121,7 +121,7 @@ def _providers(options: argparse.Namespace, device: torch.device) -> list[str]:
     wanted = chosen(options.providers, tuple(providers.ALL), "providers")
     if options.providers is None:
         wanted = providers.DEFAULT
-    kept = []
+    running = []
     for name in wanted:
         why = providers.left_out(name, device)
         if (
@@ -134,10 +134,10 @@ def _providers(options: argparse.Namespace, device: torch.device) -> list[str]:
         if why:
             print(f"left out: {name} ({why})")
         else:
-            kept.append(name)
-    if not kept:
+            running.append(name)
+    if not running:
         raise UserError(f"providers = {','.join(wanted)}: none of them runs on this {device.type}")
-    return kept
+    return running
 
 
 def _finish(suite: Suite, out: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import MGRIT, LayerParallel, capture
 from ..errors import UserError
-from ..nn import BlockStack, plain
+from ..nn import BlockStack, differentiable
 from ..nn.settings import Weights
 from . import providers, timing
 from .accuracy import Judge
@@ -38,8 +38,8 @@ class Figure:
         against: the baseline.
         target: the ratio to reach.
         reached: the ratio, from a cold cache where there is a GPU.
-        warm: from a warm one; the same on a CPU.
-        ours_ms, baseline_ms: medians.
+        warm: the ratio from a warm cache; the same on a CPU.
+        ours_ms, baseline_ms: the medians.
         note: which path ours took, or why it could not be timed.
     """
 
@@ -63,12 +63,12 @@ class Clock:
 
     def __call__(self, build: Callable[[], Call]) -> tuple[float, float]:
         if self.device.type != "cuda":
-            found = 1e3 * statistics.median(timing.host_wall(build(), self.device, self.effort))
-            return found, found
+            median = 1e3 * statistics.median(timing.host_wall(build(), self.device, self.effort))
+            return median, median
         return self.replays(timing.Graph(build, self.device))
 
     def replays(self, graph: Call) -> tuple[float, float]:
-        """Of what is captured already."""
+        """The same of what is captured already."""
         cold = timing.replays(graph, self.effort, timing.Flush(self.device))
         warm = timing.replays(graph, self.effort, None)
         return 1e3 * statistics.median(cold), 1e3 * statistics.median(warm)
@@ -127,12 +127,12 @@ def run(device: torch.device, small: bool, out: Path, seconds: float | None) -> 
     clock = Clock(device, Effort(seconds or (0.02 if small else 0.3), 5, 500))
     about = About(device_name(device))
     print(f"{about.gpu_name}, torch {about.torch_version}, triton {about.triton_version}, commit {about.commit or '-'}")
-    found = []
+    lines = []
     print(_HEADER)
     for figure in figures(clock, SMALL if small else H200):
-        found.append(figure)
-        print(_told(figure), flush=True)
-    _write(out / "figures.csv", found, about)
+        lines.append(figure)
+        print(_line(figure), flush=True)
+    _write(out / "figures.csv", lines, about)
     if device.type == "cpu":
         print("on a CPU: sizes and paths are not those of the targets, this shows only that the suite runs")
     print(f"written: {out / 'figures.csv'}")
@@ -210,7 +210,7 @@ class _Serial(nn.Module):
         self.blocks = stack.to_blocks()
 
         def step(w: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
-            return plain.step(stack.settings, Weights(*w), x, None, None, 1.0)
+            return differentiable.step(stack.settings, Weights(*w), x, None, None, 1.0)
 
         self.step = torch.compile(step, dynamic=False) if compiled else step
 
@@ -271,7 +271,7 @@ def _step(clock: Clock, stack: nn.Module, x: torch.Tensor) -> tuple[float, float
 def _averages(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
     shape = Shape(sizes.average_d, 1, 1, sizes.average_j, "causal", torch.float32)
     case = Average()
-    told = f"d {shape.d}, {shape.j} blocks, float32"
+    description = f"d {shape.d}, {shape.j} blocks, float32"
     lerp = "torch._foreach_lerp_"
     try:
         judge = Judge(case, shape, FORWARD, clock.device)
@@ -279,12 +279,12 @@ def _averages(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
         slow = _timed(clock, case, shape, providers.BADDBMM, judge)
         bandwidth = measure(clock.device, [], small=clock.device.type == "cpu").bandwidth
     except Exception as error:
-        yield _failure("prolongation", told, lerp, 1.3, error)
+        yield _failure("prolongation", description, lerp, 1.3, error)
         return
     path = "triton" if providers.takes_kernel(case, shape, clock.device, FORWARD) else "torch path"
     copy = (1e3 * judge.traffic / bandwidth,) * 2
-    yield _figure("prolongation", told, "a copy of as many bytes", 0.9, copy, ours, path)
-    yield _figure("prolongation", told, lerp, 1.3, slow, ours, path)
+    yield _figure("prolongation", description, "a copy of as many bytes", 0.9, copy, ours, path)
+    yield _figure("prolongation", description, lerp, 1.3, slow, ours, path)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -297,14 +297,14 @@ def _figure(
 
 
 def _failure(name: str, shape: str, against: str, target: float, error: Exception) -> Figure:
-    told = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    return Figure(name, shape, against, target, *[float("nan")] * 4, f"FAILED: {told}")
+    cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    return Figure(name, shape, against, target, *[float("nan")] * 4, f"FAILED: {cause}")
 
 
 _HEADER = f"{'figure':<28}{'target':>7}{'reached':>9}{'warm L2':>9}{'ours ms':>10}{'base ms':>10}  against; shape; path"
 
 
-def _told(f: Figure) -> str:
+def _line(f: Figure) -> str:
     mark = "" if f.reached >= f.target else "  <"
     return (
         f"{f.name:<28}{f.target:>7.2f}{f.reached:>9.2f}{f.warm:>9.2f}{f.ours_ms:>10.4g}{f.baseline_ms:>10.4g}  "
@@ -312,7 +312,7 @@ def _told(f: Figure) -> str:
     )
 
 
-def _write(path: Path, found: list[Figure], about: About) -> None:
+def _write(path: Path, lines: list[Figure], about: About) -> None:
     import csv
 
     try:
@@ -320,6 +320,6 @@ def _write(path: Path, found: list[Figure], about: About) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [f.name for cls in (Figure, About) for f in fields(cls)])
             writer.writeheader()
-            writer.writerows(asdict(f) | asdict(about) for f in found)
+            writer.writerows(asdict(f) | asdict(about) for f in lines)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

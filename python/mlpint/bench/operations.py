@@ -24,17 +24,18 @@ class LnLinear(Case):
         (ln_weight, ln_bias), (weight, bias) = r.norm(shape.d), r.linear(shape.ffn, shape.d)
         return {"x": r.normal(shape.m, shape.d), "ln_weight": ln_weight, "ln_bias": ln_bias, "w": weight, "b": bias}
 
-    def plain(self, one: Inputs) -> Tensors:
-        x = F.layer_norm(one["x"], one["x"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
-        return (F.gelu(F.linear(x, one["w"], one["b"]), approximate="tanh"),)
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        x, ln_weight, ln_bias, weight, bias = layer_inputs.values()
+        n = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, EPS)
+        return (F.gelu(F.linear(n, weight, bias), approximate="tanh"),)
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        return lambda: (ops.ln_linear(*every.values(), EPS, "gelu_tanh"),)
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        return lambda: (ops.ln_linear(*inputs.values(), EPS, "gelu_tanh"),)
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.ln_linear import ln_linear
 
-        return lambda: (ln_linear(*every.values(), EPS, "gelu_tanh"),)
+        return lambda: (ln_linear(*inputs.values(), EPS, "gelu_tanh"),)
 
     def flops(self, shape: Shape, mode: str) -> float:
         return 2.0 * shape.j * shape.m * shape.d * shape.ffn
@@ -50,18 +51,19 @@ class LnLinearTrain(LnLinear):
 
     name = "ln_linear_train"
 
-    def plain(self, one: Inputs) -> Tensors:
-        x, mean, rstd = torch.native_layer_norm(one["x"], one["x"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
-        pre = F.linear(x, one["w"], one["b"])
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        x, ln_weight, ln_bias, weight, bias = layer_inputs.values()
+        n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], ln_weight, ln_bias, EPS)
+        pre = F.linear(n, weight, bias)
         return F.gelu(pre, approximate="tanh"), mean.squeeze(-1), rstd.squeeze(-1), pre
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        return lambda: ops.ln_linear_train(*every.values(), EPS, "gelu_tanh")
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        return lambda: ops.ln_linear_train(*inputs.values(), EPS, "gelu_tanh")
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.ln_linear import ln_linear_train
 
-        return lambda: ln_linear_train(*every.values(), EPS, "gelu_tanh")
+        return lambda: ln_linear_train(*inputs.values(), EPS, "gelu_tanh")
 
 
 class LinearAxpy(Case):
@@ -75,16 +77,17 @@ class LinearAxpy(Case):
         x, y = r.normal(shape.m, shape.d), r.normal(shape.m, shape.d)
         return {"a": r.normal(shape.m, shape.ffn), "w": weight, "b": bias, "y": y, "x": x}
 
-    def plain(self, one: Inputs) -> Tensors:
-        return (torch.lerp(one["x"], one["y"] + F.linear(one["a"], one["w"], one["b"]), H),)
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        a, weight, bias, y, x = layer_inputs.values()
+        return (torch.lerp(x, y + F.linear(a, weight, bias), H),)
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        return lambda: (ops.linear_axpy(*every.values(), H),)
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        return lambda: (ops.linear_axpy(*inputs.values(), H),)
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.linear_axpy import linear_axpy
 
-        return lambda: (linear_axpy(*every.values(), H),)
+        return lambda: (linear_axpy(*inputs.values(), H),)
 
     def flops(self, shape: Shape, mode: str) -> float:
         return 2.0 * shape.j * shape.m * shape.d * shape.ffn
@@ -134,24 +137,25 @@ class Mlp(Case):
             zip(names, (r.normal(shape.m, shape.d), r.normal(shape.m, shape.d), *norm, *up, *down), strict=True)
         )
 
-    def plain(self, one: Inputs) -> Tensors:
-        n = F.layer_norm(one["y"], one["y"].shape[-1:], one["ln_weight"], one["ln_bias"], EPS)
-        a = F.gelu(F.linear(n, one["w1"], one["b1"]), approximate="tanh")
-        return (torch.lerp(one["x"], one["y"] + F.linear(a, one["w2"], one["b2"]), H),)
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        y, x, ln_weight, ln_bias, w1, b1, w2, b2 = layer_inputs.values()
+        n = F.layer_norm(y, y.shape[-1:], ln_weight, ln_bias, EPS)
+        a = F.gelu(F.linear(n, w1, b1), approximate="tanh")
+        return (torch.lerp(x, y + F.linear(a, w2, b2), H),)
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        y, x, ln_weight, ln_bias, w1, b1, w2, b2 = every.values()
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        y, x, ln_weight, ln_bias, w1, b1, w2, b2 = inputs.values()
 
         def call() -> Tensors:
-            # By way of dispatch: the rival of the one kernel is what the step would do without it.
+            # Dispatch decides here: the rival of the one kernel is what the step would do without it.
             return (ops.linear_axpy(ops.ln_linear(y, ln_weight, ln_bias, w1, b1, EPS, "gelu_tanh"), w2, b2, y, x, H),)
 
         return call
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.mlp import mlp
 
-        return lambda: (mlp(*every.values(), H, EPS, "gelu_tanh"),)
+        return lambda: (mlp(*inputs.values(), H, EPS, "gelu_tanh"),)
 
     def flops(self, shape: Shape, mode: str) -> float:
         return 4.0 * shape.j * shape.m * shape.d * shape.ffn
@@ -174,21 +178,21 @@ class LnBackward(Case):
         x, grad, residual = (r.normal(shape.m, shape.d) for _ in range(3))
         return {"x": x, "weight": weight, "bias": bias, "grad": grad, "residual": residual}
 
-    def plain(self, one: Inputs) -> Tensors:
-        x = F.layer_norm(one["x"], one["x"].shape[-1:], one["weight"], one["bias"], EPS)
-        return (x,)
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        x, weight, bias, *_ = layer_inputs.values()
+        return (F.layer_norm(x, x.shape[-1:], weight, bias, EPS),)
 
-    def finished(self, grads: Tensors, one: Inputs) -> Tensors:
-        return grads[0] + one["residual"], *grads[1:]
+    def finished(self, grads: Tensors, layer_inputs: Inputs) -> Tensors:
+        return grads[0] + layer_inputs["residual"], *grads[1:]
 
-    def _saved(self, every: Inputs) -> Tensors:
+    def _saved(self, inputs: Inputs) -> Tensors:
         """Mean and 1 / deviation as torch keeps them: in the dtype of x on a CPU, in float32 on a GPU."""
-        _, mean, rstd = torch.native_layer_norm(every["x"], every["x"].shape[-1:], None, None, EPS)
+        _, mean, rstd = torch.native_layer_norm(inputs["x"], inputs["x"].shape[-1:], None, None, EPS)
         return mean.squeeze(-1), rstd.squeeze(-1)
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        mean, rstd = self._saved(every)
-        x, weight, bias, grad, residual = every.values()
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        mean, rstd = self._saved(inputs)
+        x, weight, bias, grad, residual = inputs.values()
 
         def call() -> Tensors:
             dx, sums = ops.ln_backward_add(grad, x, mean, rstd, weight, residual)
@@ -198,11 +202,11 @@ class LnBackward(Case):
 
         return call
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.ln_backward import ln_backward_add
 
-        mean, rstd = (t.float() for t in self._saved(every))
-        return lambda: ln_backward_add(every["grad"], every["x"], mean, rstd, every["weight"], every["residual"])
+        mean, rstd = (t.float() for t in self._saved(inputs))
+        return lambda: ln_backward_add(inputs["grad"], inputs["x"], mean, rstd, inputs["weight"], inputs["residual"])
 
     def flops(self, shape: Shape, mode: str) -> float:
         return 12.0 * shape.j * shape.m * shape.d
@@ -223,19 +227,19 @@ class AxpbyNorm(Case):
         r = Random(shape, device)
         return {"x": r.normal(shape.m, shape.d), "y": r.normal(shape.m, shape.d)}
 
-    def plain(self, one: Inputs) -> Tensors:
-        out = self.A * one["x"] + self.B * one["y"]
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        out = self.A * layer_inputs["x"] + self.B * layer_inputs["y"]
         return out, out.to(torch.promote_types(out.dtype, torch.float32)).square().sum()
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        return lambda: self.plain(every)
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        return lambda: self.plain(inputs)
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.axpby import axpby_norm
 
-        return lambda: axpby_norm(self.A, every["x"], self.B, every["y"])
+        return lambda: axpby_norm(self.A, inputs["x"], self.B, inputs["y"])
 
-    def comparable(self, results: Tensors, every: Inputs) -> Tensors:
+    def comparable(self, results: Tensors, inputs: Inputs) -> Tensors:
         return results[0], results[1].sum()  # a layer at a time, or all at once
 
     def flops(self, shape: Shape, mode: str) -> float:
@@ -254,33 +258,33 @@ class Average(Case):
     DELTA = 0.25
 
     def inputs(self, shape: Shape, device: torch.device) -> Inputs:
-        from ..nn.settings import Settings
+        from ..nn.settings import BlockSettings
 
         r = Random(shape, device)
-        sizes = Settings(shape.d, shape.heads, shape.ffn).shapes()
+        sizes = BlockSettings(shape.d, shape.heads, shape.ffn).shapes()
         return {
             "fine": [r.parameter(*size, scale=1.0) for size in sizes],
             "coarse": [r.normal(*size) for size in sizes],
         }
 
-    def plain(self, one: Inputs) -> Tensors:
-        torch._foreach_lerp_(one["fine"], one["coarse"], self.DELTA)
-        return tuple(one["fine"])
+    def plain(self, layer_inputs: Inputs) -> Tensors:
+        torch._foreach_lerp_(layer_inputs["fine"], layer_inputs["coarse"], self.DELTA)
+        return tuple(layer_inputs["fine"])
 
-    def batched(self, every: Inputs, mode: str) -> Call:
-        return lambda: self.plain(every)
+    def batched(self, inputs: Inputs, mode: str) -> Call:
+        return lambda: self.plain(inputs)
 
-    def kernel(self, every: Inputs, mode: str) -> Call:
+    def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.average import average_
 
         # The stack behind the strided views, as the multilevel cycle holds it.
         stacked = [
-            t.as_strided((2 * len(t) - 1, *t.shape[1:]), (t.stride(0) // 2, *t.stride()[1:])) for t in every["fine"]
+            t.as_strided((2 * len(t) - 1, *t.shape[1:]), (t.stride(0) // 2, *t.stride()[1:])) for t in inputs["fine"]
         ]
 
         def call() -> Tensors:
-            average_(stacked, every["coarse"], slice(0, None, 2), self.DELTA)
-            return tuple(every["fine"])
+            average_(stacked, inputs["coarse"], slice(0, None, 2), self.DELTA)
+            return tuple(inputs["fine"])
 
         return call
 

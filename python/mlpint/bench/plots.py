@@ -31,13 +31,13 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
         figure.suptitle(f"{metric}, {dtype}, {rows[0].gpu_name}")
         for number, (title, lines) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(count, columns, number)
-            for label, found in lines.items():
-                found.sort(key=lambda row: row.x_value)
-                x = [row.x_value for row in found]
-                (line,) = axes.plot(x, [row.y_value_50 for row in found], "o-", markersize=3, label=label)
-                low, high = ([getattr(row, f"y_value_{p}") for row in found] for p in (20, 80))
+            for label, points in lines.items():
+                points.sort(key=lambda row: row.x_value)
+                x = [row.x_value for row in points]
+                (line,) = axes.plot(x, [row.y_value_50 for row in points], "o-", markersize=3, label=label)
+                low, high = ([getattr(row, f"y_value_{p}") for row in points] for p in (20, 80))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-            axes.set(title=title, xlabel=found[0].x_label, ylabel=found[0].metric_unit, xscale="log", yscale="log")
+            axes.set(title=title, xlabel=points[0].x_label, ylabel=points[0].metric_unit, xscale="log", yscale="log")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=6)
         paths.append(directory / f"{metric}_{dtype}.png")

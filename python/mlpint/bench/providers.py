@@ -9,7 +9,7 @@ from torch._functorch import config as functorch_config
 
 from ..kernels import dispatch
 from ..kernels.dispatch import Choice
-from .cases import FORWARD, Case, Inputs, Tensors, differentiated, layer, tensors
+from .cases import FORWARD, Case, Inputs, Tensors, differentiated, layer_of, tensors
 from .shapes import Shape
 from .timing import Call
 
@@ -53,15 +53,16 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def make(provider: str, case: Case, shape: Shape, every: Inputs, mode: str) -> Call:
+def make(provider: str, case: Case, shape: Shape, inputs: Inputs, mode: str) -> Call:
     """The call of a provider; see :func:`joined` for its results."""
     if provider in (EAGER, COMPILE, COMPILE_GRAPH):
-        return looped(case, every, mode, compiled=provider != EAGER)
+        return looped(case, inputs, mode, compiled=provider != EAGER)
     if provider == OURS:
-        return (case.kernel if takes_kernel(case, shape, tensors(every)[0].device, mode) else case.batched)(every, mode)
+        kernel = takes_kernel(case, shape, tensors(inputs)[0].device, mode)
+        return case.kernel(inputs, mode) if kernel else case.batched(inputs, mode)
     build, path = (case.batched, "torch") if provider == BADDBMM else (case.kernel, "triton")
     with taking(path):
-        inner = build(every, mode)
+        inner = build(inputs, mode)
 
     def call() -> object:
         with taking(path):
@@ -80,25 +81,25 @@ def takes_kernel(case: Case, shape: Shape, device: torch.device, mode: str) -> b
     key = case.key(shape, mode)
     if key is None:
         return True
-    found = dispatch.choose(key.op, d=key.d, m=key.m, j=key.j, dtype=shape.dtype, device=device)
-    return found.path == "triton"
+    choice = dispatch.choose(key.op, d=key.d, m=key.m, j=key.j, dtype=shape.dtype, device=device)
+    return choice.path == "triton"
 
 
-def looped(case: Case, every: Inputs, mode: str, compiled: bool = False) -> Call:
+def looped(case: Case, inputs: Inputs, mode: str, compiled: bool = False) -> Call:
     """J calls of the plain form, one a layer."""
-    count = len(tensors(every)[0])
+    count = len(tensors(inputs)[0])
     function = torch.compile(case.plain, dynamic=False) if compiled else case.plain
-    ones = [layer(every, n) for n in range(count)]
+    layers = [layer_of(inputs, n) for n in range(count)]
     if mode == FORWARD:
 
         def call() -> list[Tensors]:
             with torch.no_grad():
-                return [function(one) for one in ones]
+                return [function(layer) for layer in layers]
 
         return call
     # Timing a compiled backward alone runs it again and again on what one forward has saved.
     with functorch_config.patch(donated_buffer=False) if compiled else nullcontext():
-        calls = [differentiated(case, function, one, mode) for one in ones]
+        calls = [differentiated(case, function, layer, mode) for layer in layers]
         if compiled:
             for each in calls:
                 each()

@@ -46,7 +46,7 @@ class Shape:
         return 4 * self.d
 
     def extra(self) -> dict[str, object]:
-        """What a row of results tells beside d."""
+        """The columns of a row of results that tell the shape, beside d."""
         return {
             "batch": self.batch,
             "sequence": self.sequence,
@@ -63,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Grid:
-    """All combinations of these."""
+    """The shapes that are all combinations of these values."""
 
     d: Sequence[int]
     m: Sequence[int]
@@ -89,7 +89,7 @@ class Grid:
                 raise UserError(f"m = {value}: must be a multiple of the sequence, {self.sequence}, or less than it")
 
     def shapes(self, masked: bool = True) -> Iterator[Shape]:
-        """masked: whether the mask matters; otherwise the first one stands for all."""
+        """All shapes; without ``masked`` the mask does not matter, and the first one stands for all."""
         masks = self.masks if masked else self.masks[:1]
         for dtype, d, m, j, mask in itertools.product(self.dtypes, self.d, self.m, self.j, masks):
             sequence = min(m, self.sequence)

@@ -11,7 +11,7 @@ import torch
 from . import providers, timing
 from .accuracy import Inaccurate, Judge
 from .attention import Attention
-from .block import Block
+from .block import BlockCase
 from .cases import Case
 from .operations import Average, AxpbyNorm, LinearAxpy, LnBackward, LnLinear, LnLinearTrain, Mlp, Projection
 from .results import About, Row
@@ -31,7 +31,7 @@ CASES: dict[str, Case] = {
         LnBackward(),
         AxpbyNorm(),
         Average(),
-        Block(),
+        BlockCase(),
     )
 }
 
@@ -41,12 +41,12 @@ class Suite:
     """One run.
 
     Args:
-        device: to run on.
-        cases, providers, modes: names.
-        grid: shapes.
-        roofline: that times are held against.
-        about: what every row tells.
-        effort: per timing.
+        device: the device to run on.
+        cases, providers, modes: names of what is run.
+        grid: the shapes.
+        roofline: the ceilings that times are held against.
+        about: what every row says of the run.
+        effort: how long to time a call.
         deadline: seconds after which what is left is skipped, and said; None: never.
     """
 
@@ -86,13 +86,13 @@ class Suite:
             return
         for provider in self.providers:
             try:
-                found = self._provider(case, shape, mode, provider, judge)
+                rows = self._provider(case, shape, mode, provider, judge)
             except Exception as error:
                 yield self._failed(case, shape, mode, provider, error)
                 continue
-            self.rows += found
+            self.rows += rows
             yield f"  {provider:<14}" + "  ".join(
-                f"{row.metric_name} {row.y_value_50:.4g} ms ({row.extra['roofline_percent']:.0f}%)" for row in found
+                f"{row.metric_name} {row.y_value_50:.4g} ms ({row.extra['roofline_percent']:.0f}%)" for row in rows
             )
 
     def _failed(self, case: Case, shape: Shape, mode: str, provider: str, error: Exception) -> str:
@@ -111,15 +111,15 @@ class Suite:
         least = self.roofline.seconds(flops, judge.traffic, shape.dtype) * 1e3
         rows = []
         for metric, seconds in self._clocks(provider, build, call):
-            found = Timing.of(seconds)
+            timing_of_call = Timing.of(seconds)
             extra = shape.extra() | {
                 "flops": flops,
                 "bytes": judge.traffic,
                 "error": error,
-                "roofline_percent": 100 * least / found.p50,
+                "roofline_percent": 100 * least / timing_of_call.p50,
                 "timings": len(seconds),
             }
-            rows.append(self.about.row(case.name, provider, mode, metric, shape.d, found, extra))
+            rows.append(self.about.row(case.name, provider, mode, metric, shape.d, timing_of_call, extra))
         return rows
 
     def _clocks(self, provider: str, build, call: timing.Call) -> Iterator[tuple[str, list[float]]]:

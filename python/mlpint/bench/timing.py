@@ -58,15 +58,15 @@ def host_wall(call: Call, device: torch.device, effort: Effort) -> list[float]:
     for _ in range(2):
         call()
     synchronize(device)
-    found: list[float] = []
+    timings: list[float] = []
     spent = 0.0
-    while len(found) < effort.least or (spent < effort.seconds and len(found) < effort.most):
+    while len(timings) < effort.least or (spent < effort.seconds and len(timings) < effort.most):
         started = time.perf_counter()
         call()
         synchronize(device)
-        found.append(time.perf_counter() - started)
-        spent += found[-1]
-    return found
+        timings.append(time.perf_counter() - started)
+        spent += timings[-1]
+    return timings
 
 
 class Graph:

@@ -48,7 +48,7 @@ GRIDS = {
     "cuda": Grid((128, 256, 512, 1024, 2048, 4096), (256, 1024, 8192), (1, 4, 16), ("causal",), ("bfloat16",), 256),
     "cpu": Grid((64,), (32,), (1, 4), ("causal",), ("float32",), 32),
 }
-MARGIN = 1.02  # a kernel must be so much faster than torch to be taken
+MARGIN = 1.02  # a kernel is taken only if it is so much faster than torch
 
 
 def add_flags(parser: Any) -> None:
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     for kernel, shapes in shapes_of.items():
         for line in tuner.tune(CASES[kernel], shapes):
             print(line, flush=True)
-        # Of the same shape the newer entry holds.
+        # The newer of two entries of the same shape holds.
         merged = {_identity(e): e for e in (*known, *tuner.entries)}
         _write(path, name, capability, list(merged.values()))
     dispatch.forget()
@@ -114,8 +114,8 @@ def run(options: argparse.Namespace) -> None:
 def compile_ahead(tuner: Tuner, shapes_of: dict[str, list[Shape]], jobs: int) -> str:
     """Fills Triton's cache on disk by running every candidate once, in so many processes; a line for people.
 
-    Compiling one after the other takes most of the time of tuning. What fails here fails again, and is told, when it is
-    timed.
+    Compiling one after the other takes most of the time of tuning. What fails here fails again when it is timed,
+    and is reported then.
     """
     tasks = []
     for kernel, shapes in shapes_of.items():
@@ -146,10 +146,10 @@ def _identity(entry: Entry) -> tuple:
 def _known(path: Path, capability: tuple[int, int]) -> list[Entry]:
     if not path.exists():
         return []
-    found = tuned_files.load(path)
-    if found.capability != capability:
-        raise UserError(f"{path}: holds what was tuned on {found.device}; give another file with --out")
-    return [entry for entries in found.entries.values() for entry in entries]
+    tuned = tuned_files.load(path)
+    if tuned.capability != capability:
+        raise UserError(f"{path}: holds what was tuned on {tuned.device}; give another file with --out")
+    return [entry for entries in tuned.entries.values() for entry in entries]
 
 
 def _write(path: Path, name: str, capability: tuple[int, int], entries: Sequence[Entry]) -> None:
@@ -170,8 +170,8 @@ class Tuner:
     """Finds entries for a device.
 
     Args:
-        device: to time on.
-        effort: per candidate.
+        device: the device to time on.
+        effort: how long to time a candidate.
     """
 
     device: torch.device
@@ -200,7 +200,7 @@ class Tuner:
                     yield shape, mode
 
     def best(self, case: Case, shape: Shape, mode: str) -> tuple[Entry | None, list[str]]:
-        """The entry of one shape, and what is to be told of it."""
+        """The entry of one shape, and lines for people about it."""
         key = case.key(shape, mode)
         notes: list[str] = []
         try:
@@ -223,8 +223,8 @@ class Tuner:
             key.op, key.d, key.m, key.j, dtype, path, fastest if path == "triton" else None,
             {name: round(1e6 * time, 3) for name, time in times.items()},
         )  # fmt: skip
-        told = ", ".join(f"{name} {us:.1f} us" for name, us in entry.microseconds.items())
-        return entry, [*notes, f"  {path}: {told}" + (f" with {fastest}" if fastest else "")]
+        times_text = ", ".join(f"{name} {us:.1f} us" for name, us in entry.microseconds.items())
+        return entry, [*notes, f"  {path}: {times_text}" + (f" with {fastest}" if fastest else "")]
 
     def candidates(self, case: Case, shape: Shape, mode: str) -> list[dict[str, int]]:
         """Launch configurations to be tried; none where no kernel runs."""
@@ -250,17 +250,17 @@ class Tuner:
     def call(
         self, case: Case, shape: Shape, mode: str, provider: str, config: dict[str, int] | None
     ) -> Callable[[], object]:
-        """What is timed: one provider's call on inputs of its own."""
-        every = case.inputs(shape, self.device)
+        """The call that is timed: one provider's, on inputs of its own."""
+        inputs = case.inputs(shape, self.device)
         if provider == providers.TRITON:
             op = case.key(shape, mode).op
             choices = {op: Choice("triton", config, "it is being tuned")}
             with dispatch.forced(choices):
-                inner = case.kernel(every, mode)
+                inner = case.kernel(inputs, mode)
         else:
             choices = self._rivals(case, shape)
             with dispatch.forced(choices):
-                inner = case.batched(every, mode)
+                inner = case.batched(inputs, mode)
 
         def call() -> object:
             with dispatch.forced(choices):
@@ -269,7 +269,7 @@ class Tuner:
         return call
 
     def _rivals(self, case: Case, shape: Shape) -> dict[str, Choice]:
-        """What the torch path of a case goes through: torch; of the one-kernel MLP the kernels that it stands for."""
+        """The choices for the torch path of a case: torch, but for the one-kernel MLP the kernels it stands for."""
         plain = {op: Choice("torch", None, "it is being tuned") for op in dispatch.OPERATIONS}
         if case.name != "mlp":
             return plain

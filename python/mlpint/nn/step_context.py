@@ -8,7 +8,7 @@ import torch
 
 from . import attention as attn
 from . import dropout, ops
-from .settings import Settings, Weights
+from .settings import BlockSettings, Weights
 
 
 class StepContext:
@@ -24,7 +24,7 @@ class StepContext:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: BlockSettings,
         batch: int,
         padding: attn.Padding | None,
         keys: Sequence[int] | None,
