@@ -6,8 +6,8 @@ import dataclasses
 import math
 
 from ..mgrit.options import MGRIT
-from .ladder import doubled, exact, finer
-from .rehearsal import Gradients, Rehearsal, compare
+from .ladder import doubled, exact_options, finer
+from .rehearsal import Gradients, Rehearsal, gradient_agreement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Gauge:
         return self.rehearsal.gradients(options, watch=watch)
 
     def _is_finite(self, gradients: Gradients) -> bool:
-        cosine, _ = compare(gradients, gradients, self.rehearsal.blocks)
+        cosine, _ = gradient_agreement(gradients, gradients, self.rehearsal.blocks)
         return math.isfinite(cosine)
 
 
@@ -79,13 +79,13 @@ class ResidualGauge(Gauge):
         return self.measure(self.current)
 
     def sharpen(self) -> Measurement | None:
-        finite = self._is_finite(self.rehearsal.gradients(exact(self.current)))
+        finite = self._is_finite(self.rehearsal.gradients(exact_options(self.current)))
         return self.measure(self.current) if finite else None
 
     def measure(self, options: MGRIT) -> Measurement:
         if options.exact:
             return Measurement(options)
-        more = doubled(options, self.rehearsal.blocks.depth)
+        more = doubled(options, self.rehearsal.blocks.layout.depth)
         return Measurement(options, convergence_factor=self._gradients(more, watch=True).convergence_factor)
 
 
@@ -125,8 +125,8 @@ class GradientGauge(Gauge):
         self._reference = None
         if self._own is None:
             self._own = self.rehearsal.gradients(self.current)
-        self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact(self.current))
+        self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact_options(self.current))
         return self._compared(self.current, self._own)
 
     def _compared(self, options: MGRIT, found: Gradients, factors: dict[str, float] | None = None) -> Measurement:
-        return Measurement(options, *compare(found, self._reference, self.rehearsal.blocks), factors or {})
+        return Measurement(options, *gradient_agreement(found, self._reference, self.rehearsal.blocks), factors or {})

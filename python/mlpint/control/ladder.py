@@ -7,7 +7,7 @@ import dataclasses
 from ..mgrit.options import MGRIT
 
 
-def exact(options: MGRIT) -> MGRIT:
+def exact_options(options: MGRIT) -> MGRIT:
     """The exact serial sweep."""
     return dataclasses.replace(options, forward_iters=0, backward_iters=0)
 
@@ -61,4 +61,4 @@ def default_ladder(options: MGRIT, depth: int) -> list[MGRIT]:
             rungs.append(dataclasses.replace(last, **{name: getattr(last, name) + 1}))
     if options.forward_iters and options.backward_iters:
         rungs.append(dataclasses.replace(rungs[-1], forward_iters=0))
-    return [*rungs, exact(options)]
+    return [*rungs, exact_options(options)]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..layers.stack_store import StackStore
 from ..nn import BlockStack
 from ..parallel.layer_parallel import LayerParallel
 from .modules import ModuleRunner
-from .stacks import ParallelRunner, StackRunner
+from .stacks import ParallelRunner, ParallelStackRunner, StackRunner
 
 Runner = ModuleRunner | StackRunner | ParallelRunner
 
@@ -18,7 +19,7 @@ Runner = ModuleRunner | StackRunner | ParallelRunner
 def runner_of(blocks: Sequence[nn.Module] | nn.Module) -> Runner:
     """What runs the blocks of a model as its coarse networks."""
     if isinstance(blocks, LayerParallel):
-        return ParallelRunner(blocks)
+        return ParallelStackRunner(blocks) if isinstance(blocks.store, StackStore) else ParallelRunner(blocks)
     if isinstance(blocks, BlockStack):
         return StackRunner(blocks)
     return ModuleRunner(blocks)
