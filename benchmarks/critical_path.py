@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from mlpint import MGRIT, Comm, LayerParallel, _core
-from mlpint.layers import propagators
+from mlpint.layers.module_evaluator import ModuleEvaluator
 
 UNITS = {"forward": 1, "input_vjp": 1, "parameter_vjp": 1, "combined_vjp": 2}
 clock = threading.local()
@@ -76,7 +76,7 @@ class Received:
 
 def counted(self, level):
     def count(kind):
-        self.stats.evaluations[kind][level] += 1
+        self.evaluations[kind][level] += 1
         clock.now += UNITS[kind]
 
     return count
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
     torch.set_num_threads(1)
-    propagators.Stream._counter = counted
+    ModuleEvaluator._counter = counted
     print("layout  operator   setting           N  ranks  serial  counted  formula  speed-up")
     for layout, coarse, kf, kb, cfactor, depth, rank_counts in CASES:
         for ranks in rank_counts:

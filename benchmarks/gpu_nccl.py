@@ -24,7 +24,7 @@ from block import Block
 
 import mlpint
 from mlpint import MGRIT, LayerParallel, _core
-from mlpint.comm.nccl import nccl_transport, synchronize
+from mlpint.comm.nccl import nccl_transport
 
 SLACK = 3.0  # the error of a sweep may be so many times that of the plain loop in the same dtype
 
@@ -78,7 +78,7 @@ def check(comm, dtype, device, args):
     for name, options in ways.items():
         blocks = LayerParallel(copy.deepcopy(layers), options, comm=comm)
         values = step(blocks, x)
-        synchronize(comm.transport)
+        comm.synchronize()
         local = sorted(blocks.local_layers)
         ours = [*values, *gradients(blocks.local_layers[n] for n in local)]
         error = relative(ours, [y, dx, *gradients(reference[n] for n in local)])
@@ -91,7 +91,7 @@ def check(comm, dtype, device, args):
 
 
 def finish(comm, device):
-    synchronize(comm.transport)
+    comm.synchronize()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

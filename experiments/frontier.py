@@ -18,7 +18,7 @@ from setting import BUFFERS, OPERATORS, arguments, gradient_quality, options_of,
 
 import mlpint
 from mlpint import MGRIT
-from mlpint.layers import propagators
+from mlpint.layers.module_evaluator import ModuleEvaluator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import critical_path  # noqa: E402
@@ -30,12 +30,12 @@ def speed_up(depth: int, ranks: int, options: MGRIT) -> float:
     """Serial units over units of the critical path."""
     group = min(ranks, options.cfactor)
     layout = "cyclic" if options.coarse == "sum" and ranks % group == options.cfactor % group == 0 else "block"
-    kept = propagators.Stream._counter
-    propagators.Stream._counter = critical_path.counted
+    kept = ModuleEvaluator._counter
+    ModuleEvaluator._counter = critical_path.counted
     try:
         return 3 * depth / critical_path.step_units(depth, ranks, options, layout)
     finally:
-        propagators.Stream._counter = kept
+        ModuleEvaluator._counter = kept
 
 
 def main() -> None:

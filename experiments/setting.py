@@ -17,8 +17,8 @@ import torch
 from mlpint import MGRIT
 from mlpint.comm.communicator import Comm
 from mlpint.control.gauges import GradientGauge, ResidualGauge
+from mlpint.control.ladder import exact_options
 from mlpint.control.rehearsal import Rehearsal
-from mlpint.training.comparison import exact
 from mlpint.training.config import TrainConfig
 from mlpint.training.tasks import make
 from mlpint.training.trainer import Trainer
@@ -68,9 +68,9 @@ def gradient_quality(trainer: Trainer) -> dict[str, float]:
         if way == "own":
             trainer.forward_backward(trainer.step, 0, trainer.position)
         else:
-            with exact(trainer.blocks):
+            with trainer.blocks.using(options=exact_options(trainer.blocks.options)):
                 trainer.forward_backward(trainer.step, 0, trainer.position)
-        middle = range(BUFFERS, trainer.blocks.layer_count - BUFFERS)
+        middle = range(BUFFERS, len(trainer.blocks) - BUFFERS)
         layers = [layer for n, layer in trainer.blocks.local_layers.items() if n in middle]
         sides.append([p.grad.double().flatten() for layer in layers for p in layer.parameters()])
     trainer.model.zero_grad(set_to_none=True)

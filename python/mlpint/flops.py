@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .nn import Block, BlockStack
 from .parallel.layer_parallel import LayerParallel
-from .training import models
 
 _TRAINING = 3
 
@@ -72,13 +71,12 @@ class FlopMeter:
         self.steps: Counter[str] = Counter()
         self._running = 0  # blocks that run now
         self._measured: dict[tuple, int] = {}
-        whole = isinstance(blocks, BlockStack | LayerParallel)
+        entrances = [blocks] if isinstance(blocks, BlockStack | LayerParallel) else blocks
         self.layers = len(blocks)
-        self._example = _example(blocks) if whole else blocks[0]
-        entrance = blocks if whole else blocks[0]
-        entrance.register_forward_pre_hook(self._block_called, with_kwargs=True)
+        self._example = blocks.store.example if isinstance(blocks, LayerParallel) else entrances[0]
+        entrances[0].register_forward_pre_hook(self._block_called, with_kwargs=True)
         if model is not None:
-            self._watch_outside(model, {id(m) for b in ([blocks] if whole else blocks) for m in b.modules()})
+            self._watch_outside(model, {id(m) for entrance in entrances for m in entrance.modules()})
 
     @property
     def blocks(self) -> int:
@@ -161,17 +159,6 @@ class _Step:
         self.meter.steps[self.name] += kind is None  # a step that raised was not taken, whatever it has cost
 
 
-def _example(blocks: BlockStack | LayerParallel) -> nn.Module | None:
-    """One of the blocks, for what all of them take."""
-    if isinstance(blocks, LayerParallel):
-        return next(iter(blocks.local_layers.values()), None) if blocks.stacked is None else blocks.stacked
-    return blocks
-
-
 def _known(block: nn.Module | None) -> tuple[int, int] | None:
     """Width and FFN width of a block whose formula is known."""
-    if isinstance(block, Block | BlockStack):
-        return block.settings.dim, block.settings.ffn
-    if isinstance(block, models.gpt.Block):
-        return block.up.in_features, block.up.out_features
-    return None
+    return (block.settings.dim, block.settings.ffn) if isinstance(block, Block | BlockStack) else None

@@ -50,7 +50,7 @@ def test_one_process(library, monkeypatch):
     transport = nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
     assert (transport.rank, transport.size, transport.sum(2.5)) == (0, 1, 2.5)
     transport.check()
-    nccl.synchronize(transport)
+    transport.synchronize()
 
 
 def test_argument_before_environment(library, monkeypatch):
@@ -116,7 +116,7 @@ def test_own_gpu_each(monkeypatch):
 
 def test_synchronize_gives_up_after_the_stall_limit(library, monkeypatch):
     lib = _core.NcclLibrary([str(library)])
-    transport = _core.NcclTransport(lib, _core.SelfTransport(), lib.unique_id(), 0, lambda: 0)
+    transport = nccl.NcclTransport(lib, _core.SelfTransport(), lib.unique_id(), 0, lambda: 0)
     transport.stall_limit = 0.05
     queries = []
 
@@ -131,7 +131,7 @@ def test_synchronize_gives_up_after_the_stall_limit(library, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     with pytest.raises(_core.TransferError, match="rank 0: GPU 0 has waited 0 s for another rank"):
-        nccl.synchronize(transport)
+        transport.synchronize()
     assert len(queries) > 1
     with pytest.raises(RuntimeError, match="has been closed"):
         transport.check()
@@ -160,5 +160,5 @@ def test_torchs_own_library_with_one_rank():
     assert (transport.rank, transport.size, transport.device) == (0, 1, 0)
     assert _core.NcclLibrary(nccl._candidates(None)).version >= 20700
     transport.check()
-    nccl.synchronize(transport)
+    transport.synchronize()
     transport.close()

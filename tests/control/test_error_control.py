@@ -91,7 +91,7 @@ def test_calls_refused():
         with pytest.raises(TypeError, match=text):
             control.step(loss, again)
         stack.zero_grad()
-    assert stack.options == control.ladder[0] and stack.learning and stack.replayed_keys is None
+    assert stack.options == control.ladder[0] and stack.conditions.learning and stack.conditions.keys is None
     stack.options = MGRIT(2, 3)
     with pytest.raises(ValueError, match="are no rung of the ladder; set one of control.ladder"):
         control.step(loss, lambda: stack(x).sum())

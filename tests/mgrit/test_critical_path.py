@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlpint import MGRIT
-from mlpint.layers import propagators
+from mlpint.layers.module_evaluator import ModuleEvaluator
 from mlpint.planning.cost_model import plan
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "critical_path.py"
@@ -17,7 +17,7 @@ def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("critical_path", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(propagators.Stream, "_counter", module.counted)
+    monkeypatch.setattr(ModuleEvaluator, "_counter", module.counted)
     return module
 
 

@@ -7,7 +7,7 @@ import torch
 
 from mlpint import MGRIT, LayerParallel
 from mlpint import nn as mnn
-from mlpint.layers.saved_rows import Records
+from mlpint.layers.saved_rows import SavedRows
 from mlpint.layers.stack_evaluator import Slice, progressions, stacked_states
 from mlpint.nn import batching
 from mlpint.training.config import OptimizerConfig
@@ -121,15 +121,15 @@ def test_states_that_lie_together_are_not_copied():
         assert torch.equal(stacked_states(picked), torch.stack([s.tensors[0] for s in picked]))
 
 
-def test_records_come_in_any_grouping():
-    records, whole = Records(), torch.randn(10, 3)
-    records.put(range(0, 10, 2), (whole[::2].clone(),))
+def test_saved_rows_come_in_any_grouping():
+    saved_rows, whole = SavedRows(), torch.randn(10, 3)
+    saved_rows.put(range(0, 10, 2), (whole[::2].clone(),))
     for row in range(1, 10, 2):
-        records.put(range(row, row + 1), (whole[row : row + 1],))
+        saved_rows.put(range(row, row + 1), (whole[row : row + 1],))
     for rows in (range(0, 10, 2), range(0, 10, 4), range(1, 10, 4), range(10), range(6, 7), range(3, 4)):
-        assert torch.equal(records.get(rows)[0], whole[rows.start : rows.stop : rows.step]), rows
-    records.drop(range(10))
-    assert not records._at
+        assert torch.equal(saved_rows.get(rows)[0], whole[rows.start : rows.stop : rows.step]), rows
+    saved_rows.drop(range(10))
+    assert not saved_rows._at
 
 
 def test_width():

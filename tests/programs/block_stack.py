@@ -56,10 +56,10 @@ def solve(network, x, **kwargs):
 
 def gradients(network):
     """By layer and name, of either kind of stack."""
-    blocks = network.stacked.to_blocks() if network.stacked is not None else network.local_layers.values()
+    blocks = network.local_layers.values() or network.stacked.to_blocks()
     return {
         (n, name): p.grad
-        for n, block in zip(network.local_indices, blocks, strict=True)
+        for n, block in zip(network.layout.local_indices(network.comm.rank), blocks, strict=True)
         for name, p in block.named_parameters()
     }
 
@@ -158,7 +158,7 @@ def frozen_parameters(comm):
     for options in (EXACT, MGRIT(cfactor=4, forward_iters=1, backward_iters=1)):
         network = compare_solves(comm, stack, batch(), options)
         assert network.stacked.qkv_weight.grad is None
-        assert network.stacked.qkv_bias.grad is not None or not network.local_indices
+        assert network.stacked.qkv_bias.grad is not None or not len(network.stacked)
 
 
 @float64
@@ -184,10 +184,11 @@ def intervals_go_in_one_step(comm):
         network(batch())
     finally:
         pre_norm.forward_train = forward
-    intervals = len(network.local_indices) // 4
-    chain = intervals - network.owns_last  # nothing is computed from the last coarse point
+    intervals = len(network.stacked) // 4
+    owns_last = network.layout.last_rank == comm.rank
+    chain = intervals - owns_last  # nothing is computed from the last coarse point
     last = [intervals] * 3 if intervals else []
-    if network.owns_last and intervals:
+    if owns_last and intervals:
         last = [1, *last]  # the last interval's first layer, which the chain has not seen
     assert sorted(calls) == sorted([1] * chain + last), calls
 

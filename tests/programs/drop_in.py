@@ -363,7 +363,7 @@ def dropout(comm):
             outputs = []
             for step, microbatch in ((5, 0), (5, 1), (6, 0)):
                 torch.manual_seed(99)
-                expected = keyed_loop(reference, x, stack.random.seed, step, microbatch)
+                expected = keyed_loop(reference, x, stack.layer_random.seed, step, microbatch)
                 torch.manual_seed(17)
                 state = torch.get_rng_state()
                 stack.dropout_key(step, microbatch)
@@ -386,7 +386,7 @@ def masks_do_not_depend_on_iterations(comm):
     x = torch.randn(2, 6, 8)
     stack = LayerParallel(copies(layers), MGRIT(cfactor=3, forward_iters=2, backward_iters=2), comm=comm)
     alone = LayerParallel(copies(layers), stack.options, comm=mlpint.comm.Comm.of(None) if comm.size == 1 else one())
-    alone.random.seed = stack.random.seed
+    alone.layer_random.seed = stack.layer_random.seed
     ys = []
     for network in (stack, alone):
         network.dropout_key(4)
@@ -495,7 +495,7 @@ def idle_ranks_are_reported(comm):
         stack = LayerParallel([Residual() for _ in range(5)], MGRIT(cfactor=4), comm=comm)
     told = [str(w.message) for w in caught if "own none of the 5 layers" in str(w.message)]
     assert len(told) == (comm.rank == 0 and comm.size > 2), told
-    assert stack.idle_ranks == list(range(2, comm.size))
+    assert stack.layout.idle_ranks == list(range(2, comm.size))
     owners = sorted(n for r in range(comm.size) for n in range(5) if stack.rank_of(n) == r)
     assert owners == list(range(5)), "each layer exactly once"
 

@@ -91,7 +91,7 @@ def ranks_train_like_one_process(comm):
             compare(model, alone)
             if kind == "stack":
                 assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
-            if model.blocks.local_indices:
+            if model.blocks.layout.local_indices(comm.rank):
                 assert multilevel.flops.all == reference.flops.all
             assert not mlpint.check_replicas(model, comm)
 
@@ -109,14 +109,14 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
         assert losses == expected[:STOP]
         directory = comm.gather((tempfile.mkdtemp() if comm.rank == 0 else "").encode())[0].decode()
         saved = multilevel.state_dict()
-        info = {"multilevel": saved["info"], "calls": model.blocks._calls}
+        info = {"multilevel": saved["info"], "calls": model.blocks.pass_keys.passes}
         checkpoint.save(directory, STOP, model, optimizer, info=info, extra=saved["tensors"], comm=comm)
 
         model = wrapped(comm, kind, INEXACT, dropout=0.1)
         optimizer, multilevel = start(model, **options)
         found = checkpoint.load(directory, model, optimizer, comm=comm)
         multilevel.load_state_dict({"info": found.info["multilevel"], "tensors": found.extra(multilevel.wants)})
-        model.blocks._calls = found.info["calls"]
+        model.blocks.pass_keys.passes = found.info["calls"]
         assert train(model, multilevel, optimizer) == expected[STOP:], kind
         ours, theirs = model.state_dict(), whole.state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -126,7 +126,7 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
         optimizer, multilevel = start(alone, **options)
         found = checkpoint.load(directory, alone, optimizer, comm=alone.blocks.comm)
         multilevel.load_state_dict({"info": found.info["multilevel"], "tensors": found.extra(multilevel.wants)})
-        alone.blocks._calls = found.info["calls"]
+        alone.blocks.pass_keys.passes = found.info["calls"]
         again = train(alone, multilevel, optimizer)
         assert max(abs(a - b) for a, b in zip(again, expected[STOP:], strict=True)) < 1e-9
 

@@ -74,7 +74,8 @@ def layer_parallel_options(comm):
     exact = MGRIT(levels=1)
     more = {"open_layers": 1, "close_layers": 2, "recompute": True}
     model = compare(comm, Language(), loss_of(tokens()), options=[exact], **more)
-    assert (model.blocks.open_layers, model.blocks.close_layers, model.blocks.recompute) == (1, 2, True)
+    assert (model.blocks.layout.open_layers, model.blocks.layout.close_layers) == (1, 2)
+    assert model.blocks.conditions.recompute
 
 
 class Stacked(nn.Module):
@@ -102,7 +103,7 @@ def a_block_stack(comm):
         assert_close(model(tokens(), lengths), reference(tokens(), lengths), 1e-10)
         rows = {name: (p.grad if row is None else p.grad[row]) for name, p, row in named_rows(reference)}
         own = {name: (p.grad if row is None else p.grad[row]) for name, p, row in named_rows(model)}
-        assert len(own) == 1 + 12 * len(model.blocks.local_indices)
+        assert len(own) == 1 + 12 * len(model.blocks.layout.local_indices(comm.rank))
         for name, gradient in own.items():
             scale = max(rows[name].abs().max(), 1e-4)  # those of the keys' biases are zero but for rounding
             assert (gradient - rows[name]).abs().max() < 1e-10 * scale, name
@@ -115,7 +116,7 @@ def a_block_stack(comm):
 def idle_ranks_know_the_form(comm):
     """Fewer intervals than ranks: those without layers have seen none return a tuple."""
     model = compare(comm, Language("tuple", layers=3), loss_of(tokens()), options=[MGRIT(cfactor=3, forward_iters=1)])
-    assert len(model.blocks.idle_ranks) == comm.size - 1
+    assert len(model.blocks.layout.idle_ranks) == comm.size - 1
 
 
 @float64

@@ -200,21 +200,21 @@ def split_backward_needs_no_second_visit(comm):
 
 def graphs_are_freed_as_they_are_used(comm):
     """In the last adjoint sweep the tapes held fall one by one; outside a pass none are held."""
-    from mlpint.layers import propagators
+    from mlpint.layers.module_evaluator import ModuleEvaluator
 
-    held, finish = [], propagators.Stream._finish
+    held, finish = [], ModuleEvaluator._finish
 
     def watched(self, *args):
         result = finish(self, *args)
         held.append(len(self.tapes))
         return result
 
-    propagators.Stream._finish = watched
+    ModuleEvaluator._finish = watched
     try:
         stack = LayerParallel([Residual() for _ in range(12)], MGRIT(2, 3, 2, 2), comm=comm)
         backward(stack, torch.randn(3, 4))
     finally:
-        propagators.Stream._finish = finish
+        ModuleEvaluator._finish = finish
     assert held == list(reversed(range(len(stack.local_layers)))), held
 
 

@@ -68,6 +68,15 @@ class Comm:
     def __deepcopy__(self, memo) -> Comm:
         return self  # a connection: a copied model speaks through the same one
 
+    def synchronize(self) -> None:
+        """Waits until this rank has done what it has put on its GPU, but not for ever for another rank; not collective.
+
+        Raises:
+            TransferError: NCCL reports a failed transfer, or another rank has kept this one waiting for too long.
+        """
+        if self.name == "nccl":
+            self.transport.synchronize()
+
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         self.transport.control.sum(0.0)

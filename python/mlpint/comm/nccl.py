@@ -18,13 +18,44 @@ _NAME = "libnccl.so.2"
 _ID_BYTES = 128
 
 
+class NcclTransport(_core.NcclTransport):
+    """The core's transport, and how to wait for it."""
+
+    def synchronize(self) -> None:
+        """Waits until this rank's GPU has done what is on its current stream.
+
+        A rank that waits for another does so on the GPU, where nothing limits the wait: ``loss.item()`` would wait for
+        a stopped rank for ever. Call this before it.
+
+        Raises:
+            TransferError: NCCL reports a failed transfer, or the stream has not moved for ``stall_limit`` seconds; what
+                was enqueued is aborted then.
+        """
+        if self.device < 0:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        start = time.monotonic()
+        while not event.query():
+            self.check()
+            waited = time.monotonic() - start
+            if waited > self.stall_limit:
+                self.abort()
+                raise _core.TransferError(
+                    f"rank {self.rank}: GPU {self.device} has waited {waited:.0f} s for another rank, which is "
+                    "stopped, hung or out of step"
+                )
+            if waited > 1e-3:
+                time.sleep(1e-4)
+
+
 def nccl_transport(
     control: _core.Transport,
     device: torch.device | str | int,
     library: str | os.PathLike[str] | None = None,
     *,
     host_memory: bool = False,
-) -> _core.NcclTransport:
+) -> NcclTransport:
     """A transport that moves CUDA tensors with NCCL, on torch's current stream. Collective over the ranks of `control`.
 
     Args:
@@ -60,9 +91,9 @@ def nccl_transport(
     _vote(control, error, "NCCL has another version")
 
     if host_memory:
-        return _core.NcclTransport(nccl, control, bytes(header[:_ID_BYTES]), -1, lambda: 0)
+        return NcclTransport(nccl, control, bytes(header[:_ID_BYTES]), -1, lambda: 0)
     torch.cuda.set_device(index)
-    return _core.NcclTransport(
+    return NcclTransport(
         nccl, control, bytes(header[:_ID_BYTES]), index, lambda: torch.cuda.current_stream(index).cuda_stream
     )
 
@@ -72,34 +103,6 @@ def own_gpu_each(comm: Comm) -> bool:
     mine = str(torch.cuda.get_device_properties(comm.device).uuid) if comm.device.type == "cuda" else ""
     gpus = comm.gather(mine.encode())
     return b"" not in gpus and len(set(gpus)) == comm.size
-
-
-def synchronize(transport: _core.Transport) -> None:
-    """Waits until this rank's GPU has done what is on its current stream; does nothing without a GPU.
-
-    A rank that waits for another does so on the GPU, where nothing limits the wait: ``loss.item()`` would wait for a
-    stopped rank for ever. Call this before it.
-
-    Raises:
-        TransferError: NCCL reports a failed transfer, or the stream has not moved for ``transport.stall_limit``
-            seconds; what was enqueued is aborted then.
-    """
-    if not isinstance(transport, _core.NcclTransport) or transport.device < 0:
-        return
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(transport.device))
-    start = time.monotonic()
-    while not event.query():
-        transport.check()
-        waited = time.monotonic() - start
-        if waited > transport.stall_limit:
-            transport.abort()
-            raise _core.TransferError(
-                f"rank {transport.rank}: GPU {transport.device} has waited {waited:.0f} s for another rank, which is "
-                "stopped, hung or out of step"
-            )
-        if waited > 1e-3:
-            time.sleep(1e-4)
 
 
 def _candidates(library: str | os.PathLike[str] | None) -> list[str]:

@@ -16,42 +16,29 @@ from .rehearsal import Rehearsal
 def first_not_finite(rehearsal: Rehearsal) -> str:
     """A clause that names the first layer whose state is not finite, the same on every rank. Collective."""
     blocks = rehearsal.blocks
-    swept = exact_options(blocks.options)
-    found: dict[int, str] = {}  # own layers with something not finite: what
+    exact = exact_options(blocks.options)
+    here: dict[int, str] = {}  # what is not finite at own layers
 
     def look(n: int, kind: str, parameters: Iterable[torch.Tensor], inputs: Any, output: Any) -> None:
         where = f"layer {n} ({kind}, rank {blocks.comm.rank})"
         if not _all_finite(pytree.tree_leaves(inputs)):
-            found.setdefault(n, f"the state before {where} is not finite")
+            here.setdefault(n, f"the state before {where} is not finite")
         elif not _all_finite(pytree.tree_leaves(output)):
             weights = "" if _all_finite(parameters) else ", and neither are its weights"
-            found.setdefault(n, f"the state after {where} is not finite{weights}")
+            here.setdefault(n, f"the state after {where} is not finite{weights}")
 
-    def hook(n: int):
-        return lambda layer, inputs, output: look(n, type(layer).__name__, layer.parameters(), inputs, output)
-
-    hooks = [layer.register_forward_hook(hook(n)) for n, layer in blocks.local_layers.items()]
-    if blocks.stacked is not None:
-        stacked = blocks.stacked
-        stacked.watch = lambda n, x, y: look(n, "Block", stacked.row(n), x, y)
-    try:
-        with rehearsal.under(swept), torch.no_grad():
-            loss = rehearsal.again()
-    finally:
-        for handle in hooks:
-            handle.remove()
-        if blocks.stacked is not None:
-            blocks.stacked.watch = None
-    reports = _gathered(rehearsal, found)
+    with rehearsal.under(exact), blocks.store.watched(look), torch.no_grad():
+        loss = rehearsal.again()
+    reports = _gathered(rehearsal, here)
     if reports:
         return reports[min(reports)]
     if not _all_finite([loss]):
         return "the states of all layers are finite, the loss is not"
-    gradients = rehearsal.gradients(swept).by_layer
+    gradients = rehearsal.gradients(exact).by_layer
     here = {
         n: f"all states are finite; the gradient of layer {n} (rank {blocks.comm.rank}) is not"
-        for n, found in gradients.items()
-        if not _all_finite(g for g in found if g is not None)
+        for n, own in gradients.items()
+        if not _all_finite(g for g in own if g is not None)
     }
     reports = _gathered(rehearsal, here)
     return reports[max(reports)] if reports else "computed again, all states, the loss and the gradients are finite"

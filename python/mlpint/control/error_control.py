@@ -137,7 +137,7 @@ class ErrorControl:
             refuse("measure", "gradient where max_error or reference are given")
         if self.max_error is not None and (not _is_number(self.max_error) or not self.max_error > 0):
             refuse("max_error", "positive, or None")
-        count = sum(len(ps) for ps in self.blocks.trainable_parameters().values())
+        count = sum(len(ps) for ps in self.blocks.store.trainable_parameters().values())
         if not self.blocks.comm.transport.control.sum(float(count)):
             raise ValueError("ErrorControl: the stack has no parameter that requires a gradient")
 
@@ -146,7 +146,7 @@ class ErrorControl:
         if ladder is None:
             if options.exact:
                 raise ValueError("ErrorControl: the stack is exact; give a ladder of options from cheap to exact")
-            ladder = default_ladder(options, blocks.depth)
+            ladder = default_ladder(options, blocks.layout.depth)
         ladder = tuple(ladder)
         for rung in ladder:
             if not isinstance(rung, MGRIT):

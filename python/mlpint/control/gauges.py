@@ -65,7 +65,7 @@ class ResidualGauge(Gauge):
     def measure(self, options: MGRIT) -> Measurement:
         if options.exact:
             return Measurement(options)
-        more = doubled_options(options, self.rehearsal.blocks.depth)
+        more = doubled_options(options, self.rehearsal.blocks.layout.depth)
         return Measurement(options, convergence_factor=self._gradients(more, watch=True).convergence_factor)
 
 

@@ -16,7 +16,7 @@ from ..parallel.layer_parallel import LayerParallel
 
 @dataclasses.dataclass
 class Gradients:
-    """Of the parameters of this rank's layers on one batch, as some options give them.
+    """The gradients of this rank's parameters on one batch, as some options give them.
 
     Attributes:
         by_layer: layer index -> gradients, one for each parameter that requires one and that no earlier layer has.
@@ -45,7 +45,7 @@ class Rehearsal:
         self, blocks: LayerParallel, again: Callable[[], torch.Tensor], device: torch.device, passes: int = 1
     ) -> None:
         self.blocks, self.again, self.device, self.passes = blocks, again, device, passes
-        self._keys = list(blocks.recent_keys)
+        self._keys = list(blocks.pass_keys.recent)
         if not self._keys:
             raise ValueError("the stack has not been called yet: control.step comes after the forward and the backward")
 
@@ -55,29 +55,26 @@ class Rehearsal:
 
         watch: compute residual norms. learn: coarse operators learn from these passes as from any other.
         """
-        blocks, last = self.blocks, self._keys[-self.passes :]
-        changed = {
-            "options": options,
-            "watch_residuals": watch,
-            "learning": learn,
-            "serial_microbatches": 1,  # slices of a batch draw other random numbers than the whole
-        }
-        saved = {name: getattr(blocks, name) for name in (*changed, "stats", "replayed_keys")}
+        blocks, last, stats = self.blocks, self._keys[-self.passes :], self.blocks.stats
         self._used = 0
 
-        def replayed() -> Iterator[tuple[int, int]]:
+        def repeated() -> Iterator[tuple[int, int]]:
             for key in itertools.chain(last, itertools.repeat(last[-1])):
                 self._used += 1
                 yield key
 
+        repetition = blocks.using(
+            options=options,
+            watch_residuals=watch,
+            learning=learn,
+            serial_microbatches=1,  # slices of a batch draw other random numbers than all of it
+            keys=repeated(),
+        )
         try:
-            for name, value in {**changed, "replayed_keys": replayed()}.items():
-                setattr(blocks, name, value)
-            with blocks.random.preserved(self.device):
+            with repetition, blocks.layer_random.preserved(self.device):
                 yield
         finally:
-            for name, value in saved.items():
-                setattr(blocks, name, value)
+            blocks.stats = stats
 
     def gradients(self, options: MGRIT, *, watch: bool = False, learn: bool = False) -> Gradients:
         """The gradients that these options give."""
@@ -90,11 +87,11 @@ class Rehearsal:
                 raise ValueError("`again` did not call the stack; it has to compute the step's loss again")
             if self._used == self.passes:
                 # Not backward(): nobody's .grad changes, and nobody's hooks run.
-                found = iter(torch.autograd.grad(loss, inputs, allow_unused=True)[len(anchor) :])
+                results = iter(torch.autograd.grad(loss, inputs, allow_unused=True)[len(anchor) :])
                 norms = self.blocks.stats.residual_norms
                 factors = {d: _ratio(*r[-2:]) for d, r in norms.items() if len(r) > 1}
-                gradients = {n: tuple(next(found) for _ in ps) for n, ps in weights.items()}
-                return Gradients(self.blocks.by_layer(gradients), factors)
+                gradients = {n: tuple(next(results) for _ in ps) for n, ps in weights.items()}
+                return Gradients(self.blocks.store.by_layer(gradients), factors)
         self.passes = self._used  # only now is it known which keys were whose
         return self.gradients(options, watch=watch, learn=learn)
 
@@ -117,7 +114,7 @@ def _own_weights(blocks: LayerParallel) -> dict[int, tuple[torch.nn.Parameter, .
     """Trainable parameters of this rank's layers, each counted once over all layers and ranks."""
     seen = {p for p, ranks in blocks.shared_parameters if ranks[0] != blocks.comm.rank}
     weights = {}
-    for n, parameters in sorted(blocks.trainable_parameters().items()):
+    for n, parameters in sorted(blocks.store.trainable_parameters().items()):
         weights[n] = tuple(p for p in parameters if p not in seen)
         seen.update(parameters)
     return weights
@@ -128,7 +125,7 @@ def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tup
 
     Added up layer by layer in the order of the layers: the same to the last bit on every rank, for any number of ranks.
     """
-    sums = torch.zeros(blocks.layer_count, 4, dtype=torch.float64)
+    sums = torch.zeros(len(blocks), 4, dtype=torch.float64)
     for n, ours in a.by_layer.items():
         for p, q in zip(ours, b.by_layer[n], strict=True):
             if p is not None or q is not None:

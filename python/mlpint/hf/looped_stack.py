@@ -36,8 +36,8 @@ def refuse(arguments: dict[str, Any]) -> None:
     for name, remedy in REMEDIES.items():
         value = arguments.get(name)
         if value is not None and value is not False:
-            given = value if isinstance(value, bool | int | float) else f"a {type(value).__name__}"
-            raise ValueError(f"{name} = {given}: {remedy}")
+            shown = value if isinstance(value, bool | int | float) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} = {shown}: {remedy}")
 
 
 class LoopedStack(LayerParallel):
@@ -59,9 +59,8 @@ class LoopedStack(LayerParallel):
         parameters = inspect.signature(layers[0].forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind in kinds]
         self._outlines = [outline(layer) for layer in layers]
-        for single in self._outlines:
-            single.forward = _refuse_single_call
-        self._some_idle = bool(self.idle_ranks)
+        for layer in self._outlines:
+            layer.forward = _refuse_single_call
         self._single = True
         self._form = 0  # entries of the tuple that layers return; 0: a tensor
         for layer in self.local_layers.values():
@@ -72,30 +71,29 @@ class LoopedStack(LayerParallel):
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         if isinstance(index, slice):
-            whole = range(self.layer_count)
-            if whole[index] != whole:
+            numbers = range(len(self))
+            if numbers[index] != numbers:
                 raise ValueError(
-                    f"{whole[index]} is a part of the {len(whole)} layers of a layer-parallel stack, which run as one; "
-                    "give the parts lists of their own in the model, and parallelize one with stack=..."
+                    f"{numbers[index]} is a part of the {len(self)} layers of a layer-parallel stack, which run as "
+                    "one; give the parts lists of their own in the model, and parallelize one with stack=..."
                 )
             return self
         return self._outlines[index]
 
     def train(self, mode: bool = True) -> LoopedStack:
-        for single in self._outlines:
-            single.train(mode)
+        for layer in self._outlines:
+            layer.train(mode)
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The state after the last layer, in the form in which a layer returns it; see :class:`LayerParallel`."""
-        given = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        refuse(given)
+        refuse(dict(zip(self._argument_names, args, strict=False)) | kwargs)
         if not args and self._argument_names and self._argument_names[0] in kwargs:
             args = (kwargs.pop(self._argument_names[0]),)
         self._single = bool(args) and isinstance(args[0], torch.Tensor)
         y = super().forward(*args, **kwargs)
-        if self._some_idle:  # they have seen no layer return anything
-            self._form = int(self.comm.broadcast(torch.tensor([self._form]), self.first_rank))
+        if self.layout.idle_ranks:  # they have seen no layer return anything
+            self._form = int(self.comm.broadcast(torch.tensor([self._form]), self.layout.first_rank))
         return (y, *[None] * (self._form - 1)) if self._form else y
 
     def _note_form(self, layer: nn.Module, args: Any, output: Any) -> None:
@@ -112,17 +110,17 @@ class LoopedStack(LayerParallel):
 
 def outline(module: nn.Module) -> nn.Module:
     """A module with the attributes of another, no hooks, and parameters and buffers without memory."""
-    found = copy.copy(module)
+    copied = copy.copy(module)
     for name, value in module.__dict__.items():
         if name.endswith("_hooks") and isinstance(value, dict):
-            found.__dict__[name] = type(value)()
-    found._parameters = {
+            copied.__dict__[name] = type(value)()
+    copied._parameters = {
         n: p if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
         for n, p in module._parameters.items()
     }
-    found._buffers = {n: b if b is None else b.to("meta") for n, b in module._buffers.items()}
-    found._modules = {n: m if m is None else outline(m) for n, m in module._modules.items()}
-    return found
+    copied._buffers = {n: b if b is None else b.to("meta") for n, b in module._buffers.items()}
+    copied._modules = {n: m if m is None else outline(m) for n, m in module._modules.items()}
+    return copied
 
 
 def _refuse_single_call(*args: Any, **kwargs: Any) -> NoReturn:

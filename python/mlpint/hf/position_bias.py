@@ -64,7 +64,7 @@ class BiasedStack(LoopedStack):
 
     @property
     def shared_parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
-        first = self.first_rank
+        first = self.layout.first_rank
         holders = [first, *(r for r in range(self.comm.size) if r != first)]
         table = [(self._maker[0].relative_attention_bias.weight, holders)] if len(holders) > 1 else []
         return [*super().shared_parameters, *table]

@@ -7,7 +7,7 @@ evaluation, and the state that the user's own random numbers continue from is pu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,16 +29,17 @@ class LayerRandom:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._draws: dict[tuple[int, bool], bool] = {}  # (layer, training) -> whether it draws random numbers
+        self._layers: Sequence[int] | None = None  # the numbers that _draws has for the layers; None: their own
 
     def forget(self) -> None:
         """After a change that may alter what layers draw (train or eval mode)."""
         self._draws.clear()
 
-    def renumbered(self, numbers: Mapping[int, int]) -> LayerRandom:
-        """For some of the layers under new numbers: old -> new."""
-        new = LayerRandom(self.seed)
-        new._draws = {(numbers[n], training): d for (n, training), d in self._draws.items() if n in numbers}
-        return new
+    def select(self, layers: Sequence[int]) -> LayerRandom:
+        """For a network made of some of the layers, which draw by the numbers 0, 1, ... that they have in there."""
+        selection = LayerRandom(self.seed)
+        selection._draws, selection._layers = self._draws, layers
+        return selection
 
     @contextmanager
     def preserved(self, device: torch.device) -> Iterator[None]:
@@ -53,7 +54,10 @@ class LayerRandom:
 
     def draws(self, layer: int, training: bool) -> bool:
         """Whether the layer has to be keyed; true until an evaluation has shown otherwise."""
-        return self._draws.get((layer, training), True)
+        return self._draws.get(self._place(layer, training), True)
+
+    def _place(self, layer: int, training: bool) -> tuple[int, bool]:
+        return (layer if self._layers is None else self._layers[layer]), training
 
     def key_of(self, step: int, microbatch: int, layer: int) -> int:
         """The key that a block of :mod:`mlpint.nn` would draw under :meth:`keyed`, without touching torch's."""
@@ -66,10 +70,11 @@ class LayerRandom:
         value = key(self.seed, step, microbatch, layer)
         for g in generators:
             g.manual_seed(value)
-        if (layer, training) in self._draws:
+        place = self._place(layer, training)
+        if place in self._draws:
             yield
             return
         before = [g.get_state() for g in generators]
         yield
         after = [g.get_state() for g in generators]
-        self._draws[layer, training] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        self._draws[place] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -7,7 +7,7 @@ import torch
 Tensors = tuple[torch.Tensor, ...]
 
 
-class Records:
+class SavedRows:
     """What steps of several layers at once leave for later, found again for any other grouping of the layers.
 
     Rows that are asked for as they were put, or as an evenly spaced part of that, come as views. Only rows from several

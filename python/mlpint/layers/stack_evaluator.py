@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from ..mgrit.stats import Stats
 from ..nn import BlockStack, batching
 from ..nn.attention import Padding
 from ..nn.block import BATCHED_STEPS
 from ..nn.settings import Weights
 from ..nn.step_context import StepContext, autocast_dtype, for_products
 from ..state import State
-from .random_keys import LayerRandom
-from .saved_rows import Records
+from .evaluator import LayerCall
+from .saved_rows import SavedRows
 
 
 class Slice(State):
@@ -46,61 +45,48 @@ def stacked_states(states: Sequence[State]) -> torch.Tensor:
 
 def progressions(rows: Iterable[int]) -> list[range]:
     """Ascending rows as ranges with any step, as few as come of taking the longest from the start each time."""
-    rows, found = list(rows), []
+    rows, ranges = list(rows), []
     while rows:
         step = rows[1] - rows[0] if len(rows) > 1 else 1
         count = next((i for i, row in enumerate(rows) if row != rows[0] + i * step), len(rows))
-        found.append(range(rows[0], rows[0] + (count - 1) * step + 1, step))
+        ranges.append(range(rows[0], rows[0] + (count - 1) * step + 1, step))
         del rows[:count]
-    return found
+    return ranges
 
 
 def as_slice(rows: range) -> slice:
     return slice(rows.start, rows.stop, rows.step)
 
 
-class StackStream:
-    """As :class:`mlpint.layers.propagators.Stream`, for the rows of a :class:`BlockStack` that are this rank's.
+class StackEvaluator:
+    """As :class:`mlpint.layers.evaluator.LayerEvaluator`, for the rows of a :class:`BlockStack` that are this rank's.
 
     What a block has saved for its backward, and the gradients inside it once its input's has been taken, are kept
-    with the leading dimension they were computed with; see :class:`mlpint.layers.saved_rows.Records`.
+    with the leading dimension they were computed with; see :class:`mlpint.layers.saved_rows.SavedRows`.
     """
 
-    def __init__(
-        self,
-        stack: BlockStack,
-        step_sizes: Callable[[int], float],
-        arguments: tuple[tuple, dict],
-        *,
-        single: bool,
-        record: bool,
-        recompute: bool,
-        random: LayerRandom,
-        key: tuple[int, int],
-        stats: Stats,
-    ) -> None:
-        self.stack, self.step_sizes = stack, step_sizes
-        self.lengths = key_lengths(*arguments, single)
-        self.record, self.recompute = record, recompute
-        self.random, self.key, self.stats = random, key, stats
+    def __init__(self, stack: BlockStack, call: LayerCall) -> None:
+        self.stack, self.call = stack, call
+        self.lengths = key_lengths(*call.arguments, call.single)
+        self.evaluations, self.recompute = call.stats.evaluations, call.recompute
         self.where = ""
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
         self._step = BATCHED_STEPS[stack.settings.norm]
+        self._indices = stack.indices
         self._rows = {n: i for i, n in enumerate(stack.indices)}
         self._parameters = stack.weights()
         self._weights: dict[range, Weights] = {}
         self._keys: dict[int, int] = {}
         self._padding: Padding | None = None
-        self._saved, self._inner = Records(), Records()
+        self._saved, self._inner = SavedRows(), SavedRows()
 
     # --- what the propagators call -----------------------------------------------------------------------------------
 
-    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, keep: bool) -> list[State]:
-        """Evaluates layers; ``keep`` at their final values, so that a backward can follow."""
-        keep = keep and self.record
+    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
+        record = is_final and self.call.record
 
         def step(call: StepContext, rows: range, x: torch.Tensor) -> torch.Tensor:
-            if not keep:
+            if not record:
                 return self._step.forward(call, self._weights_of(rows), x)
             if self.recompute:
                 self._saved.put(rows, (x,))
@@ -112,13 +98,11 @@ class StackStream:
         self._count("forward", level, len(layers))
         return self._batched(layers, states, step, watched=True)
 
-    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, keep: bool) -> list[State]:
-        """Gradients for the inputs; ``keep`` where :meth:`finish` will be told them again."""
-
+    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
         def step(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved = self._saved_of(call, rows, level)
             dx, inner = self._step.input_vjp(call, self._weights_of(rows), saved, grad)
-            if keep and not self.recompute:
+            if is_final and not self.recompute:
                 self._inner.put(rows, inner)
             return dx
 
@@ -128,9 +112,8 @@ class StackStream:
     def finish(
         self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
     ) -> list[State]:
-        """The last products with layers: gradients of their parameters are written, and what they saved is freed."""
         results = list(known)
-        if self.recompute:  # what an earlier visit found inside was not kept
+        if self.recompute:  # the gradients inside that an earlier product had were not kept
             known = [None] * len(layers)
 
         def finish(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
@@ -148,16 +131,16 @@ class StackStream:
             self._inner.drop(rows)
             return grad
 
-        for wanted, step in ((False, finish), (True, finish_known)):
-            which = [i for i, found in enumerate(known) if (found is not None) == wanted]
+        for is_known, step in ((False, finish), (True, finish_known)):
+            which = [i for i, gradient in enumerate(known) if (gradient is not None) == is_known]
             if not which:
                 continue
-            if not wanted:
+            if not is_known:
                 self._count("input_vjp", level, len(which))
             self._count("parameter_vjp", level, len(which))
-            found = self._batched([layers[i] for i in which], [states[i] for i in which], step)
-            for i, state in zip(which, found, strict=True):
-                results[i] = results[i] or state
+            gradients = self._batched([layers[i] for i in which], [states[i] for i in which], step)
+            for i, gradient in zip(which, gradients, strict=True):
+                results[i] = results[i] or gradient
         return results
 
     # --- parts -------------------------------------------------------------------------------------------------------
@@ -176,11 +159,11 @@ class StackStream:
         first = states[0].tensors[0]
         self.stack.settings.check_state(first, self.lengths)
         width = batching.width(len(layers), first.shape[0] * first.shape[1], first.shape[2], first.device)
-        h = self.stack.settings.step_size * self.step_sizes(layers[0])
+        h = self.stack.settings.step_size * self.call.step_size_of(layers[0])
         with torch.no_grad(), self._without_autocast(first.device):
-            for run in progressions(sorted(place)):
-                for start in range(0, len(run), width):
-                    rows = run[start : start + width]
+            for evenly_spaced in progressions(sorted(place)):
+                for start in range(0, len(evenly_spaced), width):
+                    rows = evenly_spaced[start : start + width]
                     x = stacked_states([states[place[row]] for row in rows])
                     call = StepContext(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h)
                     y = step(call, rows, x.flatten(1, 2)).view(x.shape)
@@ -228,18 +211,18 @@ class StackStream:
             return None
         for row in rows:
             if row not in self._keys:
-                self._keys[row] = self.random.key_of(*self.key, self.stack.indices[row])
+                self._keys[row] = self.call.random.key_of(*self.call.key, self._indices[row])
         return [self._keys[row] for row in rows]
 
     def _count(self, kind: str, level: int, count: int) -> None:
-        self.stats.evaluations[kind][level] += count
+        self.evaluations[kind][level] += count
 
 
 def key_lengths(args: tuple, kwargs: dict[str, Any], single: bool) -> torch.Tensor | None:
     """The one argument that blocks take beside their state."""
     if not single or len(args) > 1 or set(kwargs) - {"lengths"} or args and kwargs:
-        given = "a tuple as its state" if not single else f"{len(args)} arguments and {sorted(kwargs)}"
+        passed = "a tuple as its state" if not single else f"{len(args)} arguments and {sorted(kwargs)}"
         raise TypeError(
-            f"a BlockStack takes x, one tensor, and lengths; it was given {given}; use an nn.ModuleList of layers"
+            f"a BlockStack takes x, one tensor, and lengths; it was given {passed}; use an nn.ModuleList of layers"
         )
     return args[0] if args else kwargs.get("lengths")

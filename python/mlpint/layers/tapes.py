@@ -74,18 +74,18 @@ class GraphTape:
     def finish(self, grads: Tensors, known: Tensors | None, count: Count) -> tuple[Tensors, Grads]:
         # autograd walks the input's path again to reach the parameters, so knowing the input's gradient saves nothing.
         count("combined_vjp")
-        found = self._vjp(grads, (*self.inputs, *self.weights), retain=False)
+        gradients = self._vjp(grads, (*self.inputs, *self.weights), retain=False)
         n = len(self.inputs)
         self.outputs = ()  # frees the graph
-        return self._filled(found[:n]), found[n:]
+        return self._filled(gradients[:n]), gradients[n:]
 
 
 class TwoPartTape:
     """A layer's own tape: input part when asked, weight part once.
 
     Args:
-        tape: of the layer.
-        h: of the step x + h (layer(x) - x).
+        tape: what the layer returned.
+        h: step size, of x + h (layer(x) - x).
     """
 
     __slots__ = ("tape", "h")
@@ -101,11 +101,11 @@ class TwoPartTape:
         return (self.tape.input_vjp(scaled) + (grads[0] - scaled),)
 
     def finish(self, grads: Tensors, known: Tensors | None, count: Count) -> tuple[Tensors, Grads]:
-        found = self.input_vjp(grads, count) if known is None else known
+        input_gradients = self.input_vjp(grads, count) if known is None else known
         count("parameter_vjp")
-        weights = self.tape.weight_vjp()
+        weight_gradients = self.tape.weight_vjp()
         del self.tape
-        return found, weights
+        return input_gradients, weight_gradients
 
 
 class RecomputeTape:

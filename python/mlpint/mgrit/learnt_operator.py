@@ -30,7 +30,7 @@ ROWS = 512  # vectors of a state that enter at most
 
 @dataclasses.dataclass
 class _Fit:
-    """Of one tensor of the state in one interval: decayed normal equations and their solution."""
+    """Decayed normal equations for one tensor of the state in one interval, and their solution."""
 
     gram: torch.Tensor  # [n, n], features times features
     cross: torch.Tensor  # [n, d], features times targets
@@ -50,12 +50,9 @@ class LearntOperator:
         self.kind, self.affine = kind, affine and kind == "fitted"
         self._fits: dict[tuple[int, int], list[_Fit]] = {}  # (position, length) of the coarse step -> fit per tensor
         self._passes = 0
-        self.paused = False  # nothing is learnt from the pass under way
 
     def begin_pass(self) -> bool:
         """Whether the pass that begins is to be observed."""
-        if self.paused:
-            return False
         self._passes += 1
         return self._passes % OBSERVE_EVERY == 1 or self._passes <= SOLVE_EVERY
 

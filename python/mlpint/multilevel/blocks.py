@@ -8,12 +8,13 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..layers.stack_store import StackStore
 from ..nn import BlockStack
 from ..parallel.layer_parallel import LayerParallel
 from .module_runner import ModuleRunner
 from .runner import Runner
 from .stack_runner import StackRunner
-from .stacks import ParallelRunner
+from .stacks import ParallelRunner, ParallelStackRunner
 
 _REMEDY = (
     "pass the one that trains the blocks, made after they were put in their place, or set requires_grad=False for what "
@@ -24,7 +25,7 @@ _REMEDY = (
 def runner_of(blocks: Sequence[nn.Module] | nn.Module) -> Runner:
     """What runs the blocks of a model as its coarse networks."""
     if isinstance(blocks, LayerParallel):
-        return ParallelRunner(blocks)
+        return ParallelStackRunner(blocks) if isinstance(blocks.store, StackStore) else ParallelRunner(blocks)
     if isinstance(blocks, BlockStack):
         return StackRunner(blocks)
     return ModuleRunner(cast("Sequence[nn.Module]", blocks))  # as nn.Sequential and nn.ModuleList are, undeclared

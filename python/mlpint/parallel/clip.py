@@ -35,11 +35,9 @@ def squared_grad_norm(model: nn.Module) -> float:
     for name, stack in stacks:
         agree(stack.comm, {"operation": "gradient norm", "stack": name})
         elsewhere = {p for p, ranks in stack.shared_parameters if ranks[0] != stack.comm.rank}
-        squares = torch.zeros(stack.layer_count, dtype=torch.float64)
-        for n, gradients in stack.gradients().items():
-            squares[n] = _square([g for p, g in gradients.items() if p not in elsewhere and p not in counted])
-            if stack.stacked is None:
-                counted.update(gradients)
+        squares = torch.zeros(len(stack), dtype=torch.float64)
+        for n, gradients in stack.store.gradients(elsewhere | counted).items():
+            squares[n] = _square(gradients)
         counted.update(stack.parameters())
         if stack.comm.size > 1:
             stack.comm.sum_ordered([squares])

@@ -158,11 +158,10 @@ class Captured:
         self._pass += 1  # its states are used up
         self._grad.copy_(grad)
         outputs = iter(self._backward.outputs)
-        found = [next(outputs) if t.requires_grad else None for t in (self._inputs[0], *self._weights)]
+        dx, *gradients = [next(outputs) if t.requires_grad else None for t in (self._inputs[0], *self._weights)]
         self._hand_over_gradients()
         self._backward.replay()
-        dx = None if found[0] is None else found[0].clone()
-        return [dx, *(None if g is None else g.detach() for g in found[1:])]
+        return [None if dx is None else dx.clone(), *(None if g is None else g.detach() for g in gradients)]
 
     def _hand_over_gradients(self) -> None:
         """Gives weights whose ``.grad`` lies where the backward wrote it memory of their own, before any replay.
@@ -189,34 +188,36 @@ class Captured:
     def _conditions(self) -> dict[str, Any]:
         """All that a recording depends on, beside the inputs."""
         stack, kind = self._stack, self._inputs[0].device.type
-        found: dict[str, Any] = {
+        conditions: dict[str, Any] = {
             "training": stack.training,
             "autocast": (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             "places of the parameters": [p.data_ptr() for p in self._weights],
         }
         if isinstance(stack, LayerParallel):
-            found["options"] = stack.options
-            found["watch_residuals"] = stack.watch_residuals
-        return found
+            conditions["options"] = stack.options
+            conditions["watch_residuals"] = stack.watch_residuals
+        return conditions
 
     def _check_inputs(self, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         for name, now in self._conditions().items():
             if now != self._made_for[name]:
                 changed = "" if name.startswith("places") else f" from {self._made_for[name]} to {now}"
                 raise ValueError(f"the {name} of a captured stack changed{changed}: capture it anew")
-        given, structure = pytree.tree_flatten(((x, *args), kwargs))
+        leaves, structure = pytree.tree_flatten(((x, *args), kwargs))
         if structure != self._structure:
             raise ValueError("the arguments are not as many, or not named as in the capture: capture anew")
-        for number, (new, old) in enumerate(zip(given, self._inputs, strict=True)):
+        for number, (new, old) in enumerate(zip(leaves, self._inputs, strict=True)):
             if not isinstance(old, torch.Tensor):
                 if new != old:
                     raise ValueError(f"argument {number} is {new!r}, captured with {old!r}: capture the stack anew")
             elif not isinstance(new, torch.Tensor) or (new.shape, new.dtype, new.device) != (
                 old.shape, old.dtype, old.device
             ):  # fmt: skip
-                raise ValueError(f"argument {number} is {_told(new)}, captured with {_told(old)}: capture it anew")
+                raise ValueError(
+                    f"argument {number} is {_kind_of(new)}, captured with {_kind_of(old)}: capture it anew"
+                )
         with torch.no_grad():
-            for new, old in zip(given, self._inputs, strict=True):
+            for new, old in zip(leaves, self._inputs, strict=True):
                 if isinstance(old, torch.Tensor):
                     old.copy_(new)
 
@@ -298,14 +299,10 @@ def _check(stack: nn.Module, x: torch.Tensor, others: Any, recorder: Recorder | 
         raise ValueError(f"capture: {why}")
 
 
-def _drawing(stack: nn.Module | None, before: Sequence[torch.Tensor], device: torch.device) -> str | None:
+def _drawing(stack: nn.Module, before: Sequence[torch.Tensor], device: torch.device) -> str | None:
     """Who drew random numbers since the generators had these states; None if nobody did."""
     if isinstance(stack, LayerParallel):
-        # It puts the generators back, and knows which layers draw.
-        found = [n for n, layer in stack.local_layers.items() if stack.random.draws(n, layer.training)]
-        if found:
-            return f"layers {found}"
-        stack = stack.stacked
+        return stack.store.drawing(stack.layer_random)  # it puts the generators back
     if getattr(stack, "drops", False):
         return "the blocks"
     after = _generators(device)
@@ -334,14 +331,11 @@ def _without_generators(stack: nn.Module) -> Iterator[None]:
     if not isinstance(stack, LayerParallel):
         yield
         return
-    random, stack.random = stack.random, _NoGenerators(stack.random.seed)
-    try:
+    with stack.using(layer_random=_NoGenerators(stack.layer_random.seed)):
         yield
-    finally:
-        stack.random = random
 
 
-def _told(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}"
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,19 +13,20 @@ from torch import nn
 
 from ..comm.communicator import Comm
 from ..comm.fingerprint import fingerprint
-from ..layers.propagators import AnyStream, Stream
 from ..layers.random_keys import LayerRandom
-from ..layers.stack_evaluator import StackStream
-from ..mgrit.layout import block_owners, cyclic_owners
-from ..mgrit.learnt_operator import LearntOperator
+from ..layers.store import LayerStore, make_store
+from ..mgrit.layout import Layout, interval
+from ..mgrit.learnt_operators import LearntOperators
 from ..mgrit.options import MGRIT
-from ..mgrit.solvers import AnySolver, block_solver, cyclic_solver
+from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
 from ..nn import BlockStack
 from ..state import State
-from .plain_pass import plain_pass
+from .conditions import Conditions, PassSetup
+from .pass_keys import PassKeys
+from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
-from .solve_pass import Run, Solve
+from .solve_pass import SolveFunction, SolvePass
 
 
 class LayerParallel(nn.Module):
@@ -76,16 +77,21 @@ class LayerParallel(nn.Module):
         serial_microbatches: int = 1,
     ) -> None:
         super().__init__()
-        whole = layers if isinstance(layers, BlockStack) else None
-        layers = [layers] * len(whole) if whole is not None else list(layers)
+        layers = layers if isinstance(layers, BlockStack) else list(layers)
+        modules = [layers] if isinstance(layers, BlockStack) else layers
         options = MGRIT() if options is None else options
-        self.comm = Comm.of(comm)
-        self.open_layers, self.close_layers = open_layers, close_layers
-        self.step_size, self.recompute, self.serial_microbatches = step_size, recompute, serial_microbatches
-        self._check(layers, options, layout)
-        self.comm.vote(
+        _check(layers, modules, options)
+        self.comm = comm = Comm.of(comm)
+        ends = {"open_layers": open_layers, "close_layers": close_layers}
+        dealt = Layout.deal(layout, len(layers), comm.size, options, step_size=step_size, **ends)
+        self._store = make_store(layers, dealt.local_indices(comm.rank))
+        self._layer_random = LayerRandom(_common_seed(comm))
+        self.conditions = Conditions(
+            dealt, self._store, self._layer_random, options, recompute, serial_microbatches=serial_microbatches
+        )
+        comm.vote(
             {
-                "layers": f"{len(layers)} with {fingerprint(layers if whole is None else [whole])}",
+                "layers": f"{len(layers)} with {fingerprint(modules)}",
                 "options": str(options),
                 "step size": str(step_size),
                 "open and close layers": f"{open_layers} and {close_layers}",
@@ -95,181 +101,123 @@ class LayerParallel(nn.Module):
             },
             "LayerParallel",
         )
-        self._options = options
-        self.watch_residuals = False
-        self.stats = Stats()
-
-        self.layer_count = len(layers)
-        self.depth = len(layers) - open_layers - close_layers
-        self.layout = layout
-        granularity = options.cfactor if options.levels > 1 else 1
-        if layout == "block":
-            self._owners = block_owners(self.depth, granularity, self.comm.size)
-        else:
-            self._owners = cyclic_owners(self.depth, options.cfactor, self.comm.size)
-        self.first_rank, self.last_rank = self._owners[0], self._owners[-1]
-        self.local_indices = [n for n in range(len(layers)) if self.rank_of(n) == self.comm.rank]
-        self.local_layers: dict[int, nn.Module] = {}
-        self.stacked: BlockStack | None = None
-        if whole is None:
-            self.local_layers = {n: layers[n] for n in self.local_indices}
-            for n, layer in self.local_layers.items():
-                self.add_module(str(n), layer)
-        else:
-            self.stacked = whole.select(self.local_indices)
-            self.stacked.saved_by_owner = True
-        if self.idle_ranks and self.comm.rank == 0:
+        for name, module in self._store.children().items():
+            self.add_module(name, module)
+        if dealt.idle_ranks and comm.rank == 0:
             warnings.warn(
-                f"ranks {self.idle_ranks} own none of the {self.layer_count} layers: there are fewer intervals of "
-                f"{granularity} layers than ranks. Take fewer ranks or a smaller cfactor",
+                f"ranks {dealt.idle_ranks} own none of the {len(layers)} layers: there are fewer intervals of "
+                f"{interval(options)} layers than ranks. Take fewer ranks or a smaller cfactor",
                 stacklevel=2,
             )
-        self._shared = SharedParameters(layers if whole is None else [], self.rank_of, self.comm)
-        self._solvers: dict[tuple, AnySolver] = {}
-        self._learnt: dict[tuple[str, str], LearntOperator] = {}
-        self._submodules: dict[int, list[nn.Module]] = {n: list(m.modules()) for n, m in self.local_layers.items()}
-
-        seed = torch.tensor([torch.initial_seed() & (2**63 - 1)])
-        if self.comm.size > 1:
-            self.comm.transport.control.broadcast(State([seed]), 0)
-        self.random = LayerRandom(int(seed))
-        self._calls = 0
-        self._next_key: tuple[int, int] | None = None
-        self.recent_keys: deque[tuple[int, int]] = deque(maxlen=64)
-        # What a rehearsal sets: the keys of its passes, and that coarse operators learn nothing from them.
-        self.replayed_keys: Iterator[tuple[int, int]] | None = None
-        self.learning = True
+        self.stats = Stats()
+        self.pass_keys = PassKeys()
+        self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
+        self._shared = SharedParameters(modules, dealt.rank_of, comm)
         # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
-        self.anchor = torch.zeros((), requires_grad=self.comm.size > 1)
+        self.anchor = torch.zeros((), requires_grad=comm.size > 1)
 
-    def _check(self, layers: list[nn.Module], options: MGRIT, layout: str) -> None:
-        if not layers:
-            raise ValueError("LayerParallel got no layers")
-        for n, layer in enumerate(layers):
-            if not isinstance(layer, nn.Module):
-                raise TypeError(f"layer {n} is a {type(layer).__name__}, not a torch.nn.Module")
-        if not isinstance(options, MGRIT):
-            raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
-        if layout not in ("block", "cyclic"):
-            raise ValueError(f"layout = {layout!r}: must be 'block' or 'cyclic'")
-        size, cfactor = self.comm.size, options.cfactor
-        if layout == "cyclic" and size % cfactor and cfactor % size:
-            raise ValueError(
-                f"layout='cyclic' deals the {cfactor} layers of an interval out to ranks: their number, {size}, "
-                "must be a multiple of cfactor or divide it"
-            )
-        for name in ("open_layers", "close_layers"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be an integer of at least 0")
-        if self.open_layers + self.close_layers >= len(layers):
-            raise ValueError(
-                f"open_layers + close_layers = {self.open_layers} + {self.close_layers} leaves none of the "
-                f"{len(layers)} layers to the solver"
-            )
-        if isinstance(self.step_size, bool) or not isinstance(self.step_size, int | float) or not self.step_size > 0:
-            raise ValueError(f"step_size = {self.step_size!r}: must be a positive number")
-        if not isinstance(self.serial_microbatches, int) or self.serial_microbatches < 1:
-            raise ValueError(f"serial_microbatches = {self.serial_microbatches!r}: must be an integer of at least 1")
+    # --- what runs, and how ------------------------------------------------------------------------------------------
 
-    # --- who owns what -----------------------------------------------------------------------------------------------
+    @contextmanager
+    def using(self, **changes: Any) -> Iterator[None]:
+        """Inside, the stack runs under other conditions; what was changed is put back at the end, come what may.
 
-    def rank_of(self, layer: int) -> int:
-        """The rank that owns a layer."""
-        return self._owners[min(max(layer - self.open_layers, 0), self.depth - 1)]
+        A backward goes by the conditions of its forward. On all ranks alike; may be nested.
 
-    @property
-    def owns_first(self) -> bool:
-        return self.comm.rank == self.first_rank
+        Args:
+            **changes: attributes of :class:`mlpint.parallel.conditions.Conditions` with their values: options, keys,
+                learning, watch_residuals, serial_microbatches, recompute, layer_random, or a layout that
+                :meth:`mlpint.mgrit.layout.Layout.select` has made of the whole stack's.
+        """
+        with ExitStack() as leaving:
+            if "layout" in changes:
+                layers = changes["layout"].layers
+                changes["store"] = leaving.enter_context(self._store.select(layers))
+                changes["layer_random"] = self._layer_random.select(layers)
+            before = {name: getattr(self.conditions, name) for name in changes}
+            self._change(**changes)
+            try:
+                yield
+            finally:
+                self._change(**before)
 
-    @property
-    def owns_last(self) -> bool:
-        return self.comm.rank == self.last_rank
-
-    @property
-    def idle_ranks(self) -> list[int]:
-        """Ranks without layers of their own: there are fewer intervals of cfactor layers than ranks."""
-        busy = {self.rank_of(n) for n in range(self.layer_count)}
-        return [r for r in range(self.comm.size) if r not in busy]
-
-    @property
-    def open_indices(self) -> range:
-        return range(self.open_layers)
-
-    @property
-    def close_indices(self) -> range:
-        return range(self.layer_count - self.close_layers, self.layer_count)
-
-    def step_size_of(self, layer: int) -> float:
-        """h of a layer; 1 for open and close layers."""
-        serial = layer < self.open_layers or layer >= self.layer_count - self.close_layers
-        return 1 if serial else self.step_size
-
-    def __len__(self) -> int:
-        return self.layer_count
-
-    def extra_repr(self) -> str:
-        return f"{self.layer_count} layers on {self.comm.size} ranks, {self.options}"
-
-    # --- options and solvers -----------------------------------------------------------------------------------------
+    def _change(self, **changes: Any) -> None:
+        self.conditions = dataclasses.replace(self.conditions, **changes)
 
     @property
     def options(self) -> MGRIT:
         """How the depth is solved. Replace it on all ranks alike, between a backward and the next forward."""
-        return self._options
+        return self.conditions.options
 
     @options.setter
     def options(self, value: MGRIT) -> None:
-        if not isinstance(value, MGRIT):
-            raise TypeError(f"options must be an mlpint.MGRIT, got {type(value).__name__}")
-        self._options = value
+        self._change(options=value)
+
+    @property
+    def watch_residuals(self) -> bool:
+        """Whether residual norms are computed, even if no tolerance needs them."""
+        return self.conditions.watch_residuals
+
+    @watch_residuals.setter
+    def watch_residuals(self, value: bool) -> None:
+        self._change(watch_residuals=value)
+
+    @property
+    def layout(self) -> Layout:
+        """Who owns which layer."""
+        return self.conditions.layout
+
+    @property
+    def store(self) -> LayerStore:
+        """This rank's layers."""
+        return self.conditions.store
+
+    @property
+    def local_layers(self) -> Mapping[int, nn.Module]:
+        """This rank's layers by index; empty where their parameters are stacked."""
+        return self.store.modules
+
+    @property
+    def layer_random(self) -> LayerRandom:
+        """The layers' random numbers."""
+        return self.conditions.layer_random
+
+    def rank_of(self, layer: int) -> int:
+        """The rank that owns a layer."""
+        return self.layout.rank_of(layer)
+
+    def step_size_of(self, layer: int) -> float:
+        """h of a layer; 1 for open and close layers."""
+        return self.layout.step_size_of(layer)
+
+    @property
+    def shared_parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """Own parameters that layers of other ranks use too, with the ranks that hold them."""
+        return self._shared.parameters
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} layers on {self.comm.size} ranks, {self.options}"
+
+    # --- solvers and what they learn ---------------------------------------------------------------------------------
 
     def solver(self, direction: str) -> AnySolver:
-        """The solver of a direction for the current options."""
-        o = self._options
-        key = (direction, o.cfactor, o.levels, o.relaxation, o.coarse, o.tolerance, self.watch_residuals)
-        if key not in self._solvers:
-            make = block_solver if self.layout == "block" else cyclic_solver
-            self._solvers[key] = make(o, direction, self._owners, self.comm, norms=self.watch_residuals)
-        return self._solvers[key]
+        """The solver of a direction under the present conditions; raises what the next pass would raise for want of it.
 
-    def learnt_operator(self, direction: str) -> LearntOperator | None:
-        """What the coarse operator of the current options has learnt; None where it learns nothing."""
-        kind = self._options.coarse
-        if kind not in ("scaled", "fitted"):
-            return None
-        key = (direction, kind)
-        if key not in self._learnt:
-            self._learnt[key] = LearntOperator(kind, affine=direction == "forward")
-        self._learnt[key].paused = not self.learning
-        return self._learnt[key]
+        Args:
+            direction: "forward" or "backward".
+        """
+        return self._solvers.solver(self.layout, self.options, direction, norms=self.watch_residuals)
 
-    def learnt_tensors(self) -> dict[str, torch.Tensor]:
-        """What this rank's learnt coarse operators have learnt, for checkpoints; see :meth:`load_learnt_tensors`."""
-        return {
-            f"{direction}.{kind}.{name}": tensor
-            for (direction, kind), operator in self._learnt.items()
-            for name, tensor in operator.tensors()
-        }
+    def learnt_tensors(self, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+        """What this rank's learnt coarse operators have learnt, for checkpoints; on the present layout by default."""
+        return self._operators.tensors(layout or self.layout)
 
-    def load_learnt_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_learnt_tensors(self, tensors: Mapping[str, torch.Tensor], layout: Layout | None = None) -> None:
         """Takes up what the ranks had learnt, however many they were, for the intervals that this rank starts."""
-        self._learnt.clear()
-        for direction, kind in {tuple(name.split(".")[:2]) for name in tensors}:
-            prefix = f"{direction}.{kind}."
-            owners = self._owners if direction == "forward" else self._owners[::-1]
-            operator = self._learnt[direction, kind] = LearntOperator(kind, affine=direction == "forward")
-            operator.load(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
-                lambda position, owners=owners: owners[position] == self.comm.rank,
-            )
-
-    def stream(self, arguments: tuple[tuple, dict], extras: tuple[torch.Tensor, ...], **options: Any) -> AnyStream:
-        """What takes one batch through this rank's layers; see :class:`mlpint.layers.propagators.Stream`."""
-        options |= {"recompute": self.recompute, "random": self.random}
-        if self.stacked is None:
-            parameters = self.trainable_parameters() if options["record"] else {}
-            return Stream(self.local_layers, self.step_size_of, arguments, extras, parameters, **options)
-        return StackStream(self.stacked, self.step_size_of, arguments, **options)
+        self._operators.load(layout or self.layout, tensors)
 
     # --- the pass ----------------------------------------------------------------------------------------------------
 
@@ -285,114 +233,72 @@ class LayerParallel(nn.Module):
         if not state or not all(isinstance(t, torch.Tensor) for t in state):
             raise TypeError("the state must be a tensor or a tuple of tensors")
         self.stats = Stats()
-        if self.comm.size == 1 and self.options.exact and self.serial_microbatches == 1 and not self.recompute:
-            outputs = plain_pass(self, state, single, args, kwargs)
-            return outputs[0] if single else outputs
-        grad = torch.is_grad_enabled()
-        run = Run(self, state, single, args, kwargs, grad)
-        outputs = Solve.apply(run, self.anchor, *state, *run.extras, *run.weights)
+        number, key = self.pass_keys.next(self.conditions.keys)
+        setup = PassSetup(
+            self.conditions,
+            self.comm,
+            self._solvers,
+            self._operators,
+            self._shared,
+            number,
+            key,
+            self.training,
+            self.stats,
+        )
+        if is_plain(self.conditions):
+            outputs = plain_pass(setup, state, single, args, kwargs)
+        else:
+            solve_pass = SolvePass(setup, state, single, args, kwargs, torch.is_grad_enabled())
+            outputs = SolveFunction.apply(solve_pass, self.anchor, *state, *solve_pass.extras, *solve_pass.weights)
         return outputs[0] if single else outputs
-
-    def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
-        """Own parameters that require gradients now, by layer, in the order of ``layer.parameters()``.
-
-        Stacked parameters, those of several layers, are the first layer's here; see :meth:`by_layer`.
-        """
-        if self.stacked is not None:
-            found = tuple(p for p in self.stacked.weights() if p.requires_grad)
-            return {self.local_indices[0]: found} if self.local_indices else {}
-        return {
-            n: tuple(dict.fromkeys(p for m in ms for p in m._parameters.values() if p is not None and p.requires_grad))
-            for n, ms in self._submodules.items()
-        }
-
-    def by_layer(self, tensors: Mapping[int, tuple[torch.Tensor | None, ...]]) -> dict[int, tuple]:
-        """Something for each of :meth:`trainable_parameters`, or of all own parameters, cut up into single layers'."""
-        if self.stacked is None or not self.local_indices:
-            return dict(tensors)
-        stacked = tensors.get(self.local_indices[0], ())
-        return {n: tuple(t if t is None else t[i] for t in stacked) for i, n in enumerate(self.local_indices)}
-
-    def gradients(self) -> dict[int, dict[nn.Parameter, torch.Tensor]]:
-        """``.grad`` of own parameters by layer: of a stacked parameter a layer has its row."""
-        if self.stacked is not None:
-            held = {p: p.grad for p in self.stacked.weights() if p.grad is not None}
-            return {n: {p: g[i] for p, g in held.items()} for i, n in enumerate(self.local_indices)}
-        return {
-            n: {p: p.grad for p in layer.parameters() if p.grad is not None} for n, layer in self.local_layers.items()
-        }
-
-    def sum_shared_parameters(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
-        """Adds up, over the ranks that hold it, the gradient of a parameter that layers of several ranks share."""
-        self._shared.sum(gradients)
-
-    @property
-    def shared_parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """Own parameters that layers of other ranks use too, with the ranks that hold them."""
-        return self._shared.parameters
-
-    # --- dropout -----------------------------------------------------------------------------------------------------
 
     def dropout_key(self, step: int, microbatch: int = 0) -> None:
         """Keys the random numbers of the next pass; without it passes are counted. Same on every rank."""
-        self._next_key = (step, microbatch)
-
-    def next_key(self) -> tuple[int, tuple[int, int]]:
-        """Number of this pass and its (step, microbatch)."""
-        if self.replayed_keys is not None:
-            replayed = next(self.replayed_keys)
-            key, self._next_key = self._next_key or replayed, None
-            return self._calls, key
-        self._calls += 1
-        # Counted passes use a microbatch that no training loop reaches, so that the two kinds of key never meet.
-        key, self._next_key = self._next_key or (self._calls, 1 << 40), None
-        self.recent_keys.append(key)
-        return self._calls, key
+        self.pass_keys.choose(step, microbatch)
 
     def train(self, mode: bool = True) -> LayerParallel:
-        self.random.forget()
+        self.layer_random.forget()
         return super().train(mode)
 
-    # --- copies and checkpoints --------------------------------------------------------------------------------------
+    # --- state dict --------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The parameters of all layers under the keys of the unwrapped layers. Collective: call it on every rank."""
         if args:
             raise TypeError("state_dict takes destination, prefix and keep_vars as keyword arguments only")
         local = super().state_dict(prefix=prefix, keep_vars=keep_vars)
-        whole = gather_state_dict(local, self.comm, prefix)
+        of_all_ranks = gather_state_dict(local, self.comm, prefix)
         if destination is None:
-            return whole
-        destination.update(whole)
+            return of_all_ranks
+        destination.update(of_all_ranks)
         return destination
 
-    def local_state_dict(self, prefix: str = "") -> Any:
-        """The part of :meth:`state_dict` that this rank owns; not collective."""
-        return super().state_dict(prefix=prefix)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.stacked is not None:
-            self.stacked.save_rows(destination, prefix, keep_vars)
+        self.store.save(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         # Layers of other ranks are no concern here; their keys must still be those of layers that exist.
         for name in state_dict:
             if name.startswith(prefix):
-                index, _, parameter = name[len(prefix) :].partition(".")
-                exists = index.isdigit() and int(index) < self.layer_count
-                if not exists or self.stacked is not None and parameter not in self.stacked.row_names:
+                index, _, entry = name[len(prefix) :].partition(".")
+                if not (index.isdigit() and int(index) < len(self) and self.store.may_have(entry)):
                     unexpected.append(name)
-        if self.stacked is not None:
-            self.stacked.load_rows(state_dict, prefix, missing, errors)
+        self.store.load(state_dict, prefix, missing, errors)
 
-    def __deepcopy__(self, memo: dict) -> LayerParallel:
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        for name, value in self.__dict__.items():
-            if name == "_solvers":
-                clone.__dict__[name] = {}
-            elif name == "comm":
-                clone.__dict__[name] = value
-            else:
-                clone.__dict__[name] = copy.deepcopy(value, memo)
-        return clone
+
+def _check(layers: list[nn.Module] | BlockStack, modules: list[nn.Module], options: MGRIT) -> None:
+    if not len(layers):
+        raise ValueError("LayerParallel got no layers")
+    for n, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"layer {n} is a {type(module).__name__}, not a torch.nn.Module")
+    if not isinstance(options, MGRIT):
+        raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
+
+
+def _common_seed(comm: Comm) -> int:
+    """Rank 0's seed of torch's random numbers. Collective."""
+    seed = torch.tensor([torch.initial_seed() & (2**63 - 1)])
+    if comm.size > 1:
+        comm.transport.control.broadcast(State([seed]), 0)
+    return int(seed)

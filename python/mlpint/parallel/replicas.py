@@ -71,12 +71,12 @@ def sync_replicas(model: nn.Module, comm: Any = None) -> None:
 def tensors_outside(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers outside the LayerParallel stacks, each once, by name."""
     inside = {m for _, stack in stacks_of(model) for m in stack.modules()}
-    found: dict[torch.Tensor, str] = {}
+    names: dict[torch.Tensor, str] = {}
     for prefix, module in model.named_modules():
         if module not in inside:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                found.setdefault(tensor, f"{prefix}.{name}" if prefix else name)
-    return {name: tensor for tensor, name in found.items()}
+                names.setdefault(tensor, f"{prefix}.{name}" if prefix else name)
+    return {name: tensor for tensor, name in names.items()}
 
 
 def describe(tensors: dict[str, torch.Tensor]) -> str:
@@ -100,15 +100,15 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _shared(model: nn.Module) -> dict[str, tuple[str, nn.Parameter, tuple[LayerParallel, list[int]]]]:
     """Own parameters that layers of other ranks use too, under a key that those ranks give them too."""
-    found = {}
+    shared = {}
     for path, stack in stacks_of(model):
         names = {p: f"{path}.{name}" if path else name for name, p in reversed([*stack.named_parameters()])}
         count: dict[str, int] = {}
         for parameter, ranks in stack.shared_parameters:
             group = f"{path} {ranks}"
             count[group] = count.get(group, 0) + 1
-            found[f"{group} {count[group]}"] = names[parameter], parameter, (stack, ranks)
-    return found
+            shared[f"{group} {count[group]}"] = names[parameter], parameter, (stack, ranks)
+    return shared
 
 
 def _send_from_first(comm: Comm, tensor: torch.Tensor, ranks: list[int]) -> None:

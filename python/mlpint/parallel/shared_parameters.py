@@ -23,6 +23,9 @@ class SharedParameters:
 
     Each of those ranks holds a replica. They start equal and stay equal because each gets the same summed gradient,
     added up in rank order on the lowest of them.
+
+    Attributes:
+        parameters: own parameters that other ranks hold too, with the ranks that do.
     """
 
     def __init__(self, layers: list[nn.Module], rank_of: Callable[[int], int], comm: Comm) -> None:
@@ -31,18 +34,13 @@ class SharedParameters:
             for parameter in layer.parameters():
                 holders.setdefault(parameter, set()).add(rank_of(n))
         self._comm = comm
-        self._held = [
+        self.parameters = [
             (parameter, sorted(ranks)) for parameter, ranks in holders.items() if len(ranks) > 1 and comm.rank in ranks
         ]
 
-    @property
-    def parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """Own parameters that other ranks hold too, with the ranks that do."""
-        return self._held
-
     def sum(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
         transport, me = self._comm.transport, self._comm.rank
-        for parameter, ranks in self._held:
+        for parameter, ranks in self.parameters:
             if not parameter.requires_grad:
                 continue
             mine = gradients.get(parameter)
@@ -66,7 +64,7 @@ class SharedParameters:
 def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -> OrderedDict[str, torch.Tensor]:
     """Every rank's entries on every rank, in the order of the layers. Collective."""
     agree(comm, {"operation": "state_dict", "prefix": prefix})
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for owner in range(comm.size):
         entries = [[k, list(t.shape), str(t.dtype).removeprefix("torch."), t.device.type] for k, t in local.items()]
         entries = json.loads(_broadcast_text(json.dumps(entries), owner, comm))
@@ -79,12 +77,12 @@ def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
             if comm.size > 1 and tensor.numel():
                 comm.transport.broadcast(State([tensor.detach()]), owner)
-            found[name] = tensor
-    order = sorted(found, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
-    whole: OrderedDict[str, Any] = OrderedDict((name, found[name]) for name in order)
+            tensors[name] = tensor
+    order = sorted(tensors, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
+    gathered: OrderedDict[str, Any] = OrderedDict((name, tensors[name]) for name in order)
     if hasattr(local, "_metadata"):
-        whole._metadata = local._metadata  # type: ignore[attr-defined]
-    return whole
+        gathered._metadata = local._metadata  # type: ignore[attr-defined]
+    return gathered
 
 
 def _broadcast_text(text: str, owner: int, comm: Comm) -> str:

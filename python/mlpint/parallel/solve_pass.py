@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -13,19 +13,17 @@ from torch.utils import _pytree as pytree
 
 from .._core import Sweep
 from ..comm.agreement import agree
-from ..comm.nccl import synchronize
-from ..layers.propagators import AdjointPropagator, AnyStream, ForwardPropagator, annotate, merge_gradients
+from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
+from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..state import State, describe
-
-if TYPE_CHECKING:
-    from .layer_parallel import LayerParallel
+from .conditions import PassSetup
 
 
-class Run:
-    """One call of the stack.
+class SolvePass:
+    """One call of a stack, and its way back.
 
     Args:
-        stack: the module called.
+        setup: what the stack hands to the pass.
         state: the tensors of x.
         single: whether x is one tensor.
         args, kwargs: passed to every layer.
@@ -34,23 +32,23 @@ class Run:
 
     def __init__(
         self,
-        stack: LayerParallel,
+        setup: PassSetup,
         state: tuple[torch.Tensor, ...],
         single: bool,
         args: tuple,
         kwargs: dict[str, Any],
         record: bool,
     ) -> None:
-        self.stack, self.single, self.record = stack, single, record
-        self.options, self.comm, self.stats = stack.options, stack.comm, stack.stats
-        self.number, self.key = stack.next_key()
+        self.setup, self.conditions, self.single, self.record = setup, setup.conditions, single, record
+        self.layout, self.options = self.conditions.layout, self.conditions.options
+        self.comm, self.stats = setup.comm, setup.stats
         self.state = State(t.detach() for t in state)
         self.device_type = state[0].device.type
         self.autocast = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
         self._find_extras(args, kwargs)
-        parameters = stack.trainable_parameters() if record else {}
-        self.weights = tuple(dict.fromkeys(p for ps in parameters.values() for p in ps))
-        self.streams = self._make_streams(args, kwargs)
+        self.parameters = self.conditions.store.trainable_parameters() if record else {}
+        self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
+        self.evaluators = self._make_evaluators()
         self.used = False
 
     # --- arguments ---------------------------------------------------------------------------------------------------
@@ -65,28 +63,31 @@ class Run:
         substitute = dict(zip(self.extras, self.extra_leaves, strict=True))
         self._arguments = [substitute.get(t, t) if isinstance(t, torch.Tensor) else t for t in leaves]
 
-    def _make_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[AnyStream]:
-        """One stream for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
-        stack, batch = self.stack, self.state.tensors[0].shape[:1]
-        count = min(stack.serial_microbatches, *batch) if self.options.exact and batch else 1
+    def _make_evaluators(self) -> list[LayerEvaluator]:
+        """One evaluator for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
+        c, (step, microbatch), batch = self.conditions, self.setup.key, self.state.tensors[0].shape[:1]
+        count = min(c.serial_microbatches, *batch) if self.options.exact and batch else 1
         self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []
-        streams = []
+        evaluators = []
         for i in range(count):
             arguments = self._arguments
             if count > 1:
                 with torch.enable_grad():
                     arguments = [self._part(a, i) for a in arguments]
-            streams.append(
-                stack.stream(
-                    pytree.tree_unflatten(arguments, self._spec),
-                    self.extra_leaves,
-                    single=self.single,
-                    record=self.record,
-                    key=(self.key[0], self.key[1] * count + i),
-                    stats=self.stats,
-                )
+            call = LayerCall(
+                pytree.tree_unflatten(arguments, self._spec),
+                self.single,
+                self.layout.step_size_of,
+                c.layer_random,
+                (step, microbatch * count + i),
+                self.stats,
+                self.record,
+                c.recompute,
+                self.extra_leaves,
+                self.parameters,
             )
-        return streams
+            evaluators.append(c.store.evaluator(call))
+        return evaluators
 
     def _part(self, argument: Any, i: int) -> Any:
         """Microbatch i of an argument, if it is a tensor with the batch as its first dimension."""
@@ -98,19 +99,18 @@ class Run:
     # --- forwards and backwards --------------------------------------------------------------------------------------
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        stack = self.stack
+        layout, owns_first = self.layout, self.comm.rank == self.layout.first_rank
         with self._phase("forward", self.state.tensors):
             finals = []
-            for i, stream in enumerate(self.streams):
+            for i, evaluator in enumerate(self.evaluators):
                 state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
-                if stack.owns_first:
-                    state = self._serial_forward(stream, stack.open_indices, state)
-                operator = stack.learnt_operator("forward")
-                propagator = ForwardPropagator(stream, state, self.comm.rank, stack.open_layers, operator)
-                final = self._solve("forward", propagator, state if stack.owns_first else None)
+                if owns_first:
+                    state = self._serial_forward(evaluator, layout.open_indices, state)
+                propagator = self._propagator(ForwardPropagator, evaluator, state, layout.open_layers)
+                final = self._solve(propagator, state if owns_first else None)
                 if final is not None:
-                    finals.append(self._serial_forward(stream, stack.close_indices, final))
-            return self._share(finals, self.state, stack.last_rank)
+                    finals.append(self._serial_forward(evaluator, layout.close_indices, final))
+            return self._share(finals, self.state, layout.last_rank)
 
     def backward(self, grads: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
         """Gradients for the state, the extra tensors and this rank's parameters, in that order.
@@ -123,7 +123,7 @@ class Run:
                 "call the stack again"
             )
         self.used = True
-        stack = self.stack
+        layout, owns_last = self.layout, self.comm.rank == self.layout.last_rank
         floating = [t.is_floating_point() for t in self.state.tensors]
         template = State(t for t, f in zip(self.state.tensors, floating, strict=True) if f)
         incoming = State(
@@ -132,29 +132,35 @@ class Run:
         wants_state = any(wanted[: len(floating)])
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
             finals = []
-            for i, stream in enumerate(self.streams):
+            for i, evaluator in enumerate(self.evaluators):
                 lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
-                if stack.owns_last:
-                    lam = self._serial_backward(stream, stack.close_indices, lam)
-                operator = stack.learnt_operator("backward")
-                last = stack.open_layers + stack.depth - 1
-                propagator = AdjointPropagator(stream, lam, self.comm.rank, last, operator)
-                final = self._solve("backward", propagator, lam if stack.owns_last else None)
+                if owns_last:
+                    lam = self._serial_backward(evaluator, layout.close_indices, lam)
+                last_layer = layout.open_layers + layout.depth - 1
+                propagator = self._propagator(AdjointPropagator, evaluator, lam, last_layer)
+                final = self._solve(propagator, lam if owns_last else None)
                 if final is not None:
-                    finals.append(self._serial_backward(stream, stack.open_indices, final))
+                    finals.append(self._serial_backward(evaluator, layout.open_indices, final))
             result: list[torch.Tensor | None] = [None] * len(floating)
             if wants_state:
-                shared = iter(self._share(finals, template, stack.first_rank))
+                shared = iter(self._share(finals, template, layout.first_rank))
                 result = [next(shared) if f else None for f in floating]
-            gradients = merge_gradients(self.streams)
+            gradients = merge_gradients(self.evaluators)
             result += self._sum_extras(gradients)
-            stack.sum_shared_parameters(gradients)
+            self.setup.shared.sum(gradients)
             result += [gradients.get(p) for p in self.weights]
-        self.streams = []
+        self.evaluators = []
         return result
 
-    def _solve(self, direction: str, propagator: ForwardPropagator | AdjointPropagator, initial: State | None) -> Any:
-        solver = self.stack.solver(direction)
+    def _propagator(
+        self, kind: type[Propagator], evaluator: LayerEvaluator, template: State, first_layer: int
+    ) -> Propagator:
+        operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
+        return kind(evaluator, template, self.comm.rank, first_layer, operator, self.conditions.learning)
+
+    def _solve(self, propagator: Propagator, initial: State | None) -> State | None:
+        direction, norms = propagator.direction, self.conditions.watch_residuals
+        solver = self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
         try:
             result = solver.solve(propagator, initial, self.options.iterations(direction))
         except BaseException as error:
@@ -168,14 +174,14 @@ class Run:
         self.stats.seconds["wait"] += result.waited
         return result.final_value
 
-    def _serial_forward(self, stream: AnyStream, layers: range, state: State) -> State:
-        propagator = ForwardPropagator(stream, state, self.comm.rank, 0)
+    def _serial_forward(self, evaluator: LayerEvaluator, layers: range, state: State) -> State:
+        propagator = ForwardPropagator(evaluator, state, self.comm.rank, 0)
         for n in layers:
             state = propagator.evaluate([n], [state], [None], 0, Sweep.final_fine)[0]
         return state
 
-    def _serial_backward(self, stream: AnyStream, layers: range, lam: State) -> State:
-        propagator = AdjointPropagator(stream, lam, self.comm.rank, 0)
+    def _serial_backward(self, evaluator: LayerEvaluator, layers: range, lam: State) -> State:
+        propagator = AdjointPropagator(evaluator, lam, self.comm.rank, 0)
         for n in reversed(layers):
             lam = propagator.evaluate([-n], [lam], [None], 0, Sweep.final_fine)[0]
         return lam
@@ -195,8 +201,8 @@ class Run:
         return state.tensors
 
     def _sum_extras(self, gradients: dict[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        found = [gradients.get(leaf) for leaf in self.extra_leaves]
-        sums = [torch.zeros_like(x) if g is None else g.clone() for g, x in zip(found, self.extra_leaves, strict=True)]
+        pairs = [(leaf, gradients.get(leaf)) for leaf in self.extra_leaves]
+        sums = [torch.zeros_like(leaf) if g is None else g.clone() for leaf, g in pairs]
         if sums and self.comm.size > 1:
             self.comm.sum_ordered(sums)
         return sums
@@ -205,46 +211,45 @@ class Run:
     def _phase(self, direction: str, tensors: Sequence[torch.Tensor], more: str = "") -> Iterator[None]:
         """What holds around either direction: agreement of the ranks first, random state, autocast, time."""
         started = time.perf_counter()
-        stack = self.stack
         agree(
             self.comm,
             {
                 "operation": direction,
-                "call": str(self.number),
+                "call": str(self.setup.number),
                 "tensors": describe(tensors),
                 "options": str(self.options),
                 "records": str(self.record),
-                "training": str(stack.training),
-                "dropout key": str(self.key),
+                "training": str(self.setup.training),
+                "dropout key": str(self.setup.key),
                 "extra tensors": describe(self.extras),
                 "more": more,
             },
         )
         with ExitStack() as around:
-            around.enter_context(stack.random.preserved(tensors[0].device))
+            around.enter_context(self.conditions.layer_random.preserved(tensors[0].device))
             enabled, dtype = self.autocast
             if enabled:
                 # The cache of cast weights would hand a cast made without gradients to an evaluation that records.
                 around.enter_context(torch.autocast(self.device_type, dtype=dtype, cache_enabled=False))
             yield
-        synchronize(self.comm.transport)  # the script may wait for the GPU next, and nothing limits that wait
+        self.comm.synchronize()  # the script may wait for the GPU next, and nothing limits that wait
         self.stats.seconds[direction] += time.perf_counter() - started
 
 
-class Solve(torch.autograd.Function):
-    """A run as one node of autograd's graph: its inputs are the state, the extra tensors and the parameters."""
+class SolveFunction(torch.autograd.Function):
+    """A pass as one node of autograd's graph: its inputs are the state, the extra tensors and the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.run = run
-        outputs = run.forward()
+    def forward(ctx: Any, solve_pass: SolvePass, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.solve_pass = solve_pass
+        outputs = solve_pass.forward()
         # A layer may hand an input through, or return a part of something; an output of this node has to be its own.
-        given = {t.data_ptr() for t in run.state.tensors}
-        outputs = tuple(t.clone() if t.data_ptr() in given or t._is_view() else t for t in outputs)
+        inputs = {t.data_ptr() for t in solve_pass.state.tensors}
+        outputs = tuple(t.clone() if t.data_ptr() in inputs or t._is_view() else t for t in outputs)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, None, *ctx.run.backward(grads, ctx.needs_input_grad[2:]))
+        return (None, None, *ctx.solve_pass.backward(grads, ctx.needs_input_grad[2:]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.propagators import output_tensors
+from ..layers.layer_output import output_tensors
 from ..layers.random_keys import LayerRandom
 
 
@@ -51,10 +51,10 @@ def check_block(block: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], *a
 
 
 def _check_replay(name, evaluate, state) -> None:
-    given = [t.clone() for t in state]
+    unchanged = [t.clone() for t in state]
     with torch.no_grad():
         first = evaluate(state)
-        if any(not torch.equal(a, b) for a, b in zip(state, given, strict=True)):
+        if any(not torch.equal(a, b) for a, b in zip(state, unchanged, strict=True)):
             raise ValueError(f"{name} changes its input in place; the solver keeps inputs for later evaluations")
         other = tuple(t + 0.1 * t.abs().mean() if t.is_floating_point() else t for t in state)
         evaluate(other, step=1)

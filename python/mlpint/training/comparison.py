@@ -6,25 +6,15 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from ..comm.communicator import Comm
+from ..control.ladder import exact_options
 from ..parallel.layer_parallel import LayerParallel
-
-
-@contextmanager
-def exact(blocks: LayerParallel) -> Iterator[None]:
-    """Inside, the stack is swept serially and exactly."""
-    options = blocks.options
-    blocks.options = dataclasses.replace(options, forward_iters=0, backward_iters=0)
-    try:
-        yield
-    finally:
-        blocks.options = options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +56,7 @@ def compare(
             model.zero_grad(set_to_none=True)
             comm.barrier()
             started = time.perf_counter()
-            if way == "exact":
-                with exact(blocks):
-                    pass_(max(n, 0))
-            else:
+            with blocks.using(options=exact_options(blocks.options)) if way == "exact" else nullcontext():
                 pass_(max(n, 0))
             _finish()
             comm.barrier()  # so that the time is that of the slowest rank

@@ -64,7 +64,7 @@ class Report:
             self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
         )
         model, task = self.config.model, trainer.task
-        idle = f", idle ranks {trainer.blocks.idle_ranks}" if trainer.blocks.idle_ranks else ""
+        idle = f", idle ranks {trainer.blocks.layout.idle_ranks}" if trainer.blocks.layout.idle_ranks else ""
         self._say(
             f"{model.layers} layers, dim {model.dim}, {model.heads} heads; "
             f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"

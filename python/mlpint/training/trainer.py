@@ -17,7 +17,7 @@ from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..control.decision import Decision
 from ..control.error_control import ErrorControl
-from ..control.ladder import short_form
+from ..control.ladder import exact_options, short_form
 from ..errors import ConfigError, TrainingError
 from ..flops import FlopMeter
 from ..mgrit.options import MGRIT
@@ -25,7 +25,7 @@ from ..multilevel import Multilevel, Phase
 from ..nn import random_keys
 from ..parallel.clip import clip_grad_norm_
 from ..parallel.layer_parallel import LayerParallel
-from .comparison import Comparison, compare, exact
+from .comparison import Comparison, compare
 from .config import TrainConfig
 from .initial_weights import check_identity, start_from
 from .optimizer import learning_rate, make_optimizer
@@ -168,7 +168,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss and the task's other measures of the exact network on held-out data."""
         self.model.eval()
-        with exact(self.blocks), self.autocast():
+        with self.blocks.using(options=exact_options(self.blocks.options)), self.autocast():
             found = self.task.validate(self.model, self.device, self.comm)
         self.model.train()
         return found
@@ -177,7 +177,7 @@ class Trainer:
     def sample(self) -> Sample | None:
         """What the exact network has learnt, to be looked at; None if no sample is wanted."""
         self.model.eval()
-        with exact(self.blocks):
+        with self.blocks.using(options=exact_options(self.blocks.options)):
             sample = self.task.sample(self.model, self.device, self.comm)
         self.model.train()
         return sample

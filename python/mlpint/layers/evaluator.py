@@ -1,0 +1,81 @@
+"""What takes one batch through a rank's layers, whatever way their parameters are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..mgrit.stats import Stats
+from ..state import State
+from .random_keys import LayerRandom
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerCall:
+    """A call of a rank's layers with one batch.
+
+    Attributes:
+        arguments: positional and keyword arguments for every layer, beside the state.
+        single: whether the state is one tensor, as opposed to a tuple.
+        step_size_of: h by layer index.
+        random: the layers' random numbers.
+        key: (step, microbatch) of the dropout keys.
+        stats: where evaluations are counted.
+        record: keep what a backward needs.
+        recompute: keep the layers' inputs alone for that, and evaluate the layers again.
+        extras: the tensors among the arguments that gradients are wanted for (leaves).
+        parameters: own parameters that gradients are wanted for, by layer index.
+    """
+
+    arguments: tuple[tuple, dict[str, Any]]
+    single: bool
+    step_size_of: Callable[[int], float]
+    random: LayerRandom
+    key: tuple[int, int]
+    stats: Stats
+    record: bool = False
+    recompute: bool = False
+    extras: tuple[torch.Tensor, ...] = ()
+    parameters: Mapping[int, tuple[nn.Parameter, ...]] = dataclasses.field(default_factory=dict)
+
+
+class LayerEvaluator(Protocol):
+    """Evaluates layers for the solver, several independent ones at once, and takes their vector-Jacobian products.
+
+    Attributes:
+        where: the layers at work, for errors.
+        gradients: of parameters and extra tensors, complete once every layer has been finished.
+    """
+
+    where: str
+    gradients: dict[torch.Tensor, torch.Tensor]
+
+    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
+        """The states after the layers; ``is_final`` where these are final, so that a backward can follow."""
+
+    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
+        """Gradients for the inputs; ``is_final`` where :meth:`finish` will be passed the same again."""
+
+    def finish(
+        self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
+    ) -> list[State]:
+        """The last products with layers: gradients are added up, and what was kept of the layers is freed.
+
+        known: the gradients for the inputs, where the last :meth:`input_vjp` has found them.
+        """
+
+
+def merge_gradients(evaluators: Sequence[LayerEvaluator]) -> dict[torch.Tensor, torch.Tensor]:
+    """Sums the gradients of several microbatches."""
+    if len(evaluators) == 1:
+        return evaluators[0].gradients
+    total: dict[torch.Tensor, Any] = defaultdict(lambda: 0)
+    for evaluator in evaluators:
+        for weight, gradient in evaluator.gradients.items():
+            total[weight] = total[weight] + gradient
+    return total

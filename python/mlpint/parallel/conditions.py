@@ -1,0 +1,75 @@
+"""What a pass through a stack depends on, beside the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from ..comm.communicator import Comm
+from ..layers.random_keys import LayerRandom
+from ..layers.store import LayerStore
+from ..mgrit.layout import Layout
+from ..mgrit.learnt_operators import LearntOperators
+from ..mgrit.options import MGRIT
+from ..mgrit.solvers import Solvers
+from ..mgrit.stats import Stats
+from .shared_parameters import SharedParameters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conditions:
+    """How a stack runs. See :meth:`mlpint.LayerParallel.using`.
+
+    Attributes:
+        layout: the layers that run, and who owns them.
+        store: those of them that are on this rank; goes with the layout.
+        layer_random: their random numbers; goes with the layout.
+        options: how the depth is solved.
+        recompute: whether layers are evaluated again for their gradients.
+        serial_microbatches: slices of the batch in exact sweeps.
+        watch_residuals: whether residual norms are computed, even if no tolerance needs them.
+        learning: whether coarse operators learn from the passes.
+        keys: the dropout keys of passes that repeat earlier ones and are not counted; None: new passes.
+    """
+
+    layout: Layout
+    store: LayerStore
+    layer_random: LayerRandom
+    options: MGRIT
+    recompute: bool = False
+    serial_microbatches: int = 1
+    watch_residuals: bool = False
+    learning: bool = True
+    keys: Iterator[tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, MGRIT):
+            raise TypeError(f"options must be an mlpint.MGRIT, got {type(self.options).__name__}")
+        if not isinstance(self.serial_microbatches, int) or self.serial_microbatches < 1:
+            raise ValueError(f"serial_microbatches = {self.serial_microbatches!r}: must be an integer of at least 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PassSetup:
+    """What a stack hands to one of its passes.
+
+    Attributes:
+        conditions: under which it runs, backwards too.
+        comm: the ranks.
+        solvers, operators: those of the stack.
+        shared: parameters that layers of several ranks share.
+        number: of the pass.
+        key: (step, microbatch) of the dropout keys.
+        training: whether the stack is in training mode.
+        stats: to be filled by the pass.
+    """
+
+    conditions: Conditions
+    comm: Comm
+    solvers: Solvers
+    operators: LearntOperators
+    shared: SharedParameters
+    number: int
+    key: tuple[int, int]
+    training: bool
+    stats: Stats
