@@ -55,7 +55,7 @@ class StackStore:
         stack, lengths = self.stack, key_lengths(*call.arguments, call.single)
         keys = [call.random.key_of(*call.key, n) for n in stack.indices] if stack.drops else None
         step_sizes = [call.step_size_of(n) for n in stack.indices]
-        return (stack.run(state[0], lengths, keys, step_sizes),)
+        return (stack.forward_in_turn(state[0], lengths, keys, step_sizes),)
 
     def drawing(self, random: LayerRandom) -> str | None:
         return "the blocks" if self.stack.drops else None
