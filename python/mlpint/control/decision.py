@@ -13,17 +13,17 @@ from .measurement import Measurement
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What came of one step; the same on every rank but for the seconds.
+    """What error control made of one step; the same on every rank but for the seconds.
 
     Attributes:
         step: counted from 1.
         action: ``"none"``, no check was due; ``"hold"``; ``"climb"`` or ``"descend"`` to other options; ``"skip"``.
-        before, after: options of this step and of the next one.
-        reason: in a line.
-        measured: the options in use, where there was a check.
-        tried: others, in the order in which they were measured.
-        skip: loss or gradients are not finite on some rank: the optimiser must not step on any.
-        seconds: that the check took on this rank.
+        before, after: the options of this step and of the next one.
+        reason: why, in one line.
+        measured: the figures of the options in use, where there was a check.
+        tried: those of other options, in the order in which they were measured.
+        skip: whether loss or gradients are not finite on some rank: the optimiser must not step on any.
+        seconds: the time that the check took on this rank.
     """
 
     step: int

@@ -170,7 +170,7 @@ class ErrorControl:
 
     @property
     def policy(self) -> Policy:
-        """The rules, as the arguments say."""
+        """The rules by which the next check decides."""
         return Policy(self.ladder, self.measure, self.target, self.max_error, self.margin, self.patience)
 
     @property
@@ -289,6 +289,7 @@ class ErrorControl:
 
 
 def _carried_out(check: Check, gauge: Gauge) -> Conclusion:
+    """Measures what the check asks for until it comes to a conclusion."""
     answer: Measurement | None = None
     while True:
         try:

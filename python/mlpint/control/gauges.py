@@ -16,7 +16,7 @@ class Gauge:
     """Measures options on the batch of a rehearsal.
 
     Args:
-        rehearsal: of the batch.
+        rehearsal: repeats the step's passes.
         current: the options in use.
     """
 
@@ -24,21 +24,21 @@ class Gauge:
         self.rehearsal, self.current = rehearsal, current
 
     def answer(self, request: Request) -> Measurement | None:
-        """What a check asks for. Collective."""
+        """Measures what a check asks for. Collective."""
         if request.kind == "measure":
             return self.measure(request.options)
         return self.start() if request.kind == "start" else self.sharpen()
 
     def start(self) -> Measurement:
-        """The options in use. Comes first."""
+        """Measures the options in use against the usual reference."""
         raise NotImplementedError
 
     def sharpen(self) -> Measurement | None:
-        """The options in use, measured as exactly as can be; None where no number comes of it."""
+        """Measures the options in use as exactly as can be; None where the exact sweep is not finite."""
         raise NotImplementedError
 
     def measure(self, options: MGRIT) -> Measurement:
-        """Other options, after one of the above."""
+        """Measures other options, after one of the above."""
         raise NotImplementedError
 
     def _gradients(self, options: MGRIT, watch: bool = False) -> Gradients:

@@ -56,7 +56,7 @@ class Conclusion:
     warning: str = ""
 
 
-Check = Generator[Request, Any, Conclusion]  # it is sent a Measurement, or None in answer to "sharpen"
+Check = Generator[Request, Any, Conclusion]  # what is sent is a Measurement; to "sharpen", None is an answer too
 
 
 @dataclass(frozen=True)
