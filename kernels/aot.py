@@ -42,7 +42,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a launch: `registers` a thread, `stack` bytes a thread (spills are there), `shared` bytes."""
+    """A launch as compiled: `registers` a thread, `stack` bytes a thread (spills are there), `shared` bytes."""
 
     name: str
     types: str
@@ -139,16 +139,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", text)
-    return int(found[0]), int(found[1])
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    return int(registers), int(stack)
 
 
 def modules() -> dict[str, object]:
     """The modules of the package that have kernels, by name."""
     package = importlib.import_module(__package__)
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "aot"]
-    found = {name: importlib.import_module(f"{__package__}.{name}") for name in names}
-    return {name: module for name, module in found.items() if kernels(module)}
+    package_modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names}
+    return {name: module for name, module in package_modules.items() if kernels(module)}
 
 
 def kernels(module) -> set[str]:
@@ -178,12 +178,12 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("Triton interprets: unset TRITON_INTERPRET")
-    found = modules()
-    if unknown := set(options.modules) - set(found):
-        parser.error(f"no kernels in {', '.join(sorted(unknown))}: choose from {', '.join(found)}")
+    known = modules()
+    if unknown := set(options.modules) - set(known):
+        parser.error(f"no kernels in {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     failed = False
-    for name in options.modules or found:
-        for compiled in compile_module(found[name], options.candidates):
+    for name in options.modules or known:
+        for compiled in compile_module(known[name], options.candidates):
             print(compiled, flush=True)
             failed |= bool(compiled.problems)
     return int(failed)

@@ -33,7 +33,7 @@ from .attention_tiles import (
     real_and_seen,
     store_tile,
 )
-from .common import Launch, dot, round_to, strides_of
+from .common import Launch, distinct, dot, round_to, strides_of
 
 __all__ = [
     "attention",
@@ -164,7 +164,7 @@ def attention_reference(
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """For heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
+    """The configuration for heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
     if dtype.itemsize > 2:
         return _config(*((32, 32, 4, 2) if head <= 64 else (32, 16, 8, 2)))
     block = min(64, max(16, triton.next_power_of_2(tokens)))
@@ -178,8 +178,7 @@ def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
     else:
         sizes = [(16, 32, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
     longest = max(16, triton.next_power_of_2(tokens))
-    found = [default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest]
-    return [c for i, c in enumerate(found) if c not in found[:i]]
+    return distinct([default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest])
 
 
 def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int]:
@@ -260,7 +259,7 @@ def launch_of(
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
-    """What `mlpint.kernels.aot` compiles."""
+    """The launches that `mlpint.kernels.aot` compiles."""
     for (q, k, v), lse, causal, lengths in aot_cases():
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:

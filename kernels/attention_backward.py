@@ -29,7 +29,7 @@ from .attention_tiles import (
     real_and_seen,
     store_tile,
 )
-from .common import Launch, check, dot, round_to, strides_of, to_float
+from .common import Launch, check, distinct, dot, round_to, strides_of, to_float
 
 
 @triton.jit
@@ -224,7 +224,7 @@ def attention_backward_reference(
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """For heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
+    """The configuration for heads of `head` channels, padded to a power of 2, and sequences of `tokens`."""
     if dtype.itemsize > 2:
         return _config(*((32, 32, 4, 1) if head <= 64 else (16, 16, 4, 2)))
     if tokens <= 32:
@@ -240,8 +240,7 @@ def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
         sizes = [(16, 32, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)]
         sizes += [(64, 64, 4, 2), (128, 64, 8, 2)] * (head <= 32) + [(64, 64, 8, 2)] * (head > 32)
     longest = max(16, triton.next_power_of_2(tokens))
-    found = [default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest]
-    return [c for i, c in enumerate(found) if c not in found[:i]]
+    return distinct([default_config(head, tokens, dtype)] + [_config(*size) for size in sizes if size[0] <= longest])
 
 
 def _config(own: int, other: int, warps: int, stages: int) -> dict[str, int]:
@@ -364,7 +363,7 @@ def launches(
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
-    """What `mlpint.kernels.aot` compiles."""
+    """The launches that `mlpint.kernels.aot` compiles."""
     for (q, k, v), lse, causal, lengths in aot_cases():
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:

@@ -31,7 +31,7 @@ def block_of(T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def head_of(pointer, strides, head, B, H):
-    """Where head number `head` of J x B x H starts."""
+    """The address where head number `head` of J x B x H starts."""
     j, b, h = head // (B * H), head // H % B, head % H
     return pointer + j.to(tl.int64) * strides[0] + b.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
 
@@ -49,7 +49,7 @@ def length_of(lengths, strides, head, B, H, T, LENGTHS: tl.constexpr):
 
 @triton.jit
 def tile_at(head, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(addresses, mask) of a tile [BLOCK, BLOCK_D] of one head: tokens from `start`, those before `limit`."""
+    """The addresses and mask of a tile [BLOCK, BLOCK_D] of one head: tokens from `start`, those before `limit`."""
     tokens = start + tl.arange(0, BLOCK).to(tl.int64)
     channels = tl.arange(0, BLOCK_D)
     mask = (tokens < limit)[:, None]
@@ -60,7 +60,7 @@ def tile_at(head, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def load_tile(head, stride, start, limit, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D], zero at and beyond `limit`."""
+    """Load a tile [BLOCK, BLOCK_D], zero at and beyond `limit`."""
     at, mask = tile_at(head, stride, start, limit, HEAD, BLOCK, BLOCK_D)
     return tl.load(at, mask=mask, other=0.0)
 
@@ -73,12 +73,13 @@ def store_tile(head, stride, start, limit, values, HEAD: tl.constexpr):
 
 
 def empty_heads(q: Tensor) -> Tensor:
-    """[J, B, H, T, hd], a view of new dense [J, B, T, H, hd]: what the next linear layer reads."""
+    """New heads [J, B, H, T, hd], a view of dense [J, B, T, H, hd]: what the next linear layer reads."""
     j, b, h, t, d = q.shape
     return q.new_empty(j, b, t, h, d).transpose(2, 3)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    """Raise ValueError unless the kernels can take these heads and key lengths."""
     if q.dim() != 5 or q.shape[4] > WIDEST:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {WIDEST}]")
     check_dense("q", q)
@@ -113,7 +114,7 @@ def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:
 
 
 def length_strides(lengths: Tensor | None) -> tuple[int, int]:
-    """(J, B); sequences of all layers are equally long where `lengths` is [B]."""
+    """The strides (J, B); sequences of all layers are equally long where `lengths` is [B]."""
     if lengths is None:
         return 0, 0
     return (0, *lengths.stride())[-2:]
@@ -127,12 +128,12 @@ def config_of(op: str, q: Tensor, default: Callable[[int, int, torch.dtype], dic
 
 
 def padded_head(q: Tensor) -> int:
-    """Head dimension as tiles have it: a power of 2, and enough for a matrix instruction."""
+    """The head dimension that tiles have: a power of 2, and enough for a matrix instruction."""
     return max(16, triton.next_power_of_2(q.shape[4]))
 
 
 def aot_cases() -> Iterator[tuple[tuple[Tensor, ...], Tensor, bool, Tensor | None]]:
-    """((q, k, v), lse, causal, lengths) on the meta device, for `mlpint.kernels.aot`."""
+    """The cases ((q, k, v), lse, causal, lengths) on the meta device, for `mlpint.kernels.aot`."""
     j, b, h, t = 4, 3, 5, 512
     wide, narrow = torch.float32, torch.bfloat16
     cases = [(narrow, head, causal) for head in (32, 64, 80, 128) for causal in (True, False)]

@@ -44,7 +44,7 @@ def average_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    # Which tensor is this program's? Selecting costs a few scalar instructions, and no table in memory.
+    # Selecting this program's tensor costs a few scalar instructions, and no table in memory.
     first = 0
     start = 0
     size = sizes[0]
@@ -135,6 +135,7 @@ def average_reference(
 
 
 def default_config() -> dict[str, int]:
+    """The configuration of a launch for which no tuned one is known."""
     return {"BLOCK": 4096, "num_warps": 8}
 
 
@@ -187,8 +188,8 @@ def _check(name: str, tensors: Sequence[Tensor], fine: Sequence[Tensor], count: 
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {expected}")
         if tensor.dtype != tensors[0].dtype or tensor.device != fine[0].device:
-            found, wanted = f"{tensor.dtype} on {tensor.device}", f"{tensors[0].dtype} on {fine[0].device}"
-            raise ValueError(f"{name}[{i}] is {found}, expected {wanted}: average the tensors of one dtype at a time")
+            got, expected = f"{tensor.dtype} on {tensor.device}", f"{tensors[0].dtype} on {fine[0].device}"
+            raise ValueError(f"{name}[{i}] is {got}, expected {expected}: average the tensors of one dtype at a time")
         if expected[0] and not tensor[0].is_contiguous():
             raise ValueError(
                 f"{name}[{i}] has strides {tensor.stride()}, expected dense layers: store it [L, ...] dense"
@@ -271,7 +272,7 @@ def _alignment(tensors: Sequence[Tensor]) -> int:
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
-    """What `mlpint.kernels.aot` compiles: the parameters of a block in one launch."""
+    """The launches that `mlpint.kernels.aot` compiles: the parameters of a block in one launch."""
     d, layers = 256, 8
     shapes = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     total = torch.empty(len(shapes), device="meta")

@@ -56,6 +56,7 @@ def axpby_norm_reference(a: float, x: Tensor, b: float, y: Tensor) -> tuple[Tens
 
 
 def default_config() -> dict[str, int]:
+    """The configuration of a launch for which no tuned one is known."""
     return {"BLOCK": 4096, "num_warps": 8}
 
 
@@ -128,7 +129,7 @@ def launch_of(a: float, x: Tensor, b: float, y: Tensor, out: Tensor, config: dic
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
-    """What `mlpint.kernels.aot` compiles."""
+    """The launches that `mlpint.kernels.aot` compiles."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(16, 256, 256, dtype=dtype, device="meta")
         for config in configs() if candidates else [default_config()]:

@@ -22,7 +22,7 @@ ACTIVATIONS = ("none", "gelu_tanh", "gelu")
 
 @triton.jit
 def to_float(x):
-    """float32 of a bfloat16, float16 or float32 block; float64 stays what it is."""
+    """A bfloat16, float16 or float32 block in float32; float64 stays what it is."""
     if x.dtype == tl.float64 or x.dtype == tl.float32:
         y = x
     elif INTERPRETED and x.dtype == tl.bfloat16:
@@ -47,7 +47,7 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in acc's type: float32, or float64 of float64. `INPUT_PRECISION` is for float32."""
+    """Returns acc + a @ b in acc's type: float32, or float64 of float64. `INPUT_PRECISION` is for float32 operands."""
     if INTERPRETED:
         acc = tl.dot(to_float(a), to_float(b), acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
@@ -59,7 +59,7 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 def activate(x, ACTIVATION: tl.constexpr):
     """`x`, its tanh-approximate GELU ("gelu_tanh") or its exact GELU ("gelu"), of a float32 block."""
     if ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) = sigmoid(2 u): libdevice's tanh does not exist in the interpreter
+        # This is 0.5 (1 + tanh u) = sigmoid(2 u): libdevice's tanh does not exist in the interpreter.
         y = x * tl.sigmoid(x * (x * x * GELU_TANH_CUBIC + GELU_TANH_LINEAR))
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * INVERSE_SQRT_2))
@@ -109,6 +109,11 @@ class Launch:
             )
 
 
+def distinct(configs: list[dict[str, int]]) -> list[dict[str, int]]:
+    """The launch configurations in their order, each once."""
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
 def strides_of(*tensors: torch.Tensor) -> list[tuple[int, ...]]:
     """What kernels take of the layout of each tensor: the strides of all dimensions but the last, whose is 1."""
     return [tensor.stride()[:-1] for tensor in tensors]
@@ -124,8 +129,8 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.T
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.dtype != like.dtype or tensor.device != like.device:
-        found, wanted = f"{tensor.dtype} on {tensor.device}", f"{like.dtype} on {like.device}"
-        raise ValueError(f"{name} is {found}, expected {wanted}: convert it")
+        got, expected = f"{tensor.dtype} on {tensor.device}", f"{like.dtype} on {like.device}"
+        raise ValueError(f"{name} is {got}, expected {expected}: convert it")
     check_dense(name, tensor)
 
 
@@ -136,5 +141,6 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_activation(activation: str) -> None:
+    """Raise ValueError unless `activation` is one that :func:`activate` knows."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")

@@ -15,7 +15,7 @@ import torch
 
 from . import tuned_files
 
-# What is dispatched: an operation each.
+# These operations are dispatched, each on its own.
 OPERATIONS = (
     "ln_linear",
     "linear_axpy",
@@ -75,8 +75,8 @@ def choose(op: str, *, d: int, m: int, j: int, dtype: torch.dtype, device: torch
 
 def config(op: str, d: int, m: int, j: int, dtype: torch.dtype, device: torch.device) -> dict[str, int] | None:
     """The tuned launch configuration for a kernel that is being called; None: take the kernel's default."""
-    found = choose(op, d=d, m=m, j=j, dtype=dtype, device=device).config
-    return dict(found) if found else None
+    tuned = choose(op, d=d, m=m, j=j, dtype=dtype, device=device).config
+    return dict(tuned) if tuned else None
 
 
 # Under torch.compile a choice is a constant of the graph, not code to be traced. torch.compiler.assume_constant_result
@@ -86,7 +86,7 @@ choose._dynamo_marked_constant = config._dynamo_marked_constant = True
 
 @contextmanager
 def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
-    """Inside, these operations take these paths, whatever the files say: for tuning, benchmarks and tests."""
+    """Inside, these operations take these paths, whatever the files say; tuning, benchmarks and tests need it."""
     before = dict(_forced)
     _forced.update(choices)
     try:

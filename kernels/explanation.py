@@ -15,7 +15,7 @@ class Explanation:
     """Choices by operation; shown as one line each.
 
     Attributes:
-        choices: of (operation and part of the block, choice).
+        choices: pairs of an operation with its part of the block, and the choice.
     """
 
     choices: tuple[tuple[str, Choice], ...]
@@ -44,9 +44,9 @@ def explain(
 
     Keyword args:
         batch, sequence: of one layer's input; M = batch x sequence.
-        d: width of the operation's input in channels, of ``"attention"`` that of a head; a block knows its own.
-        j: layers in one launch; of attention layers x batch x heads.
-        dtype, device: of the tensors; a block's own by default, else bfloat16 on the GPU if there is one.
+        d: width of the operation's input in channels, for ``"attention"`` that of a head; a block knows its own.
+        j: layers in one launch; for attention layers x batch x heads.
+        dtype, device: those of the tensors; a block's own by default, else bfloat16 on the GPU if there is one.
 
     Raises:
         ValueError: an unknown operation, or one without d.

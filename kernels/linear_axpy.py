@@ -159,7 +159,7 @@ def _(a, weight, bias, y, x, h):
 
 
 def aot_launches(candidates: bool = False):
-    """Launches for mlpint.kernels.aot: the projection and the way down."""
+    """The launches that `mlpint.kernels.aot` compiles: the projection and the way down."""
     for dtype in (torch.bfloat16, torch.float32):
         layers, m, n = 2, 512, 256
         for k in (n, 4 * n):

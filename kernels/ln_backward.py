@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from . import dispatch
-from .common import Launch, check, check_dense, round_to, strides_of, to_float
+from .common import Launch, check, check_dense, distinct, round_to, strides_of, to_float
 
 WIDEST = 16384  # a row is one block in registers
 
@@ -116,7 +116,10 @@ def ln_backward_add_reference(
 
 
 def default_config(d: int, m: int, j: int) -> dict[str, int]:
-    """Blocks of about 2048 elements, and rows for some 500 programs: four for each multiprocessor of an H100."""
+    """The configuration of a launch for which no tuned one is known.
+
+    Blocks have about 2048 elements, and rows make some 500 programs: four for each multiprocessor of an H100.
+    """
     block_m = max(1, min(16, 2048 // triton.next_power_of_2(d)))
     chunks = triton.cdiv(triton.cdiv(m * j, 528), block_m)
     return {"BLOCK_M": block_m, "ROWS": block_m * max(1, chunks), "num_warps": 4 if d <= 2048 else 8}
@@ -125,13 +128,13 @@ def default_config(d: int, m: int, j: int) -> dict[str, int]:
 def configs(d: int, m: int, j: int) -> list[dict[str, int]]:
     """Candidates to tune over."""
     default = default_config(d, m, j)
-    found = []
+    candidates = []
     for block_m in {default["BLOCK_M"], max(1, default["BLOCK_M"] // 2), min(16, default["BLOCK_M"] * 2)}:
         for factor in (1, 2, 4):
             rows = block_m * triton.cdiv(max(default["ROWS"] // factor, 1), block_m)
             for warps in (4, 8):
-                found.append({"BLOCK_M": block_m, "ROWS": rows, "num_warps": warps})
-    return [c for i, c in enumerate(found) if c not in found[:i]]
+                candidates.append({"BLOCK_M": block_m, "ROWS": rows, "num_warps": warps})
+    return distinct(candidates)
 
 
 @library.custom_op("mlpint::ln_backward_add", mutates_args=())
@@ -183,8 +186,8 @@ def _check(dy, x, mean, rstd, weight, residual_grad) -> None:
     wide = torch.promote_types(x.dtype, torch.float32)
     for name, statistic in (("mean", mean), ("rstd", rstd)):
         if tuple(statistic.shape) != tuple(x.shape[:2]) or statistic.dtype != wide or not statistic.is_contiguous():
-            found = f"{tuple(statistic.shape)} of {statistic.dtype} with strides {statistic.stride()}"
-            raise ValueError(f"{name} is {found}, expected {tuple(x.shape[:2])} of {wide}, contiguous")
+            got = f"{tuple(statistic.shape)} of {statistic.dtype} with strides {statistic.stride()}"
+            raise ValueError(f"{name} is {got}, expected {tuple(x.shape[:2])} of {wide}, contiguous")
 
 
 def launches(
@@ -219,7 +222,7 @@ def launches(
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
-    """What `mlpint.kernels.aot` compiles."""
+    """The launches that `mlpint.kernels.aot` compiles."""
     j, m = 4, 2048
     for dtype in (torch.bfloat16, torch.float32):
         for d in (128, 256, 768, 1024, 4096):

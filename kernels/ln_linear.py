@@ -383,7 +383,7 @@ def _train_outputs(x, weight, activation):
 
 
 def aot_launches(candidates: bool = False):
-    """Launches for mlpint.kernels.aot: both families, both kernels."""
+    """The launches that `mlpint.kernels.aot` compiles: both families, both kernels."""
     # float32 streams every width alike
     for dtype, widths in ((torch.bfloat16, (256, 1024)), (torch.float32, (1024,))):
         for d in widths:

@@ -236,7 +236,7 @@ def _(y, x, ln_weight, ln_bias, w1, b1, w2, b2, h, eps=1e-5, activation="gelu_ta
 
 
 def aot_launches(candidates: bool = False):
-    """Launches for mlpint.kernels.aot."""
+    """The launches that `mlpint.kernels.aot` compiles."""
     for dtype in (torch.bfloat16, torch.float32):
         for d in (128, WIDEST) if candidates else (WIDEST,):
             for config in configs(d, dtype) if candidates else [default_config(d, dtype)]:

@@ -37,7 +37,7 @@ class Entry:
     """What was found best for one operation and shape.
 
     Attributes:
-        op: operation.
+        op: name of the operation.
         d, m, j: width, rows of one layer, independent layers in one launch.
         dtype: torch's name of it, e.g. ``"bfloat16"``.
         path: ``"torch"`` or ``"triton"``.
@@ -75,9 +75,9 @@ class Tuned:
     """A file of entries.
 
     Attributes:
-        path: where it lies.
+        path: where the file lies.
         device, capability: the GPU it was made on and that GPU's compute capability.
-        entries: by (op, dtype).
+        entries: the entries by (op, dtype).
     """
 
     path: Path
@@ -87,8 +87,8 @@ class Tuned:
 
     def nearest(self, op: str, d: int, m: int, j: int, dtype: str) -> Entry | None:
         """The entry nearest in log space; None if none lies within the limits."""
-        found = self.entries.get((op, dtype), ())
-        best = min(found, key=lambda e: e.distance(d, m, j), default=None)
+        entries = self.entries.get((op, dtype), ())
+        best = min(entries, key=lambda e: e.distance(d, m, j), default=None)
         return best if best is not None and math.isfinite(best.distance(d, m, j)) else None
 
 
@@ -112,17 +112,17 @@ def files_for(device: str, capability: tuple[int, int]) -> list[Tuned]:
         TunedFileError: a file is broken, or MLPINT_TUNED names one that is missing or of another architecture.
     """
     user = user_file(device)
-    found = []
+    own = []
     if user.is_file() or os.environ.get(VARIABLE):
-        found.append(load(user))
-        if found[0].capability != capability:
+        own.append(load(user))
+        if own[0].capability != capability:
             raise TunedFileError(
-                f"{user}: tuned on {found[0].device} (sm_{_sm(found[0].capability)}), but this is {device} "
+                f"{user}: tuned on {own[0].device} (sm_{_sm(own[0].capability)}), but this is {device} "
                 f"(sm_{_sm(capability)}); run 'mlpint tune' here or unset {VARIABLE}"
             )
     shipped = [load(path) for path in sorted(SHIPPED.glob("*.json"))] if SHIPPED.is_dir() else []
     alike = [t for t in shipped if t.capability == capability]
-    return found + sorted(alike, key=lambda t: t.device != device)
+    return own + sorted(alike, key=lambda t: t.device != device)
 
 
 def _sm(capability: tuple[int, int]) -> str:
@@ -154,8 +154,8 @@ def _load(path: Path, stamp: int) -> Tuned:
     except (OSError, ValueError) as error:
         raise broken(f"is no JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else None
-        raise broken(f"has format {found!r}, and this version reads {FORMAT}")
+        got = data.get("format") if isinstance(data, dict) else None
+        raise broken(f"has format {got!r}, and this version reads {FORMAT}")
     entries: dict[tuple[str, str], list[Entry]] = {}
     try:
         for number, raw in enumerate(data["entries"]):
@@ -169,7 +169,7 @@ def _load(path: Path, stamp: int) -> Tuned:
         if isinstance(error, TunedFileError):
             raise
         raise broken(f"lacks what it must hold ({type(error).__name__}: {error})") from None
-    return Tuned(path, device, (major, minor), {key: tuple(found) for key, found in entries.items()})
+    return Tuned(path, device, (major, minor), {key: tuple(of_key) for key, of_key in entries.items()})
 
 
 def _entry(raw: Any) -> Entry | None:
@@ -186,7 +186,7 @@ def _entry(raw: Any) -> Entry | None:
 def write(
     path: Path, device: str, capability: tuple[int, int], about: Mapping[str, Any], entries: Iterable[Entry]
 ) -> None:
-    """Writes a file at once or not at all. about: versions, date, commit."""
+    """Writes a file at once or not at all; ``about`` holds versions, date and commit."""
     data = {
         "format": FORMAT,
         "device": device,

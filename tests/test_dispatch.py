@@ -179,8 +179,8 @@ def test_a_choice_is_a_constant_of_a_compiled_graph(gpu):
 
 def test_explain(gpu):
     write(gpu, entry())
-    told = str(kernels.explain("ln_linear", d=256, batch=32, sequence=256, device="cuda"))
-    assert told.startswith("ln_linear  triton  triton is the faster at ln_linear d 256 M 8192 J 1 bfloat16")
+    text = str(kernels.explain("ln_linear", d=256, batch=32, sequence=256, device="cuda"))
+    assert text.startswith("ln_linear  triton  triton is the faster at ln_linear d 256 M 8192 J 1 bfloat16")
     block = Block(256, 4)
     lines = str(kernels.explain(block, batch=32, sequence=256, dtype=BF16, device="cuda")).splitlines()
     assert [line.split()[0] for line in lines if " triton " in line] == ["ln_linear"] and len(lines) == 7

@@ -91,12 +91,12 @@ def test_eager_itself_is_judged():
     call = providers.make("eager", CASES["axpby_norm"], TINY, CASES["axpby_norm"].inputs(TINY, CPU), "forward")
     assert judge.check("eager", call()) < 1e-6
     with pytest.raises(Inaccurate):
-        judge.check("eager", [tuple(1.001 * t for t in one) for one in call()])
+        judge.check("eager", [tuple(1.001 * t for t in layer) for layer in call()])
 
 
 def test_statistics():
-    found = Timing.of([0.001 * n for n in range(11, 0, -1)])
-    assert (found.p50, found.p20, found.p80) == pytest.approx((6.0, 3.0, 9.0))
+    timings = Timing.of([0.001 * n for n in range(11, 0, -1)])
+    assert (timings.p50, timings.p20, timings.p80) == pytest.approx((6.0, 3.0, 9.0))
     assert Timing.of([0.002]) == Timing(2.0, 2.0, 2.0)
     assert len(timing.host_wall(lambda: None, CPU, Effort(0.0, 3, 9))) == 3
     assert len(timing.host_wall(lambda: None, CPU, Effort(9.0, 3, 9))) == 9
@@ -104,8 +104,8 @@ def test_statistics():
 
 def test_roofline_takes_the_slower_of_products_and_memory():
     assert ROOFLINE.seconds(2e9, 1e9, torch.float32) == 2.0 and ROOFLINE.seconds(1e9, 3e9, torch.float32) == 3.0
-    found = measure(CPU, [torch.float32], small=True)
-    assert found.flops[torch.float32] > 1e6 and found.bandwidth > 1e6 and "GB/s" in str(found)
+    ceilings = measure(CPU, [torch.float32], small=True)
+    assert ceilings.flops[torch.float32] > 1e6 and ceilings.bandwidth > 1e6 and "GB/s" in str(ceilings)
 
 
 def test_operations_of_a_block():
@@ -126,10 +126,10 @@ def test_command_writes_csv_and_plots(tmp_path, capsys):
     flags = ["--device", "cpu", "--out", str(tmp_path), "--kernels", "block,average", "--d", "32", "--m", "32"]
     flags += ["--j", "1,2", "--masks", "full", "--sequence", "16", "--modes", "forward", "--seconds", "0.001"]
     assert main(["bench", *flags]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for left_out in ("compile (", "compile_graph (CUDA graphs need a GPU)", "ours (without a GPU"):
-        assert f"left out: {left_out}" in told
-    assert "measured ceilings" in told
+        assert f"left out: {left_out}" in printed
+    assert "measured ceilings" in printed
     rows = read_rows(tmp_path / "bench.csv")
     assert len(rows) == 2 * 2 * 2 and (tmp_path / "host_wall_float32.png").stat().st_size > 1000
     header = (tmp_path / "bench.csv").read_text().splitlines()[0]
@@ -175,10 +175,10 @@ def test_bad_flags(flags, said, capsys):
 def test_figures_run_end_to_end(tmp_path, capsys):
     flags = ["--suite", "figures", "--device", "cpu", "--small", "--seconds", "0.001", "--out", str(tmp_path)]
     assert main(["bench", *flags]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("block forward", "intervals at once", "(1,1) training step", "prolongation"):
-        assert re.search(rf"^.*{re.escape(name)}.* \d+\.\d\d ", told, re.MULTILINE), told
-    assert "FAILED" not in told and "nan" not in told
+        assert re.search(rf"^.*{re.escape(name)}.* \d+\.\d\d ", printed, re.MULTILINE), printed
+    assert "FAILED" not in printed and "nan" not in printed
     assert len((tmp_path / "figures.csv").read_text().splitlines()) == 1 + 7
 
 
@@ -190,8 +190,8 @@ def test_a_figure_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suite.CASES["block"], "kernel", broken, raising=False)
     flags = ["--suite", "figures", "--device", "cpu", "--small", "--seconds", "0.001", "--out", str(tmp_path)]
     assert main(["bench", *flags]) == 0
-    told = capsys.readouterr().out
-    assert told.count("FAILED: RuntimeError: no such kernel") == 4 and "prolongation" in told
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED: RuntimeError: no such kernel") == 4 and "prolongation" in printed
 
 
 def test_kernels_in_the_interpreter():
@@ -210,7 +210,7 @@ def spy(op, **shape):
     asked.append([op, shape["d"], shape["m"], shape["j"]])
     return choose(op, **shape)
 dispatch.choose = spy
-found = {}
+by_case = {}
 for name, case in CASES.items():
     for mode in (m for m in case.modes if name != "block"):
         shape, device = Shape(32, 2, 9, 2, "padded" if case.masked else "causal", torch.float32), torch.device("cpu")
@@ -220,11 +220,11 @@ for name, case in CASES.items():
         key = case.key(shape, mode)
         configs = case.configs(shape, mode)
         assert configs and all(isinstance(c, dict) for c in configs), name
-        found[f"{name} {mode}"] = (error, [key.op, key.d, key.m, key.j] in asked)
-print(json.dumps(found))
+        by_case[f"{name} {mode}"] = (error, [key.op, key.d, key.m, key.j] in asked)
+print(json.dumps(by_case))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert len(found) == 11 and all(right for _, right in found.values()), found
+    by_case = json.loads(result.stdout)
+    assert len(by_case) == 11 and all(right for _, right in by_case.values()), by_case

@@ -77,8 +77,8 @@ def test_what_is_wrong_is_a_problem(tmp_path):
     run(
         tmp_path,
         """
-found = compiled(64, 80, num_warps=1, maxnreg=32)
-assert found.stack > 0 and any("bytes of stack" in p for p in found.problems), found
+result = compiled(64, 80, num_warps=1, maxnreg=32)
+assert result.stack > 0 and any("bytes of stack" in p for p in result.problems), result
 aot.SHARED_MEMORY[90] = 1000
 assert any("of shared memory" in p for p in compiled(64, 90).problems)
 """,

@@ -76,11 +76,11 @@ def test_shapes(device, poisoned, t, head):
 def test_narrow_types_are_as_good_as_torch(device, poisoned, dtype, causal, lengths):
     q, k, v, do = heads(2, 3, 1, 37, 24, dtype, device)
     lengths = lengths_of(lengths, device)
-    found = attention_train(q, k, v, causal, lengths, 0.2)
-    found = (found[0], *attention_backward(do, q, k, v, *found, causal, lengths, 0.2))
+    results = attention_train(q, k, v, causal, lengths, 0.2)
+    results = (results[0], *attention_backward(do, q, k, v, *results, causal, lengths, 0.2))
     plain = attention_reference(q, k, v, causal, lengths, 0.2)
     plain = (plain[0], *attention_backward_reference(do, q, k, v, *plain, causal, lengths, 0.2))
-    for a, by_torch, b in zip(found, plain, expected(q, k, v, do, causal, lengths, 0.2), strict=True):
+    for a, by_torch, b in zip(results, plain, expected(q, k, v, do, causal, lengths, 0.2), strict=True):
         assert a.dtype == dtype
         limit = 2 * (by_torch.double() - b).abs().max() + 1e-5
         assert (a.double() - b).abs().max() <= limit
@@ -151,7 +151,7 @@ def test_opcheck_and_compile(device):
 def test_errors(device):
     q, k, v, _ = heads(1, 2, 1, 5, 8, torch.float32, device)
     lengths = torch.tensor([5, 3], device=device)
-    for given, message in [
+    for arguments, message in [
         ((q[0], k, v, True, None, 1.0), r"q has shape \(2, 1, 5, 8\), expected \[J, B, H, T, head dimension"),
         ((q, k[:, :1], v, True, None, 1.0), r"k has shape \(1, 1, 1, 5, 8\), expected \(1, 2, 1, 5, 8\)"),
         ((q, k, v.double(), True, None, 1.0), "v is torch.float64"),
@@ -159,14 +159,14 @@ def test_errors(device):
         ((q, k, v, True, lengths[:1].int(), 1.0), r"lengths is torch.int32 \[1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
-            attention(*given)
+            attention(*arguments)
 
 
 @pytest.mark.parametrize("configs", [forward.configs, backward.configs])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_candidates_fit_short_sequences(configs, dtype):
     for tokens in (5, 64, 2000):
-        found = configs(64, tokens, dtype)[1:]  # the first is the default, small blocks here
-        assert found and len({tuple(c.items()) for c in found}) == len(found)
+        candidates = configs(64, tokens, dtype)[1:]  # the first is the default, small blocks here
+        assert candidates and len({tuple(c.items()) for c in candidates}) == len(candidates)
         if dtype == torch.bfloat16:
-            assert all(c.get("BLOCK_M", c.get("BLOCK_OWN")) <= max(16, 2 * tokens - 1) for c in found)
+            assert all(c.get("BLOCK_M", c.get("BLOCK_OWN")) <= max(16, 2 * tokens - 1) for c in candidates)

@@ -43,8 +43,8 @@ def expected(dy, x, weight, residual_grad):
 def test_gradients(device, poisoned, monkeypatch, shape, strided, config):
     monkeypatch.setattr(ln_backward, "default_config", lambda *_: config)
     dy, x, weight, residual_grad = inputs(*shape, torch.float32, device, strided)
-    found = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
-    for a, b in zip(found, expected(dy, x, weight, residual_grad), strict=True):
+    results = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
+    for a, b in zip(results, expected(dy, x, weight, residual_grad), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
 
@@ -52,18 +52,18 @@ def test_gradients(device, poisoned, monkeypatch, shape, strided, config):
 def test_default_configurations_and_no_residual(device, poisoned):
     for d in (24, 300, 1500):
         dy, x, weight, residual_grad = inputs(2, 5, d, torch.float32, device)
-        found = ln_backward_add(dy, x, *statistics(x), weight, None)
-        for a, b in zip(found, expected(dy, x, weight, 0 * residual_grad), strict=True):
+        results = ln_backward_add(dy, x, *statistics(x), weight, None)
+        for a, b in zip(results, expected(dy, x, weight, 0 * residual_grad), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_are_as_good_as_torch(device, poisoned, dtype):
-    given = inputs(2, 37, 40, dtype, device)
-    dy, x, weight, residual_grad = given
-    found = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
+    arguments = inputs(2, 37, 40, dtype, device)
+    dy, x, weight, residual_grad = arguments
+    results = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
     reference = ln_backward_add_reference(dy, x, *statistics(x), weight, residual_grad)
-    for a, by_torch, b in zip(found, reference, expected(*given), strict=True):
+    for a, by_torch, b in zip(results, reference, expected(*arguments), strict=True):
         assert a.dtype == dtype
         limit = 2 * (by_torch.double() - b).abs().max() + 1e-5
         assert (a.double() - b).abs().max() <= limit
@@ -97,11 +97,11 @@ def test_gradcheck(device):
 
 def test_opcheck_and_compile(device):
     dy, x, weight, residual_grad = inputs(2, 5, 40, torch.float32, device, strided=True)
-    given = (dy, x, *statistics(x), weight, residual_grad)
-    library.opcheck(torch.ops.mlpint.ln_backward_add, given)
-    library.opcheck(torch.ops.mlpint.ln_backward_add, (*given[:-1], None))
+    arguments = (dy, x, *statistics(x), weight, residual_grad)
+    library.opcheck(torch.ops.mlpint.ln_backward_add, arguments)
+    library.opcheck(torch.ops.mlpint.ln_backward_add, (*arguments[:-1], None))
     run = torch.compile(lambda *a: [2 * t for t in ln_backward_add(*a)], fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(*given), ln_backward_add(*given), strict=True):
+    for a, b in zip(run(*arguments), ln_backward_add(*arguments), strict=True):
         assert torch.equal(a, 2 * b)
 
 
@@ -115,7 +115,7 @@ def test_no_rows_give_zero_parameter_gradients(device, poisoned):
 def test_errors(device):
     dy, x, weight, residual_grad = inputs(2, 5, 8, torch.float32, device)
     mean, rstd = statistics(x)
-    for given, message in [
+    for arguments, message in [
         ((dy[0], x[0], mean, rstd, weight, None), r"x has shape \(5, 8\), expected \[J, M, D\]"),
         ((dy[:, :4], x, mean, rstd, weight, None), r"dy has shape \(2, 4, 8\), expected \(2, 5, 8\)"),
         (
@@ -126,4 +126,4 @@ def test_errors(device):
         ((dy.mT.contiguous().mT, x, mean, rstd, weight, None), "dy's last dimension has stride 5"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ln_backward_add(*given)
+            ln_backward_add(*arguments)

@@ -50,19 +50,19 @@ def test_matches_float64(device, poisoned, config, shape, dtype):
 def test_training_form_keeps_statistics_and_pre_activation(device, poisoned, config, dtype):
     tensors = inputs(SHAPES[0], dtype, device)
     for activation in ("none", "gelu_tanh"):
-        found = TRAIN(*tensors, 1e-5, activation)
+        results = TRAIN(*tensors, 1e-5, activation)
         in_torch = ln_linear.ln_linear_train_reference(*tensors, 1e-5, activation)
         exact = ln_linear.ln_linear_train_reference(*wide(tensors), 1e-5, activation)
         # In the interpreter to the last bit; a compiler may contract the two forms' products and sums differently.
         tolerance = 0.0 if device == "cpu" else 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(found[0], OPERATION(*tensors, 1e-5, activation), rtol=tolerance, atol=tolerance)
-        for statistic, true in zip(found[1:3], exact[1:3], strict=True):
+        torch.testing.assert_close(results[0], OPERATION(*tensors, 1e-5, activation), rtol=tolerance, atol=tolerance)
+        for statistic, true in zip(results[1:3], exact[1:3], strict=True):
             assert statistic.dtype == torch.float32
             torch.testing.assert_close(statistic.double(), true, rtol=1e-5, atol=1e-6)
         if activation == "none":
-            assert found[3].numel() == 0
+            assert results[3].numel() == 0
         else:
-            assert_as_good_as_torch(found[3], in_torch[3], exact[3])
+            assert_as_good_as_torch(results[3], in_torch[3], exact[3])
 
 
 def test_rows_far_from_zero_lose_no_digits(device, config):

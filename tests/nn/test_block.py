@@ -129,13 +129,13 @@ def test_conformance():
 
 def split_mix(state, count):
     """SplitMix64 as published, in Python's integers."""
-    mask, found = (1 << 64) - 1, []
+    mask, sequence = (1 << 64) - 1, []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & mask
         z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        found.append(z ^ (z >> 31))
-    return found
+        sequence.append(z ^ (z >> 31))
+    return sequence
 
 
 def test_masks_are_a_published_generator_and_do_not_depend_on_the_batching():
