@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .comm.collectively import jointly
+from .comm.collectively import collectively
 from .comm.communicator import Comm
 from .errors import CheckpointError, UserError
 from .nn.stack import named_rows
@@ -172,13 +172,13 @@ def save(
                 _delete_all_but(keep, final)
 
     try:
-        jointly(comm, make)
+        collectively(comm, make)
         owners: dict[str, int] = {}
-        for rank, names in enumerate(jointly(comm, lambda: list(tensors))):
+        for rank, names in enumerate(collectively(comm, lambda: list(tensors))):
             for name in names:
                 owners.setdefault(name, rank)
-        entries = jointly(comm, write)
-        jointly(comm, commit)
+        entries = collectively(comm, write)
+        collectively(comm, commit)
     except UserError:
         if comm.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,7 +214,7 @@ def load(
         values.update(found.read(wanted))
         check_shapes(found, values, targets)
 
-    jointly(comm, read)
+    collectively(comm, read)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values.pop(name))

@@ -5,6 +5,7 @@ class UserError(Exception):
     """Wrong input of any kind; the message says what was wrong and what is allowed."""
 
     exit_code = 2
+    of_one_rank = False  # whether a rank may have it alone and has to show it itself; else rank 0 shows it for all
 
 
 class ConfigError(UserError, ValueError):
@@ -12,7 +13,15 @@ class ConfigError(UserError, ValueError):
 
 
 class LaunchError(UserError, RuntimeError):
-    """A launcher that does not fit: its MPI is missing, or is not the one that mpi4py loads."""
+    """Ranks that cannot be connected, for instance since the launcher's MPI is missing or is not mpi4py's."""
+
+    of_one_rank = True
+
+
+class OtherRankError(LaunchError):
+    """Ranks that cannot be connected for a reason that another rank has, and shows."""
+
+    of_one_rank = False
 
 
 class DataError(UserError):

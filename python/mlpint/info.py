@@ -1,10 +1,12 @@
-"""What mlpint finds on this machine."""
+"""``mlpint info``: what mlpint finds on this machine."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -12,12 +14,22 @@ from .comm import launchers
 from .training.metrics import machine
 
 
+def add_flags(parser: Any) -> None:
+    """``mlpint info`` has no flags."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints what was found, a line each."""
+    for name, value in info():
+        print(f"{name:<18}{value}")
+
+
 def info() -> Iterator[tuple[str, str]]:
     """Pairs of a name and what was found. Starts no MPI and touches no GPU memory."""
-    found = machine()
-    yield "mlpint", found["mlpint"]
-    yield "python", f"{found['python']} on {found['system']}"
-    yield "processor", f"{found['processor']}, {found['cores']} cores"
+    about = machine()
+    yield "mlpint", about["mlpint"]
+    yield "python", f"{about['python']} on {about['system']}"
+    yield "processor", f"{about['processor']}, {about['cores']} cores"
     for package in ("torch", "numpy", "mpi4py", "safetensors"):
         try:
             yield package, version(package)

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-import mlpint.comm.communicator
 import mlpint.comm.nccl
+import mlpint.comm.start
 from mlpint import _core
-from mlpint.comm.communicator import Comm, init
+from mlpint.comm import Comm, init
 from mlpint.comm.nccl import nccl_transport
 from mlpint.mgrit.options import MGRIT
 from mlpint.parallel.layer_parallel import LayerParallel
@@ -161,11 +161,11 @@ def failures(comm):
 
 def found(comm):
     """init() puts NCCL over its connection exactly where every rank has a GPU of its own."""
-    assert mlpint.comm._over_gpus(comm) is comm  # no GPUs here
+    assert mlpint.comm.start._over_gpus(comm) is comm  # no GPUs here
     found, join = mlpint.comm.nccl.own_gpu_each, mlpint.comm.nccl.nccl_transport
     mlpint.comm.nccl.own_gpu_each = lambda comm: True
     mlpint.comm.nccl.nccl_transport = lambda control, device: join(control, device, host_memory=True)
-    over = mlpint.comm._over_gpus(comm)
+    over = mlpint.comm.start._over_gpus(comm)
     mlpint.comm.nccl.own_gpu_each, mlpint.comm.nccl.nccl_transport = found, join
     assert (over.name, over.rank, over.size, over.stall_limit) == ("nccl", comm.rank, comm.size, comm.stall_limit)
     assert over.transport.control.rank == comm.rank and isinstance(over.transport, _core.NcclTransport)

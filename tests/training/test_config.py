@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from mlpint import cli
+from mlpint.cli.flags import flag_values
+from mlpint.cli.train import prepare
 from mlpint.errors import ConfigError
 from mlpint.mgrit.options import MGRIT
 from mlpint.training.config import KEYS, SECTIONS, TrainConfig, from_saved, read_toml
@@ -115,8 +117,9 @@ def test_as_a_command(tmp_path):
 
 def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path):
     (tmp_path / "c.toml").write_text("[model]\nlayers = 6\ndim = 64\n[optimizer]\nlr = 1\n[solver]\nrecompute = true\n")
-    options = cli._parser().parse_args(["train", "--config", "c.toml", "--dim", "32", "--sequence", "8"])
-    config, task, checkpoint = cli._prepare(cli._given(options), options.config)
+    arguments = ["train", "--config", "c.toml", "--dim", "32", "--sequence", "8"]
+    options = cli.parser(arguments).parse_args(arguments)
+    config, task, checkpoint = prepare(flag_values(options), options.config)
     assert (config.model.layers, config.model.dim, config.model.heads) == (6, 32, 4)
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
     assert config.solver.recompute and checkpoint is None and task.corpus.vocabulary == 256
@@ -124,7 +127,7 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path):
 
 def test_every_key_is_a_flag_and_keys_are_unique():
     assert sum(len(dataclasses.fields(section)) for section in SECTIONS.values()) == len(KEYS)
-    flags = {action.dest for action in cli._parser()._subparsers._group_actions[0].choices["train"]._actions}
+    flags = {action.dest for action in cli.parser(["train"])._subparsers._group_actions[0].choices["train"]._actions}
     assert set(KEYS) <= flags
 
 

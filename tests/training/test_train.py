@@ -421,6 +421,36 @@ def test_ranks_that_disagree_are_told_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_cannot_start_tells_why():
+    """Rank 1 alone has no MPI library, while rank 0 waits for it; or no NCCL, which rank 0 hears of."""
+    no_mpi = """
+    import os, sys
+    if os.environ["PMI_RANK"] == "1":
+        os.environ["MPI4PY_LIBMPI"] = "/nowhere/libmpi.so"
+    from mlpint.cli import main
+    sys.exit(main(["train", "--steps=1"]))
+    """
+    result = run(no_mpi, 2, "mpich")
+    assert result.returncode != 0 and result.stdout.count("step 1") == 0 and not result.orphans, result.describe()
+    assert result.stderr.count("there is no MPI library") == 1, result.stderr
+    assert "mlpint: error on rank 1: rank 1 of 2 was started by" in result.stderr
+    no_nccl = """
+    import os, sys
+    import mlpint.comm.nccl as nccl
+    from mlpint.cli import main
+    join = nccl.nccl_transport
+    nccl.own_gpu_each = lambda comm: True
+    nccl.nccl_transport = lambda control, device: join(control, device, "no-such-libnccl.so", host_memory=True)
+    if os.environ["PMI_RANK"] == "0":
+        nccl._core = type("Core", (), {"NcclLibrary": lambda names: None})
+    sys.exit(main(["train", "--steps=1"]))
+    """
+    result = run(no_nccl, 3, "mpich")
+    assert result.returncode != 0 and not result.orphans, result.describe()
+    assert [result.stderr.count(f"error on rank {rank}: cannot load NCCL") for rank in (1, 2)] == [1, 1], result.stderr
+    assert result.stderr.count("mlpint: error: rank 0: NCCL cannot be used on 2 of 3 ranks, see their messages") == 1
+
+
 def test_what_the_ranks_do_not_allow_ends_all_ranks_with_one_line(tmp_path):
     for options, text in (
         ({"layout": "cyclic", "cfactor": 3, "coarse": "sum"}, "their number, 2, must be a multiple of cfactor"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, LayerParallel
-from mlpint.parallel.gather_model import whole
+from mlpint.parallel.gather_model import gather_model
 from mlpint.training.models.translation import Stepwise, Translator, sinusoids
 from mlpint.training.models.translation_layers import DecoderLayer, EncoderLayer
 
@@ -129,7 +129,7 @@ def test_token_by_token_is_all_at_once(step_size):
     parallel = copy.deepcopy(model)
     parallel.blocks = blocks
     expected = parallel(source, lengths, target)
-    network, sizes = whole(parallel, lambda: Translator(VOCABULARY, 2, 3, DIM, HEADS, ffn=FFN))
+    network, sizes = gather_model(parallel, lambda: Translator(VOCABULARY, 2, 3, DIM, HEADS, ffn=FFN))
     assert sizes == [1.0] + 4 * [step_size] and not network.training
     decoder = Stepwise(network, source, lengths, sizes)
     decoder.expand(2)

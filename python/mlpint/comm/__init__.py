@@ -5,6 +5,7 @@ is built on it. Imports nothing of mlpint but :mod:`mlpint.errors`, :mod:`mlpint
 :class:`Comm` and :func:`init`.
 """
 
-from .communicator import Comm, init
+from .communicator import Comm
+from .start import init
 
 __all__ = ["Comm", "init"]

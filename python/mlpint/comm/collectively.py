@@ -10,7 +10,7 @@ from ..errors import UserError
 from .communicator import Comm
 
 
-def jointly(comm: Comm, action: Callable[[], Any]) -> list[Any]:
+def collectively(comm: Comm, action: Callable[[], Any]) -> list[Any]:
     """Runs ``action`` on every rank. Collective.
 
     Args:

@@ -3,127 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import _core
 from ..state import State
-from . import guard, launchers
 
 _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
-_DEFAULT_STALL_LIMIT = 600.0
 
-_current: Comm | None = None
-_given: dict[int, tuple[Any, Comm]] = {}  # by id: a communicator of the user's, kept alive, and what was made of it
+_connect: Callable[[Any], Comm]
 
 
-def init(*, stall_limit: float | None = None, backend: str | None = None) -> Comm:
-    """Finds out how this process was started and connects the ranks. Collective; a second call gives the same Comm.
-
-    An mpirun (Open MPI, MPICH, Intel MPI, srun with a PMI) is served by MPI through mpi4py; torchrun and srun without a
-    PMI by torch.distributed; a process started alone is one rank. Where every rank has a GPU of its own, NCCL moves
-    what is on the GPUs. With several ranks the failure of one ends all.
-
-    Args:
-        stall_limit: seconds a rank waits for another before it gives up and ends the job. Default: the environment
-            variable MLPINT_STALL_LIMIT, else 600.
-        backend: "mpi", "gloo" or "self" to insist on one, without NCCL; by default what the launcher suggests.
-
-    Raises:
-        LaunchError: a RuntimeError; the launcher's MPI is missing or not the one that mpi4py loads; says what to do.
-        ValueError: a stall limit that is not a positive number, an unknown backend, or one that the launcher has not.
-    """
-    global _current
-    if backend not in (None, "mpi", "gloo", "self"):
-        raise ValueError(f"backend must be 'mpi', 'gloo' or 'self', got {backend!r}")
-    limit = _stall_limit(stall_limit)
-    if _current is None:
-        _current = _start(limit, backend)
-    elif stall_limit is not None:
-        _current.stall_limit = limit
-    return _current
-
-
-def _start(stall_limit: float, backend: str | None) -> Comm:
-    launch = launchers.detect()
-    kind = {None: launch.kind, "mpi": "mpi", "gloo": "torch", "self": "alone"}[backend]
-    if kind not in (launch.kind, "alone"):
-        raise ValueError(
-            f"backend {backend!r} needs {'mpirun' if kind == 'mpi' else 'torchrun'}, but this process was started by "
-            f"{launch.launcher if launch.kind != 'alone' else 'no launcher'}"
-        )
-    if kind == "mpi":
-        from . import mpi
-
-        with guard.time_limit(stall_limit):
-            comm = _mpi_comm(mpi.world(launch), stall_limit)
-        return _over_gpus(comm, nccl=not backend)
-    if kind == "torch":
-        import torch.distributed as dist
-
-        from . import process_group
-
-        store = process_group.start(launch, stall_limit)
-        comm = _group_comm(dist.group.WORLD, stall_limit, launch.local_rank, store)
-        return _over_gpus(comm, nccl=not backend)
-    return _alone(stall_limit)
-
-
-def _alone(stall_limit: float) -> Comm:
-    return Comm(_core.SelfTransport(), "self", 0, stall_limit)
-
-
-def _stall_limit(given: float | None) -> float:
-    name, value = "stall_limit", given
-    if given is None:
-        name, value = "MLPINT_STALL_LIMIT", os.environ.get("MLPINT_STALL_LIMIT", _DEFAULT_STALL_LIMIT)
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
-    return seconds
-
-
-def _mpi_comm(communicator, stall_limit: float) -> Comm:
-    from . import mpi
-
-    local_rank = mpi.local_rank(communicator)
-    own = communicator.Dup()  # the user's messages and ours never mix
-    transport = mpi.transport(own)
-    guard.install(guard.MpiGroup(communicator.Dup(), transport))
-    return Comm(transport, "mpi", local_rank, stall_limit, keep=own)
-
-
-def _group_comm(group, stall_limit: float, local_rank: int, store=None) -> Comm:
-    from .process_group import ProcessGroupTransport
-
-    transport = _core.PythonTransport(ProcessGroupTransport(group))
-    guard.install(guard.TorchGroup(transport.rank, transport.size, store))
-    return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
-
-
-def _over_gpus(comm: Comm, nccl: bool = True) -> Comm:
-    """The same ranks with a way for what is on GPUs: NCCL where every rank has one of its own, else by the host."""
-    from .nccl import nccl_transport, own_gpu_each
-
-    if comm.size == 1:
-        return comm
-    if own_gpu_each(comm) and nccl:
-        transport = nccl_transport(comm.transport, comm.device)
-        return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
-    if comm.device.type == "cuda":
-        from .host_staging import StagedTransport
-
-        torch.cuda.set_device(comm.device)
-        transport = _core.PythonTransport(StagedTransport(comm.transport))
-        return Comm(transport, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
-    return comm
+def connects(function: Callable[[Any], Comm]) -> Callable[[Any], Comm]:
+    """Has :meth:`Comm.of` ask this function: how ranks are connected is start.py's, which imports this file."""
+    global _connect
+    _connect = function
+    return function
 
 
 class Comm:
@@ -151,29 +48,7 @@ class Comm:
     def of(x) -> Comm:
         """A Comm from None (the one of `init`, else this process alone), a Comm, an mpi4py communicator or a torch
         process group, sub-groups included. Collective over the ranks of x."""
-        if isinstance(x, Comm):
-            return x
-        limit = _current.stall_limit if _current else _stall_limit(None)
-        if x is None:
-            return _current or _alone(limit)
-        if id(x) in _given:
-            return _given[id(x)][1]
-        from . import mpi
-
-        if mpi.is_communicator(x):
-            comm = _alone(limit) if x.size == 1 else _over_gpus(_mpi_comm(x, limit))
-        else:
-            import torch.distributed as dist
-
-            if not isinstance(x, dist.ProcessGroup):
-                raise TypeError(
-                    f"comm must be None, a Comm, an mpi4py communicator or a torch ProcessGroup, got {x!r} of type "
-                    f"{type(x).__name__}"
-                )
-            alone = dist.get_world_size(x) == 1
-            comm = _alone(limit) if alone else _over_gpus(_group_comm(x, limit, launchers.detect().local_rank))
-        _given[id(x)] = x, comm
-        return comm
+        return x if isinstance(x, Comm) else _connect(x)
 
     @property
     def stall_limit(self) -> float:

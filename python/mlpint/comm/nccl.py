@@ -6,15 +6,13 @@ import importlib.util
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _core
+from ..errors import OtherRankError
 from ..state import State
-
-if TYPE_CHECKING:
-    from .communicator import Comm
+from .communicator import Comm
 
 _NAME = "libnccl.so.2"
 _ID_BYTES = 128
@@ -37,7 +35,8 @@ def nccl_transport(
         host_memory: move CPU tensors instead. NCCL cannot; for a substitute library in tests.
 
     Raises:
-        RuntimeError: no usable NCCL library here or on another rank, or not the same version everywhere.
+        RuntimeError: no usable NCCL library here, or not rank 0's version of it.
+        OtherRankError: a RuntimeError; so it is on another rank.
         ValueError: the device is no GPU of this machine.
     """
     nccl, index, error = None, -1, None
@@ -130,4 +129,4 @@ def _vote(control: _core.Transport, error: Exception | None, what: str) -> None:
     if error:
         raise error
     if failed:
-        raise RuntimeError(f"rank {control.rank}: {what} on {failed} of {control.size} ranks, see their messages")
+        raise OtherRankError(f"rank {control.rank}: {what} on {failed} of {control.size} ranks, see their messages")

@@ -13,7 +13,7 @@ from .layer_parallel import LayerParallel
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def whole(model: nn.Module, make: Callable[[], Model]) -> tuple[Model, list[float]]:
+def gather_model(model: nn.Module, make: Callable[[], Model]) -> tuple[Model, list[float]]:
     """A copy of a model with all its layers on this rank, in eval mode, and the step sizes of its ``blocks``.
 
     Collective. It shares memory with the model where that has it here, and is out of date after the next step.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint
-from ..comm.collectively import jointly
+from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..errors import ConfigError
 from .config import TrainConfig
@@ -92,4 +92,4 @@ def _run_directory(config: TrainConfig, comm: Comm, checkpoint: Checkpoint | Non
         path.mkdir(parents=True)
         return str(path)
 
-    return Path(jointly(comm, make)[0])
+    return Path(collectively(comm, make)[0])

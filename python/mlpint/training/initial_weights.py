@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint, check_shapes, model_tensors, open_checkpoint
-from ..comm.collectively import jointly
+from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..errors import CheckpointError, ConfigError
 from ..parallel.clip import stacks_of
@@ -41,7 +41,7 @@ def start_from(path: str, model: nn.Module, config: TrainConfig, task: Task, com
         check_identity(found[0], task, "weights are of use for the same tokens and classes alone")
         _check_network(found[0], config)
 
-    jointly(comm, check)
+    collectively(comm, check)
     (checkpoint,) = found
     filled, left = load_weights(checkpoint, model, hint=_other_sizes(checkpoint, config), comm=comm)
     return f"{len(filled)} tensors from {checkpoint.path}; {', '.join(left) or 'none'} start anew"
@@ -77,7 +77,7 @@ def load_weights(
         check_shapes(checkpoint, values, targets, hint)
         return list(targets)
 
-    names = dict.fromkeys(name for held in jointly(comm, read) for name in held)
+    names = dict.fromkeys(name for held in collectively(comm, read) for name in held)
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)

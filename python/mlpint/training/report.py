@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..comm.collectively import jointly
+from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..control.ladder import describe
 from .comparison import Comparison
@@ -41,7 +41,7 @@ class Report:
         self.per_step = self.config.data.accumulate * trainer.task.per_batch
         self.bar: Any = None
         self.metrics: Metrics | None = None
-        jointly(self.comm, self._open)
+        collectively(self.comm, self._open)
         if self.leads and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -144,7 +144,7 @@ class Report:
             self.interval.clear()
 
     def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
-        jointly(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
+        collectively(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
 
     def _close(self, sample: Sample | None, comparison: Comparison | None) -> None:
         if self.bar is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint as checkpoints
-from ..comm.collectively import jointly
+from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..control.decision import Decision
 from ..control.error_control import ErrorControl
@@ -220,7 +220,7 @@ class Trainer:
             self.flops.load(checkpoint.info["flops"])
         if self.multilevel is not None:
             tensors: dict[str, torch.Tensor] = {}
-            jointly(self.comm, lambda: tensors.update(checkpoint.extra(self.multilevel.wants)))
+            collectively(self.comm, lambda: tensors.update(checkpoint.extra(self.multilevel.wants)))
             try:
                 self.multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
             except ValueError as error:

@@ -100,7 +100,7 @@ class Stepwise:
     """A translator that goes through the source once and through the target token by token.
 
     What earlier tokens gave is kept, so that a token costs one position and not the whole sequence again. The layers
-    have to be here, all of them: for a layer-parallel model take :func:`mlpint.parallel.gather_model.whole`.
+    have to be here, all of them: for a layer-parallel model take :func:`mlpint.parallel.gather_model.gather_model`.
 
     Args:
         model: in eval mode.

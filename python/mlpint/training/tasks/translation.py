@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...comm.communicator import Comm
 from ...comm.fingerprint import crc
 from ...errors import ConfigError, DataError
-from ...parallel.gather_model import whole
+from ...parallel.gather_model import gather_model
 from ..beam_search import beam_search
 from ..config import TrainConfig
 from ..data import bpe, pairs, parallel_text
@@ -175,7 +175,7 @@ class TranslationTask(Task):
         The sentences are dealt out to the ranks, each of which holds all layers for as long as it takes: no rank waits
         for another's layers, and what a target's earlier tokens gave can be kept.
         """
-        network, step_sizes = whole(model, self.model)
+        network, step_sizes = gather_model(model, self.model)
         source = self.pairs[split].source
         by_length = sorted(range(len(which)), key=lambda i: (int(source.lengths[which[i]]), i))
         own = by_length[comm.rank :: comm.size]

@@ -1,0 +1,136 @@
+"""Finds out how this process was started, and connects the ranks in the way that fits."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import _core
+from . import guard, launchers, mpi, nccl, process_group
+from .communicator import Comm, connects
+from .host_staging import StagedTransport
+
+_DEFAULT_STALL_LIMIT = 600.0
+
+_current: Comm | None = None
+_of_users: dict[int, tuple[Any, Comm]] = {}  # by id: a communicator of the user's, kept alive, and what was made of it
+
+
+def init(*, stall_limit: float | None = None, backend: str | None = None) -> Comm:
+    """Finds out how this process was started and connects the ranks. Collective; a second call gives the same Comm.
+
+    An mpirun (Open MPI, MPICH, Intel MPI, srun with a PMI) is served by MPI through mpi4py; torchrun and srun without a
+    PMI by torch.distributed; a process started alone is one rank. Where every rank has a GPU of its own, NCCL moves
+    what is on the GPUs. With several ranks the failure of one ends all.
+
+    Args:
+        stall_limit: seconds a rank waits for another before it gives up and ends the job. Default: the environment
+            variable MLPINT_STALL_LIMIT, else 600.
+        backend: "mpi", "gloo" or "self" to insist on one, without NCCL; by default what the launcher suggests.
+
+    Raises:
+        LaunchError: a RuntimeError; the launcher's MPI is missing or not the one that mpi4py loads; says what to do.
+        ValueError: a stall limit that is not a positive number, an unknown backend, or one that the launcher has not.
+    """
+    global _current
+    if backend not in (None, "mpi", "gloo", "self"):
+        raise ValueError(f"backend must be 'mpi', 'gloo' or 'self', got {backend!r}")
+    limit = _checked_stall_limit(stall_limit)
+    if _current is None:
+        _current = _start(limit, backend)
+    elif stall_limit is not None:
+        _current.stall_limit = limit
+    return _current
+
+
+def _start(stall_limit: float, backend: str | None) -> Comm:
+    launch = launchers.detect()
+    kind = {None: launch.kind, "mpi": "mpi", "gloo": "torch", "self": "alone"}[backend]
+    if kind not in (launch.kind, "alone"):
+        raise ValueError(
+            f"backend {backend!r} needs {'mpirun' if kind == 'mpi' else 'torchrun'}, but this process was started by "
+            f"{launch.launcher if launch.kind != 'alone' else 'no launcher'}"
+        )
+    if kind == "alone":
+        return alone(stall_limit)
+    if kind == "mpi":
+        with guard.time_limit(stall_limit):
+            comm = _over_mpi(mpi.world(launch), stall_limit)
+    else:
+        store = process_group.start(launch, stall_limit)
+        comm = _over_group(dist.group.WORLD, stall_limit, launch.local_rank, store)
+    return _over_gpus(comm, with_nccl=backend is None)
+
+
+@connects
+def connect(x: Any) -> Comm:
+    """What :meth:`Comm.of` makes of None, an mpi4py communicator or a torch process group."""
+    stall_limit = _current.stall_limit if _current else _checked_stall_limit(None)
+    if x is None:
+        return _current or alone(stall_limit)
+    if id(x) not in _of_users:
+        _of_users[id(x)] = x, _connected(x, stall_limit)
+    return _of_users[id(x)][1]
+
+
+def _connected(x: Any, stall_limit: float) -> Comm:
+    if mpi.is_communicator(x):
+        return alone(stall_limit) if x.size == 1 else _over_gpus(_over_mpi(x, stall_limit))
+    if not isinstance(x, dist.ProcessGroup):
+        raise TypeError(
+            f"comm must be None, a Comm, an mpi4py communicator or a torch ProcessGroup, got {x!r} of type "
+            f"{type(x).__name__}"
+        )
+    if dist.get_world_size(x) == 1:
+        return alone(stall_limit)
+    return _over_gpus(_over_group(x, stall_limit, launchers.detect().local_rank))
+
+
+def alone(stall_limit: float) -> Comm:
+    """This process as the only rank."""
+    return Comm(_core.SelfTransport(), "self", 0, stall_limit)
+
+
+def _over_mpi(communicator: Any, stall_limit: float) -> Comm:
+    local_rank = mpi.local_rank(communicator)
+    own = communicator.Dup()  # the user's messages and ours never mix
+    transport = mpi.transport(own)
+    guard.install(guard.MpiGroup(communicator.Dup(), transport))
+    return Comm(transport, "mpi", local_rank, stall_limit, keep=own)
+
+
+def _over_group(group: dist.ProcessGroup, stall_limit: float, local_rank: int, store: dist.Store | None = None) -> Comm:
+    transport = _core.PythonTransport(process_group.ProcessGroupTransport(group))
+    guard.install(guard.TorchGroup(transport.rank, transport.size, store))
+    return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
+
+
+def _over_gpus(comm: Comm, with_nccl: bool = True) -> Comm:
+    """The same ranks with a way for what is on GPUs: NCCL where every rank has one of its own, else by the host."""
+    if comm.size == 1:
+        return comm
+    if nccl.own_gpu_each(comm) and with_nccl:
+        transport = nccl.nccl_transport(comm.transport, comm.device)
+        return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
+    if comm.device.type == "cuda":
+        torch.cuda.set_device(comm.device)
+        transport = _core.PythonTransport(StagedTransport(comm.transport))
+        return Comm(transport, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
+    return comm
+
+
+def _checked_stall_limit(stall_limit: float | None) -> float:
+    name, value = "stall_limit", stall_limit
+    if stall_limit is None:
+        name, value = "MLPINT_STALL_LIMIT", os.environ.get("MLPINT_STALL_LIMIT", _DEFAULT_STALL_LIMIT)
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
+    return seconds
