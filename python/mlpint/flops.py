@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .nn import Block, BlockStack
 from .parallel.layer_parallel import LayerParallel
-from .training import models
 
 _TRAINING = 3
 
@@ -172,6 +171,4 @@ def _known(block: nn.Module | None) -> tuple[int, int] | None:
     """Width and FFN width of a block whose formula is known."""
     if isinstance(block, Block | BlockStack):
         return block.settings.dim, block.settings.ffn
-    if isinstance(block, models.gpt.Block):
-        return block.up.in_features, block.up.out_features
     return None

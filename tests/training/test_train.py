@@ -15,7 +15,7 @@ from mlpint.training.comparison import compare
 from mlpint.training.config import TrainConfig
 from mlpint.training.data import Batches, load
 from mlpint.training.metrics import Metrics, read_lines
-from mlpint.training.models import GPT
+from mlpint.training.models import GPT, Shape
 from mlpint.training.sampling import generate
 from mlpint.training.trainer import Trainer
 
@@ -49,7 +49,7 @@ def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0):
     """The same training in plain PyTorch: no LayerParallel, no code of the training loop."""
     torch.manual_seed(0)
     corpus = load("", sequence=16)
-    model = GPT(256, 16, layers=10, dim=16, heads=2)
+    model = GPT(256, 16, Shape(layers=10, dim=16, heads=2))
     decays = [p for p in model.parameters() if p.dim() == 2]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
     if optimizer == "adamw":
@@ -240,7 +240,7 @@ def test_comparison():
     assert all(p.grad is None for p in trainer.model.parameters())
     assert found.seconds > 0 and found.exact_seconds > 0
 
-    plain = GPT(256, 16, layers=10, dim=16, heads=2)
+    plain = GPT(256, 16, Shape(layers=10, dim=16, heads=2))
     plain.load_state_dict(weights)
     inputs, targets = trainer.task.train(5)
     F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ..config import TrainConfig
+from ..models import Shape
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -52,6 +53,12 @@ class Task(abc.ABC):
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+
+    @property
+    def shape(self) -> Shape:
+        """The size of the model."""
+        model = self.config.model
+        return Shape(model.layers, model.dim, model.heads, model.ffn, model.dropout)
 
     @abc.abstractmethod
     def describe(self) -> str:

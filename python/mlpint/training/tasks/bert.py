@@ -33,17 +33,8 @@ class BERTTask(TextTask):
         return f"{super().describe()}, {self.masked} of {self.config.data.sequence} masked"
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return BERT(
-            self.corpus.vocabulary + 1,
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-            model.tied,
-        )
+        vocabulary = self.corpus.vocabulary + 1  # the mask token
+        return BERT(vocabulary, self.config.data.sequence, self.shape, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self._mask(self.batches.train(position)[0], self.config.run.seed, _TRAIN, position)

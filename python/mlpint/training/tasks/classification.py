@@ -63,17 +63,8 @@ class ClassificationTask(ExamplesTask):
         return {"vocabulary": f"{self.vocabulary} tokens", "classes": f"{len(self.classes)}, digest {digest}"}
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return TextClassifier(
-            len(self.classes),
-            self.vocabulary + 1,  # the token that masks others in pre-training
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-        )
+        vocabulary = self.vocabulary + 1  # the token that masks others in pre-training
+        return TextClassifier(len(self.classes), vocabulary, self.config.data.sequence, self.shape)
 
     def train(self, position: int) -> Batch:
         return self._batch([self.training[i] for i in self.order(position)])

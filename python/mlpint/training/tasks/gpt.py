@@ -17,17 +17,7 @@ class GPTTask(TextTask):
     """A decoder that predicts each token from those before it."""
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return GPT(
-            self.corpus.vocabulary,
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.dropout,
-            model.tied,
-            model.ffn,
-        )
+        return GPT(self.corpus.vocabulary, self.config.data.sequence, self.shape, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self.batches.train(position)

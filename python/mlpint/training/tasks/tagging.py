@@ -64,17 +64,7 @@ class TaggingTask(ExamplesTask):
         return {"vocabulary": self.features.digest()}
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return Tagger(
-            len(self.features),
-            len(UPOS),
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-        )
+        return Tagger(len(self.features), len(UPOS), self.config.data.sequence, self.shape)
 
     def train(self, position: int) -> Batch:
         features, tags, lengths = self._batch([self.training[i] for i in self.order(position)])

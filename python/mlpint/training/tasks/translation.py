@@ -110,17 +110,7 @@ class TranslationTask(Task):
         return {"vocabulary": f"{self.bpe.vocabulary} tokens, digest {crc(self.bpe.saved)}"}
 
     def model(self) -> Translator:
-        model = self.config.model
-        return Translator(
-            self.bpe.vocabulary,
-            self.encoder_layers,
-            model.layers - self.encoder_layers,
-            model.dim,
-            model.heads,
-            model.dropout,
-            model.tied,
-            model.ffn,
-        )
+        return Translator(self.bpe.vocabulary, self.shape, self.encoder_layers, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self.pairs["train"].batch(self.buckets(position))

@@ -56,8 +56,7 @@ class ViTTask(ExamplesTask):
         return {"images": " x ".join(map(str, self.size)), "classes": f"{len(classes)}, digest {digest}"}
 
     def model(self) -> nn.Module:
-        m = self.config.model
-        return ViT(self.size, m.patch, len(self.training.classes), m.layers, m.dim, m.heads, m.ffn, m.dropout)
+        return ViT(self.size, self.config.model.patch, len(self.training.classes), self.shape)
 
     def train(self, position: int) -> Batch:
         images, labels = self._batch(self.training, self.order(position))
