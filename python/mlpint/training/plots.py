@@ -73,18 +73,18 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
 
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
     """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
-    found, seconds, unit = [], 0.0, "tokens"
+    placed, seconds, unit = [], 0.0, "tokens"
     for line in lines:
         unit = line.get("unit", unit)
         key = {"steps": "step", "flops-all": "flops_all", "tokens": unit}.get(over, over)
         seconds += line.get("seconds", 0.0)
         if over == "seconds":
-            found.append({**line, "place": seconds})
+            placed.append({**line, "place": seconds})
         elif key in line:
-            found.append({**line, "place": line[key]})
+            placed.append({**line, "place": line[key]})
         elif "loss" in line:
             raise UserError(f"{label}: step {line.get('step')} has no {key!r}, which the curves are to be drawn over")
-    return found
+    return placed
 
 
 def _measures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

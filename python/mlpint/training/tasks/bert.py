@@ -69,10 +69,10 @@ class BERTTask(TextTask):
         if not self.config.run.sample:
             return None
         inputs, places, targets = (t[:1] for t in self.validation(0, 1))
-        found = model(inputs.to(device), places.to(device)).argmax(-1).cpu()
-        named = inputs.scatter(1, places, found)
+        answers = model(inputs.to(device), places.to(device)).argmax(-1).cpu()
+        named = inputs.scatter(1, places, answers)
         text = "\n".join(self._text(tokens[0].tolist()) for tokens in (inputs, named))
-        right = int((found == targets).sum())
+        right = int((answers == targets).sum())
         return Sample(f"{right} of {targets.numel()} masked tokens named", text, text + "\n")
 
     def _text(self, tokens: list[int]) -> str:

@@ -104,9 +104,9 @@ class ClassificationTask(ExamplesTask):
             return None
         texts = [self.held_out[i] for i in spread(len(self.held_out), 10, 0, 1)]
         tokens, _, lengths = self._batch(texts)
-        found = [self.classes[i] for i in model(tokens.to(device), lengths.to(device)).argmax(-1).tolist()]
+        answers = [self.classes[i] for i in model(tokens.to(device), lengths.to(device)).argmax(-1).tolist()]
         lines = [
             name + ("" if name == text.label else f" (not {text.label})") + f": {text.text}"
-            for name, text in zip(found, texts, strict=True)
+            for name, text in zip(answers, texts, strict=True)
         ]
         return Sample("classes of held-out texts", "\n".join(lines), "\n".join(lines) + "\n")

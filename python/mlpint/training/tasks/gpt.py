@@ -40,5 +40,5 @@ class GPTTask(TextTask):
             return None
         prompt = self.corpus.validation[: min(32, sequence)].tolist()
         tokens = generate(model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=comm, device=device)
-        given, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
-        return Sample(f"{given!r} goes on", text, given + text)
+        start, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
+        return Sample(f"{start!r} goes on", text, start + text)

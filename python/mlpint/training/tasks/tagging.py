@@ -102,9 +102,9 @@ class TaggingTask(ExamplesTask):
             return None
         sentence = max(self.held_out[:20], key=lambda s: len(s.words))
         features, _, lengths = self._batch([sentence])
-        found = model(torch.from_numpy(features).to(device), lengths.to(device)).argmax(-1)[0].tolist()
+        answers = model(torch.from_numpy(features).to(device), lengths.to(device)).argmax(-1)[0].tolist()
         text = " ".join(
             f"{word}/{UPOS[tag]}" + ("" if tag == right else f" (not {UPOS[right]})")
-            for word, tag, right in zip(sentence.words, found, sentence.tags, strict=True)
+            for word, tag, right in zip(sentence.words, answers, sentence.tags, strict=True)
         )
         return Sample("a held-out sentence", text, text + "\n")

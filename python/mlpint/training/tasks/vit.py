@@ -26,8 +26,8 @@ class ViTTask(ExamplesTask):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         data = config.data
-        found = load_images(data.data, data.validation, data.image_size)
-        self.training, self.held_out, self.name = found.train, found.held_out, found.train.name
+        images = load_images(data.data, data.validation, data.image_size)
+        self.training, self.held_out, self.name = images.train, images.held_out, images.train.name
         height, width, channels = self.training.size
         self.size = channels, height, width
         if height % config.model.patch or width % config.model.patch:
