@@ -315,11 +315,11 @@ class ErrorControl:
         if measured is None:
             return self._decision("hold", options, "not finite under the exact sweep either", first)
         if first is not None and self._meets(measured):
-            reason = f"{first}: misses {self._target}; against the exact sweep {measured}: does not"
+            reason = f"{first}: misses {self._target}; {measured}: does not"
             return self._decision("hold", options, reason, measured)
         if self._descended_since is not None:  # too soon
             self._wanted, self._descended_since = max(self.patience, min(2 * self._wanted, _MOST_PATIENCE)), None
-        miss = "not finite, but the exact sweep is" if first is None else f"{first}: misses {self._target}"
+        miss = "not finite, but the exact sweep is" if first is None else f"{measured}: misses {self._target}"
         tried = []
         for rung in self.ladder[place + 1 :]:
             tried.append(gauge.measure(rung))

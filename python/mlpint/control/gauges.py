@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from ..mgrit.options import MGRIT
-from .ladder import doubled, exact, finer
+from .ladder import describe, doubled, exact, finer
 from .rehearsal import Gradients, Rehearsal, compare
 
 
@@ -19,12 +19,14 @@ class Measurement:
         cosine: of their gradient with the reference gradient, over the stack's parameters.
         error: ||g - g_ref|| / ||g_ref||.
         convergence_factor: of the residual in the last iteration, ||r^(k+1)|| / ||r^(k)||, by direction.
+        reference: the options of the reference gradient, in short; empty where there is none or it is the same.
     """
 
     options: MGRIT
     cosine: float | None = None
     error: float | None = None
     convergence_factor: dict[str, float] = dataclasses.field(default_factory=dict)
+    reference: str = ""
 
     @property
     def largest_factor(self) -> float:
@@ -35,7 +37,9 @@ class Measurement:
         factors = ", ".join(f"rho {d} {f:.3g}" for d, f in self.convergence_factor.items())
         if self.cosine is None:
             return factors or "nothing to iterate"
-        return f"gradient cosine {self.cosine:.4f}, error {self.error:.3g}" + (f", {factors}" if factors else "")
+        against = f" against {'the exact sweep' if self.reference == 'exact' else self.reference}"
+        agreement = f"gradient cosine {self.cosine:.4f}, error {self.error:.3g}" + (against if self.reference else "")
+        return agreement + (f", {factors}" if factors else "")
 
 
 class Gauge:
@@ -104,12 +108,14 @@ class GradientGauge(Gauge):
         self.against_exact = against_exact
         self._own: Gradients | None = None
         self._reference: Gradients | None = None
+        self._reference_options = exact(current)
 
     def start(self) -> Measurement:
         if self.current.exact or self.against_exact:
             return self._against_exact()
         self._own = self.rehearsal.gradients(self.current)
-        self._reference = self.rehearsal.gradients(finer(self.current), watch=True)
+        self._reference_options = finer(self.current)
+        self._reference = self.rehearsal.gradients(self._reference_options, watch=True)
         return self._compared(self.current, self._own, self._reference.convergence_factor)
 
     def sharpen(self) -> Measurement | None:
@@ -122,11 +128,13 @@ class GradientGauge(Gauge):
         return self._compared(options, self._gradients(options))
 
     def _against_exact(self) -> Measurement:
-        self._reference = None
+        self._reference, self._reference_options = None, exact(self.current)
         if self._own is None:
             self._own = self.rehearsal.gradients(self.current)
         self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact(self.current))
         return self._compared(self.current, self._own)
 
     def _compared(self, options: MGRIT, found: Gradients, factors: dict[str, float] | None = None) -> Measurement:
-        return Measurement(options, *compare(found, self._reference, self.rehearsal.blocks), factors or {})
+        agreement = compare(found, self._reference, self.rehearsal.blocks)
+        reference = "" if options.exact else describe(self._reference_options)
+        return Measurement(options, *agreement, factors or {}, reference)
