@@ -176,6 +176,15 @@ def test_error_control(tmp_path, capsys):
     assert all(f"\nstep {c['step']}, (" in out and c["reason"] in out for c in checks)
     changed = next(c for c in checks if c["action"] == "climb")
     assert changed["measured"]["cosine"] < 0.99 <= changed["tried"][-1]["cosine"]
+    points = plots.checks(plots.with_place("", read_lines(whole / "metrics.jsonl"), "steps"))
+    for point, check in zip(points, checks, strict=True):  # one figure in the picture, in the log and in metrics.jsonl
+        line = next(line for line in out.splitlines() if line.startswith(f"step {check['step']}, ("))
+        against = check["measured"]["reference"]
+        assert (point.place, point.value) == (check["step"], check["measured"]["cosine"])
+        shown = f"gradient cosine {point.value:.4f}, error {check['measured']['error']:.3g} against "
+        assert check["action"] == "descend" or shown + ("the exact sweep" if against == "exact" else against) in line
+        assert point.estimated == (against != "exact")
+    assert changed["measured"]["reference"] == "exact" and any(point.estimated for point in points)
     assert f"-> ({changed['after']['forward_iters']},{changed['after']['backward_iters']}) cf 2: " in out
     modes = [line["mode"] for line in steps_of(whole)]
     assert modes[0] == "(1,1) cf 2" and modes[changed["step"]] != modes[changed["step"] - 1]
