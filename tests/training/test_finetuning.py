@@ -160,7 +160,8 @@ def test_it_learns_and_goes_on_without_what_it_started_from(bank, bert, tmp_path
 TWO_RANKS = """
     import sys, json, torch, mlpint
     from pathlib import Path
-    from mlpint import cli, tasks
+    from mlpint import cli
+    from mlpint.training import tasks
     from mlpint.training.config import TrainConfig
     from mlpint.errors import CheckpointError
     from mlpint.training.trainer import Trainer

@@ -133,6 +133,6 @@ def _other_sizes(checkpoint: Checkpoint, config: TrainConfig) -> str:
 
 
 def _saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
-    """Of a checkpoint that ``mlpint train`` has written."""
+    """The configuration in a checkpoint, if ``mlpint train`` has written it."""
     saved = checkpoint.info.get("config")
     return None if saved is None else TrainConfig.of(from_saved(saved))

@@ -84,10 +84,8 @@ def _draw_checks(axes: Axes, points: Sequence[Check], color: str) -> None:
     axes.plot([p.place for p in points], [p.value for p in points], color=color)
     for estimated in (False, True):
         some = [p for p in points if p.estimated == estimated]
-        face = "white" if estimated else color
-        axes.plot(
-            [p.place for p in some], [p.value for p in some], "o", color=color, markerfacecolor=face, markersize=4
-        )
+        look = {"color": color, "markerfacecolor": "white" if estimated else color, "markersize": 4}
+        axes.plot([p.place for p in some], [p.value for p in some], "o", **look)
 
 
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ class DecoderLayer(nn.Module):
         return x, y + self.ffn(y)
 
     def cache(self, x: torch.Tensor) -> Cache:
-        """Of a target without tokens, for the encoder's output."""
+        """The cache of a target without tokens, for the encoder's output."""
         keys, values = self.cross.source(x)
         return Cache(keys[:, :, :0], values[:, :, :0], keys, values)
 

@@ -93,7 +93,7 @@ class Task(abc.ABC):
         """Mean loss of a batch, a scalar."""
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
-        """By name, a sum over the batch and what it is to be divided by: added up over batches before the division."""
+        """Sums over the batch by name, each with what it is to be divided by; both are added up over batches first."""
         return {"loss": (float(self.loss(model, batch)), 1)}
 
     def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:

@@ -76,7 +76,7 @@ class BERTTask(TextTask):
         return Sample(f"{right} of {targets.numel()} masked tokens named", text, text + "\n")
 
     def _text(self, tokens: list[int]) -> str:
-        """In one line, with underscores for masks."""
+        """The text of tokens in one line, with underscores for masks."""
         runs: list[list[int]] = [[]]
         for token in tokens:
             if token == self.mask_token:

@@ -152,7 +152,7 @@ class TranslationTask(Task):
         return Sample(title, shown, "".join(f"{line}\n" for line in translations), measures)
 
     def bleu(self, split: str, which: np.ndarray, translations: list[str]) -> float:
-        """Of the translations of some sentences, 0 to 100."""
+        """BLEU of the translations of some sentences, 0 to 100."""
         from sacrebleu import corpus_bleu
 
         return float(corpus_bleu(translations, [[self.text[split].target[n] for n in which]]).score)
