@@ -21,8 +21,7 @@ import machine
 import torch
 
 from mlpint import MGRIT, LayerParallel, Multilevel
-from mlpint.nn import BlockStack
-from mlpint.training.models.gpt import Block
+from mlpint.nn import Block, BlockStack
 
 FINE_LIMIT, COARSE_LIMIT = 1.01, 0.55
 

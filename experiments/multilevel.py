@@ -36,7 +36,7 @@ from torch.nn import functional as F
 import mlpint
 from mlpint.flops import FlopMeter
 from mlpint.training.data import Batches, load
-from mlpint.training.models import GPT
+from mlpint.training.models import GPT, Shape
 
 SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 32, 8, 1.0, 10, 16
 
@@ -85,12 +85,12 @@ class Training:
         self.corpus = load(data, SEQUENCE)
         self.batches = Batches(self.corpus, SEQUENCE, BATCH, run.seed)
         torch.manual_seed(run.seed)
-        deep = GPT(self.corpus.vocabulary, SEQUENCE, run.layers, run.dim, 4)
+        deep = GPT(self.corpus.vocabulary, SEQUENCE, Shape(run.layers, run.dim, 4))
         self.per_layer = self._flops_of(deep) // run.layers
         self.total = run.budget * steps * self.per_layer * run.layers
         self.model = deep
         if run.method in ("stack", "shallow"):
-            self.model = GPT(self.corpus.vocabulary, SEQUENCE, run.layers // 2, run.dim, 4)
+            self.model = GPT(self.corpus.vocabulary, SEQUENCE, Shape(run.layers // 2, run.dim, 4))
         self.spent = self.everything = self.tokens = self.position = self.points = 0
         self.seconds = 0.0
 
@@ -205,7 +205,7 @@ class Training:
         self.deep(self.run.share)
         small = self.model
         torch.manual_seed(self.run.seed)
-        self.model = GPT(self.corpus.vocabulary, SEQUENCE, self.run.layers, self.run.dim, 4)
+        self.model = GPT(self.corpus.vocabulary, SEQUENCE, Shape(self.run.layers, self.run.dim, 4))
         half = self.run.layers // 2
         state = small.state_dict()
         for n in range(self.run.layers):

@@ -10,12 +10,12 @@ from torch import nn
 
 from mlpint import MGRIT, LayerParallel, checkpoint
 from mlpint.errors import CheckpointError, UserError
-from mlpint.training.models import GPT
+from mlpint.training.models import GPT, Shape
 
 
 def make_model(seed, layers=4):
     torch.manual_seed(seed)
-    return GPT(vocabulary=32, sequence=8, layers=layers, dim=16, heads=2)
+    return GPT(vocabulary=32, sequence=8, shape=Shape(layers, dim=16, heads=2))
 
 
 def make_optimizer(model, kind):
@@ -148,7 +148,7 @@ def test_a_damaged_pointer_is_found(saved):
 
 def test_another_shape_or_depth_is_found(saved):
     with pytest.raises(CheckpointError, match=r"model\.tokens\.weight is \[32, 16\] in the checkpoint, \[64, 16\]"):
-        checkpoint.load(saved, GPT(64, 8, 4, 16, 2))
+        checkpoint.load(saved, GPT(64, 8, Shape(4, 16, 2)))
     with pytest.raises(CheckpointError, match=r"holds no tensor model\.blocks\.4\."):
         checkpoint.load(saved, make_model(0, layers=5))
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlpint import MGRIT, LayerParallel
 from mlpint.flops import FlopMeter
 from mlpint.nn import BlockStack
-from mlpint.training.models import GPT
+from mlpint.training.models import GPT, Shape
 from reference_multilevel import Net, batches
 
 
@@ -21,7 +21,7 @@ def counted(function):
 
 
 def gpt(**options):
-    return GPT(vocabulary=31, sequence=12, layers=3, dim=16, heads=2, **options)
+    return GPT(vocabulary=31, sequence=12, shape=Shape(layers=3, dim=16, heads=2), **options)
 
 
 @pytest.mark.parametrize("tied", [True, False])

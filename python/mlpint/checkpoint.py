@@ -62,18 +62,18 @@ class Checkpoint:
             if name not in self.tensors:
                 raise CheckpointError(f"{self.path}: holds no tensor {name}")
             by_file.setdefault(self.tensors[name], []).append(name)
-        found = {}
+        tensors = {}
         for file, wanted in by_file.items():
             self._verify(file)
-            with safe_open(self.path / file, framework="pt") as tensors:
-                found.update({name: tensors.get_tensor(name) for name in wanted})
-        return found
+            with safe_open(self.path / file, framework="pt") as file_content:
+                tensors.update({name: file_content.get_tensor(name) for name in wanted})
+        return tensors
 
     def extra(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
         """What :func:`save` was given as ``extra``, of the names that are wanted; see :meth:`read`."""
         names = (name.removeprefix("extra.") for name in self.tensors if name.startswith("extra."))
-        found = self.read([f"extra.{name}" for name in names if wanted(name)])
-        return {name.removeprefix("extra."): tensor for name, tensor in found.items()}
+        tensors = self.read([f"extra.{name}" for name in names if wanted(name)])
+        return {name.removeprefix("extra."): tensor for name, tensor in tensors.items()}
 
     def _verify(self, file: str) -> None:
         path, expected = self.path / file, self.files[file]
@@ -165,9 +165,9 @@ def save(
 
     def commit() -> None:
         if comm.rank == 0:
-            found = {name: f"rank-{owner:05d}.safetensors" for name, owner in owners.items()}
+            files = {name: f"rank-{owner:05d}.safetensors" for name, owner in owners.items()}
             listed = {f"rank-{r:05d}.safetensors": entry for r, entry in enumerate(entries) if entry}
-            _commit(partial, final, Checkpoint(final, step, dict(info or {}), found, listed))
+            _commit(partial, final, Checkpoint(final, step, dict(info or {}), files, listed))
             if keep:
                 _delete_all_but(keep, final)
 
@@ -201,7 +201,8 @@ def load(
         CheckpointError: on all ranks; a missing or damaged file by name, a tensor that is missing or of another shape.
     """
     comm = Comm.of(comm)
-    found = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
     targets = model_tensors(model)
     values: dict[str, torch.Tensor] = {}
 
@@ -209,10 +210,10 @@ def load(
         wanted = list(targets)
         if optimizer is not None:
             own = {f"optimizer.{name}" for name, _, _ in named_rows(model)}
-            wanted += [name for name in found.tensors if name.rpartition(".")[0] in own]
-        wanted += [name for name in found.tensors if name.startswith("learnt.")]
-        values.update(found.read(wanted))
-        check_shapes(found, values, targets)
+            wanted += [name for name in checkpoint.tensors if name.rpartition(".")[0] in own]
+        wanted += [name for name in checkpoint.tensors if name.startswith("learnt.")]
+        values.update(checkpoint.read(wanted))
+        check_shapes(checkpoint, values, targets)
 
     collectively(comm, read)
     with torch.no_grad():
@@ -224,7 +225,7 @@ def load(
         stack.load_learnt_tensors({n.removeprefix(prefix): t for n, t in learnt.items() if n.startswith(prefix)})
     if optimizer is not None:
         _restore_optimizer(model, optimizer, values)
-    return found
+    return checkpoint
 
 
 def check_shapes(
@@ -239,8 +240,8 @@ def check_shapes(
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
-    found = {f"model.{name}": _row(p.detach(), row) for name, p, row in named_rows(model)}
-    return found | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}
+    parameters = {f"model.{name}": _row(p.detach(), row) for name, p, row in named_rows(model)}
+    return parameters | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}
 
 
 def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -279,11 +280,11 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, value
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     # A tensor that is a view of something larger would bring all of it along.
-    whole = {
+    contiguous = {
         name: t.cpu().contiguous() if t.untyped_storage().nbytes() == t.nbytes else t.cpu().contiguous().clone()
         for name, t in tensors.items()
     }
-    save_file(whole, path)
+    save_file(contiguous, path)
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
@@ -316,8 +317,8 @@ def _commit(partial: Path, final: Path, checkpoint: Checkpoint) -> None:
 
 def _delete_all_but(keep: int, newest: Path) -> None:
     """Checkpoints of later steps, which a run that was resumed earlier has yet to come by again, stay."""
-    found = sorted(p for p in newest.parent.iterdir() if _NAME.fullmatch(p.name) and p.name <= newest.name)
-    for path in found[:-keep]:
+    checkpoints = sorted(p for p in newest.parent.iterdir() if _NAME.fullmatch(p.name) and p.name <= newest.name)
+    for path in checkpoints[:-keep]:
         deleted = path.with_name(f".{path.name}.deleted")
         path.rename(deleted)  # never half a checkpoint under its name
         shutil.rmtree(deleted, ignore_errors=True)

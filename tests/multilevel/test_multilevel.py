@@ -152,28 +152,30 @@ def phases(total, layers=8, **options):
     """Schedules without training."""
     net = net_of(layers)
     multilevel = Multilevel(net.blocks, torch.optim.SGD(net.parameters(), 0.1), **options)
-    found = []
+    entered = []
     for phase in multilevel.schedule(total):
         with phase:
-            found.append(phase)
-    return found
+            entered.append(phase)
+    return entered
 
 
 def test_what_a_phase_tells():
     options = {"cycles": 2, "coarse_steps": 3}
-    found = phases(4, **options)
-    assert [p.name for p in found] == ["fine", *"AAABBB", "fine", *"AAABBB", "fine", "fine"]
-    assert [p.batch_index for p in found] == list(range(16))
-    assert [p.clock for p in found] == [0] * 7 + [1] * 7 + [2, 3] and {p.clock_steps for p in found} == {4}
-    assert found[0].layers == tuple(range(8)) and found[1].layers == (1, 3, 5, 7) and found[4].layers == (0, 2, 4, 6)
-    assert [p.level for p in found[:2]] == [0, 1] and found[0].fine and not found[1].fine
+    entered = phases(4, **options)
+    assert [p.name for p in entered] == ["fine", *"AAABBB", "fine", *"AAABBB", "fine", "fine"]
+    assert [p.batch_index for p in entered] == list(range(16))
+    assert [p.clock for p in entered] == [0] * 7 + [1] * 7 + [2, 3] and {p.clock_steps for p in entered} == {4}
+    assert (
+        entered[0].layers == tuple(range(8)) and entered[1].layers == (1, 3, 5, 7) and entered[4].layers == (0, 2, 4, 6)
+    )
+    assert [p.level for p in entered[:2]] == [0, 1] and entered[0].fine and not entered[1].fine
 
     # Two cycles: a fine step, then 3 + 3 of half the layers, which make 3; then two fine steps.
-    found = phases(4, **options, clock="work")
-    assert [p.clock for p in found] == [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9]
-    assert {p.clock_steps for p in found} == {10}
-    found = phases(4, **options, data="same")
-    assert [p.batch_index for p in found] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+    entered = phases(4, **options, clock="work")
+    assert [p.clock for p in entered] == [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9]
+    assert {p.clock_steps for p in entered} == {10}
+    entered = phases(4, **options, data="same")
+    assert [p.batch_index for p in entered] == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
 
     deep = phases(2, **options, levels=3)
     assert [p.name for p in deep][:11] == ["fine", "A", *["AA"] * 3, *["AB"] * 3, "A", "A", "B"]
@@ -353,13 +355,15 @@ def test_a_step_that_raised_is_not_taken_where_the_training_goes_on_elsewhere(fa
             optimizer.zero_grad()
         return taken, multilevel.state_dict()
 
-    whole, optimizer = make()
-    expected, _ = train(whole, optimizer)
+    uninterrupted, optimizer = make()
+    expected, _ = train(uninterrupted, optimizer)
     net, optimizer = make()
     taken, state = train(net, optimizer, failing=failing)
     assert sum(state["info"]["flops"]["steps"].values()) == state["info"]["steps_done"] == len(taken) == failing
     assert taken + train(net, optimizer, state)[0] == expected
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), uninterrupted.state_dict().values(), strict=True)
+    )
 
 
 def test_a_layer_that_refuses_leaves_the_model_the_fine_network():

@@ -66,9 +66,9 @@ def train(model, optimizer, total=3, stop=None, resumed=None, **options):
 
 
 def assert_equal(model, other, tolerance=1e-10):
-    found = model.state_dict()
+    weights = model.state_dict()
     for name, value in other.state_dict().items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance)
 
 
 DEEP = {"levels": 3, "cycles": (2, 1), "coarse_steps": (3, 2)}
@@ -122,7 +122,7 @@ def test_going_on_from_anywhere_is_bit_equal(kind, options):
         return model, torch.optim.AdamW(model.parameters(), 0.01)
 
     model, optimizer = make()
-    whole = train(model, optimizer, total=4, **options)
+    uninterrupted = train(model, optimizer, total=4, **options)
     for stop in (3, 9, 11):
         first, optimizer = make()
         multilevel = train(first, optimizer, total=4, stop=stop, **options)
@@ -137,7 +137,9 @@ def test_going_on_from_anywhere_is_bit_equal(kind, options):
         multilevel = train(second, optimizer, total=4, resumed=resumed, **options)
         for name, value in model.state_dict().items():
             assert torch.equal(value, second.state_dict()[name]), (stop, name)
-        now, then = ({k: v for k, v in m.flops.as_dict().items() if k != "seconds"} for m in (multilevel, whole))
+        now, then = (
+            {k: v for k, v in m.flops.as_dict().items() if k != "seconds"} for m in (multilevel, uninterrupted)
+        )
         assert now == then
 
 
@@ -186,17 +188,17 @@ def test_mgrit_on_a_coarse_network_with_open_and_close_layers(kind):
     if open_layers:
         chosen = {name: [0, *(n + 1 for n in layers), 9] for name, layers in chosen.items()}
     solver = MGRIT(cfactor=2, forward_iters=1, backward_iters=1)
-    whole = LayerParallel(stack if kind == "stacked" else copy.deepcopy(blocks), solver, **options)
+    fine = LayerParallel(stack if kind == "stacked" else copy.deepcopy(blocks), solver, **options)
     x, seen = data(0), {}
-    for phase in Multilevel(whole, torch.optim.SGD(whole.parameters(), 0.1), cycles=1, coarse_steps=1).schedule(1):
+    for phase in Multilevel(fine, torch.optim.SGD(fine.parameters(), 0.1), cycles=1, coarse_steps=1).schedule(1):
         with phase:
-            seen[phase.name] = whole(x), whole.stats.evaluations["forward"]
+            seen[phase.name] = fine(x), fine.stats.evaluations["forward"]
     for name, layers in chosen.items():
         options["step_size"] = 1.0
         alone = LayerParallel([blocks[n] for n in layers], solver, **options)
         torch.testing.assert_close(seen[name][0], alone(x))
         assert seen[name][1] == alone.stats.evaluations["forward"]
-    assert len(whole) == len(blocks) and whole.step_size == 0.5
+    assert len(fine) == len(blocks) and fine.step_size_of(open_layers) == 0.5
 
 
 def test_averaging_goes_through_the_kernel_where_it_is_chosen(monkeypatch):

@@ -99,9 +99,9 @@ def ranks_train_like_one_process(comm):
 def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
     """Bit-equally, with inexact sweeps, coarse operators that have learnt, and dropout."""
     for kind, options in (("list", {"state": "restrict"}), ("stack", {"state": "carry"})):
-        whole = wrapped(comm, kind, INEXACT, dropout=0.1)
-        optimizer, multilevel = start(whole, **options)
-        expected = train(whole, multilevel, optimizer)
+        uninterrupted = wrapped(comm, kind, INEXACT, dropout=0.1)
+        optimizer, multilevel = start(uninterrupted, **options)
+        expected = train(uninterrupted, multilevel, optimizer)
 
         model = wrapped(comm, kind, INEXACT, dropout=0.1)
         optimizer, multilevel = start(model, **options)
@@ -114,27 +114,27 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
 
         model = wrapped(comm, kind, INEXACT, dropout=0.1)
         optimizer, multilevel = start(model, **options)
-        found = checkpoint.load(directory, model, optimizer, comm=comm)
-        multilevel.load_state_dict({"info": found.info["multilevel"], "tensors": found.extra(multilevel.wants)})
-        model.blocks.pass_keys.passes = found.info["calls"]
+        opened = checkpoint.load(directory, model, optimizer, comm=comm)
+        multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
+        model.blocks.pass_keys.passes = opened.info["calls"]
         assert train(model, multilevel, optimizer) == expected[STOP:], kind
-        ours, theirs = model.state_dict(), whole.state_dict()
+        ours, theirs = model.state_dict(), uninterrupted.state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
         # One process alone takes it up as well.
         alone = wrapped(mlpint.Comm.of(None) if comm.size == 1 else lone(), kind, INEXACT, dropout=0.1)
         optimizer, multilevel = start(alone, **options)
-        found = checkpoint.load(directory, alone, optimizer, comm=alone.blocks.comm)
-        multilevel.load_state_dict({"info": found.info["multilevel"], "tensors": found.extra(multilevel.wants)})
-        alone.blocks.pass_keys.passes = found.info["calls"]
+        opened = checkpoint.load(directory, alone, optimizer, comm=alone.blocks.comm)
+        multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
+        alone.blocks.pass_keys.passes = opened.info["calls"]
         again = train(alone, multilevel, optimizer)
         assert max(abs(a - b) for a, b in zip(again, expected[STOP:], strict=True)) < 1e-9
 
 
 def lone():
-    from mlpint.comm import start
+    from mlpint.comm import communicator as comm
 
-    return start.alone(60.0)
+    return comm._alone(60.0)
 
 
 def coarse_phases_with_open_and_close_layers(comm):

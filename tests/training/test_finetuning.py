@@ -20,7 +20,7 @@ from mlpint.training import tasks
 from mlpint.training.config import TrainConfig
 from mlpint.training.data.labelled import load_labelled
 from mlpint.training.metrics import read_lines
-from mlpint.training.models import BERT, TextClassifier
+from mlpint.training.models import BERT, Shape, TextClassifier
 from mlpint.training.trainer import Trainer
 from refusal import fails
 
@@ -82,7 +82,7 @@ def logits_alone(model, batch):
 
 
 def test_padding_changes_no_class():
-    model = TextClassifier(classes=5, vocabulary=30, sequence=9, layers=3, dim=16, heads=2).double().eval()
+    model = TextClassifier(classes=5, vocabulary=30, sequence=9, shape=Shape(layers=3, dim=16, heads=2)).double().eval()
     tokens, lengths = torch.randint(30, (3, 9)), torch.tensor([4, 9, 1])
     together = model(tokens, lengths)
     torch.testing.assert_close(together, logits_alone(model, (tokens, None, lengths)))
@@ -93,7 +93,7 @@ def test_padding_changes_no_class():
 
 
 def test_a_classifier_takes_the_parameters_of_a_bert():
-    sizes = {"vocabulary": 30, "sequence": 9, "layers": 3, "dim": 16, "heads": 2}
+    sizes = {"vocabulary": 30, "sequence": 9, "shape": Shape(layers=3, dim=16, heads=2)}
     bert, classifier = BERT(**sizes), TextClassifier(5, **sizes)
     missing, unexpected = classifier.load_state_dict(bert.state_dict(), strict=False)
     assert missing == ["classes.weight", "classes.bias"]
@@ -160,7 +160,8 @@ def test_it_learns_and_goes_on_without_what_it_started_from(bank, bert, tmp_path
 TWO_RANKS = """
     import sys, json, torch, mlpint
     from pathlib import Path
-    from mlpint import cli, tasks
+    from mlpint import cli
+    from mlpint.training import tasks
     from mlpint.training.config import TrainConfig
     from mlpint.errors import CheckpointError
     from mlpint.training.trainer import Trainer

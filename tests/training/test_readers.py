@@ -287,7 +287,7 @@ def test_byte_pairs_of_a_text_are_made_once(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("learnt again")
 
-    monkeypatch.setattr("mlpint.data.subwords.BytePairs.learn", never)
+    monkeypatch.setattr("mlpint.training.data.subwords.BytePairs.learn", never)
     again = load(str(tmp_path / "text.txt"), sequence=8, vocabulary=300, tokenizer="bpe")
     assert np.array_equal(again.train, corpus.train) and again.identity == corpus.identity
     with pytest.raises(AssertionError, match="learnt again"):

@@ -13,7 +13,7 @@ from mlpint import cli
 from mlpint.training import tasks
 from mlpint.training.config import TrainConfig
 from mlpint.training.metrics import read_lines
-from mlpint.training.models import BERT, Tagger, ViT
+from mlpint.training.models import BERT, Shape, Tagger, ViT
 from mlpint.training.trainer import Trainer
 from refusal import fails
 
@@ -172,7 +172,7 @@ def test_two_ranks_train_and_resume_as_one_does(data, tmp_path):
 
 
 def test_padding_changes_no_tag():
-    model = Tagger(features=50, labels=5, sequence=9, layers=3, dim=16, heads=2).double().eval()
+    model = Tagger(features=50, labels=5, sequence=9, shape=Shape(layers=3, dim=16, heads=2)).double().eval()
     features, lengths = torch.randint(1, 50, (3, 9, 4)), torch.tensor([4, 9, 1])
     together = model(features, lengths)  # what stands in the padding counts for nothing
     for row, length in enumerate(lengths):
@@ -184,7 +184,7 @@ def test_padding_changes_no_tag():
 
 
 def test_bert_names_the_tokens_at_the_given_places():
-    model = BERT(vocabulary=20, sequence=8, layers=2, dim=16, heads=2).double().eval()
+    model = BERT(vocabulary=20, sequence=8, shape=Shape(layers=2, dim=16, heads=2)).double().eval()
     tokens, places = torch.randint(20, (3, 8)), torch.tensor([[0, 5], [7, 2], [3, 4]])
     everywhere = model(tokens)
     assert everywhere.shape == (3, 8, 20)
@@ -195,7 +195,7 @@ def test_bert_names_the_tokens_at_the_given_places():
 
 
 def test_vit_reads_patches_row_by_row():
-    model = ViT((2, 4, 6), patch=2, classes=5, layers=0, dim=8, heads=2).double()
+    model = ViT((2, 4, 6), patch=2, classes=5, shape=Shape(layers=0, dim=8, heads=2)).double()
     model.embedding_norm = torch.nn.Identity()
     images = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     weight, bias = model.patches.weight.flatten(1), model.patches.bias

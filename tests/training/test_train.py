@@ -15,7 +15,7 @@ from mlpint.training.comparison import compare
 from mlpint.training.config import TrainConfig
 from mlpint.training.data import Batches, load
 from mlpint.training.metrics import Metrics, read_lines
-from mlpint.training.models import GPT
+from mlpint.training.models import GPT, Shape
 from mlpint.training.sampling import generate
 from mlpint.training.trainer import Trainer
 
@@ -49,7 +49,7 @@ def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0):
     """The same training in plain PyTorch: no LayerParallel, no code of the training loop."""
     torch.manual_seed(0)
     corpus = load("", sequence=16)
-    model = GPT(256, 16, layers=10, dim=16, heads=2)
+    model = GPT(256, 16, Shape(layers=10, dim=16, heads=2))
     decays = [p for p in model.parameters() if p.dim() == 2]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
     if optimizer == "adamw":
@@ -176,6 +176,15 @@ def test_error_control(tmp_path, capsys):
     assert all(f"\nstep {c['step']}, (" in out and c["reason"] in out for c in checks)
     changed = next(c for c in checks if c["action"] == "climb")
     assert changed["measured"]["cosine"] < 0.99 <= changed["tried"][-1]["cosine"]
+    points = plots.checks(plots.with_place("", read_lines(whole / "metrics.jsonl"), "steps"))
+    for point, check in zip(points, checks, strict=True):  # one figure in the picture, in the log and in metrics.jsonl
+        line = next(line for line in out.splitlines() if line.startswith(f"step {check['step']}, ("))
+        against = check["measured"]["reference"]
+        assert (point.place, point.value) == (check["step"], check["measured"]["cosine"])
+        shown = f"gradient cosine {point.value:.4f}, error {check['measured']['error']:.3g} against "
+        assert check["action"] == "descend" or shown + ("the exact sweep" if against == "exact" else against) in line
+        assert point.estimated == (against != "exact")
+    assert changed["measured"]["reference"] == "exact" and any(point.estimated for point in points)
     assert f"-> ({changed['after']['forward_iters']},{changed['after']['backward_iters']}) cf 2: " in out
     modes = [line["mode"] for line in steps_of(whole)]
     assert modes[0] == "(1,1) cf 2" and modes[changed["step"]] != modes[changed["step"] - 1]
@@ -240,7 +249,7 @@ def test_comparison():
     assert all(p.grad is None for p in trainer.model.parameters())
     assert found.seconds > 0 and found.exact_seconds > 0
 
-    plain = GPT(256, 16, layers=10, dim=16, heads=2)
+    plain = GPT(256, 16, Shape(layers=10, dim=16, heads=2))
     plain.load_state_dict(weights)
     inputs, targets = trainer.task.train(5)
     F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()

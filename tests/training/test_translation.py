@@ -184,7 +184,7 @@ def test_the_example_fits(data):
 
 def test_tokens_are_made_once(data, monkeypatch):
     first = tasks.make(config(data=data))
-    monkeypatch.setattr("mlpint.data.bpe.BytePairs.learn", None)
+    monkeypatch.setattr("mlpint.training.data.bpe.BytePairs.learn", None)
     second = tasks.make(config(data=data))
     assert second.digest() == first.digest() and second.identity() == first.identity()
     assert isinstance(second.pairs["train"].source.tokens, np.memmap)

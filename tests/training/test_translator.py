@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mlpint import MGRIT, LayerParallel
 from mlpint.parallel.gather_model import gather_model
+from mlpint.training.models import Shape
 from mlpint.training.models.translation import Stepwise, Translator, sinusoids
 from mlpint.training.models.translation_layers import DecoderLayer, EncoderLayer
 
@@ -24,7 +25,7 @@ def double():
 
 
 def make(layers=(2, 3), **options):
-    model = Translator(VOCABULARY, *layers, DIM, HEADS, ffn=FFN, **options)
+    model = Translator(VOCABULARY, Shape(sum(layers), DIM, HEADS, FFN, **options), layers[0])
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -129,7 +130,7 @@ def test_token_by_token_is_all_at_once(step_size):
     parallel = copy.deepcopy(model)
     parallel.blocks = blocks
     expected = parallel(source, lengths, target)
-    network, sizes = gather_model(parallel, lambda: Translator(VOCABULARY, 2, 3, DIM, HEADS, ffn=FFN))
+    network, sizes = gather_model(parallel, lambda: Translator(VOCABULARY, Shape(5, DIM, HEADS, FFN), 2))
     assert sizes == [1.0] + 4 * [step_size] and not network.training
     decoder = Stepwise(network, source, lengths, sizes)
     decoder.expand(2)
@@ -168,7 +169,7 @@ def test_one_stack_in_layer_parallel(options):
 
 
 def test_increments_start_small():
-    model = Translator(VOCABULARY, 2, 8, 64, 4)
+    model = Translator(VOCABULARY, Shape(10, 64, 4), 2)
     encoder, decoder = model.blocks[0], model.blocks[2]
     for projection, increments in ((encoder.attention.proj, 4), (decoder.cross.proj, 24), (decoder.ffn.down, 24)):
         assert projection.weight.std().item() == pytest.approx(0.02 * 12**0.5 / increments**0.5, rel=0.05)

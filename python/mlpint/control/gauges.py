@@ -6,7 +6,7 @@ import functools
 import math
 
 from ..mgrit.options import MGRIT
-from .ladder import doubled_options, exact_options, finer_options
+from .ladder import doubled_options, exact_options, finer_options, short_form
 from .measurement import Measurement
 from .policy import Request
 from .rehearsal import Gradients, Rehearsal, gradient_agreement
@@ -83,6 +83,7 @@ class GradientGauge(Gauge):
         super().__init__(rehearsal, current)
         self.against_exact = against_exact
         self._reference: Gradients | None = None
+        self._reference_options = exact_options(current)
 
     @functools.cached_property
     def _own(self) -> Gradients:
@@ -93,7 +94,8 @@ class GradientGauge(Gauge):
         if self.current.exact or self.against_exact:
             self._exact_reference()
         else:
-            self._reference = self.rehearsal.gradients(finer_options(self.current), watch=True)
+            self._reference_options = finer_options(self.current)
+            self._reference = self.rehearsal.gradients(self._reference_options, watch=True)
             factors = self._reference.convergence_factor
         return self._against_reference(self.current, own, factors)
 
@@ -109,7 +111,8 @@ class GradientGauge(Gauge):
 
     def _exact_reference(self) -> Gradients:
         self._reference = None  # its memory is free before the next one takes some
-        self._reference = self._own if self.current.exact else self.rehearsal.gradients(exact_options(self.current))
+        self._reference_options = exact_options(self.current)
+        self._reference = self._own if self.current.exact else self.rehearsal.gradients(self._reference_options)
         return self._reference
 
     def _against_reference(
@@ -117,4 +120,5 @@ class GradientGauge(Gauge):
     ) -> Measurement:
         assert self._reference is not None, "measure comes after start or sharpen"
         agreement = gradient_agreement(gradients, self._reference, self.rehearsal.blocks)
-        return Measurement(options, *agreement, factors or {})
+        reference = "" if options.exact else short_form(self._reference_options)
+        return Measurement(options, *agreement, factors or {}, reference)

@@ -147,9 +147,9 @@ class Policy:
         if measured is None:
             return Conclusion(replace(hold, reason="not finite under the exact sweep either"), state)
         hold = replace(hold, measured=measured)
-        miss = "not finite, but the exact sweep is" if estimate is None else f"{estimate}: misses {self._target}"
         if estimate is not None and self.meets(measured):
-            return Conclusion(replace(hold, reason=f"{miss}; against the exact sweep {measured}: does not"), state)
+            return Conclusion(replace(hold, reason=f"{estimate}: misses {self._target}; {measured}: does not"), state)
+        miss = "not finite, but the exact sweep is" if estimate is None else f"{measured}: misses {self._target}"
         if state.descended_since is not None:  # the cheaper rung was taken too soon
             wanted = max(self.patience, min(2 * state.wanted, MOST_PATIENCE))
             state = replace(state, wanted=wanted, descended_since=None)

@@ -54,7 +54,7 @@ def beam_search(
     scores[:, 0] = 0  # all copies are alike at first: one of them counts
     ended = torch.zeros(count, beams, dtype=torch.bool, device=device)
     lengths = torch.zeros(count, beams, device=device)
-    found = torch.zeros(count, beams, 0, dtype=torch.int64, device=device)
+    sequences = torch.zeros(count, beams, 0, dtype=torch.int64, device=device)
     tokens = torch.full((count * beams,), start, device=device)
     for _ in range(max(limits)):
         steps = decoder.logits(tokens).float().log_softmax(-1).view(count, beams, -1)
@@ -66,11 +66,12 @@ def beam_search(
         beam, token = best // vocabulary, best % vocabulary
         lengths = lengths.gather(1, beam) + ~ended.gather(1, beam)
         ended = ended.gather(1, beam) | (token == end) | (lengths >= most)
-        found = torch.cat([found.gather(1, beam.unsqueeze(-1).expand(found.shape)), token.unsqueeze(-1)], -1)
+        before = sequences.gather(1, beam.unsqueeze(-1).expand(sequences.shape))
+        sequences = torch.cat([before, token.unsqueeze(-1)], -1)
         if ended.all():
             break
         decoder.select((first_row + beam).flatten())
         tokens = token.flatten()
     chosen = (scores / lengths**alpha).argmax(1)
-    best_of = found[torch.arange(count, device=device), chosen].tolist()
+    best_of = sequences[torch.arange(count, device=device), chosen].tolist()
     return [sequence[: sequence.index(end)] if end in sequence else sequence for sequence in best_of]

@@ -56,8 +56,8 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
             due = config.run.eval_every and done % config.run.eval_every == 0
             measures = trainer.validate() if due or last else None
             report.step(done, loss, measures, norm, seconds)
-            every = config.run.checkpoint_every
-            if every and (done % every == 0 or last):
+            save_every = config.run.checkpoint_every
+            if save_every and (done % save_every == 0 or last):
                 trainer.save(directory / "checkpoints")
     report.close(trainer.sample(), trainer.compare())
     return directory

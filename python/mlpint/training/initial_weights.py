@@ -34,15 +34,15 @@ def start_from(path: str, model: nn.Module, config: TrainConfig, task: Task, com
         UserError: on all ranks; no checkpoint, other tokens or classes, heads or step sizes, and what
             :func:`load_weights` raises.
     """
-    found: list[Checkpoint] = []
+    opened: list[Checkpoint] = []
 
     def check() -> None:
-        found.append(open_checkpoint(path))
-        check_identity(found[0], task, "weights are of use for the same tokens and classes alone")
-        _check_network(found[0], config)
+        opened.append(open_checkpoint(path))
+        check_identity(opened[0], task, "weights are of use for the same tokens and classes alone")
+        _check_network(opened[0], config)
 
     collectively(comm, check)
-    (checkpoint,) = found
+    (checkpoint,) = opened
     filled, left = load_weights(checkpoint, model, hint=_other_sizes(checkpoint, config), comm=comm)
     return f"{len(filled)} tensors from {checkpoint.path}; {', '.join(left) or 'none'} start anew"
 
@@ -133,6 +133,6 @@ def _other_sizes(checkpoint: Checkpoint, config: TrainConfig) -> str:
 
 
 def _saved_config(checkpoint: Checkpoint) -> TrainConfig | None:
-    """Of a checkpoint that ``mlpint train`` has written."""
+    """The configuration in a checkpoint, if ``mlpint train`` has written it."""
     saved = checkpoint.info.get("config")
     return None if saved is None else TrainConfig.of(from_saved(saved))

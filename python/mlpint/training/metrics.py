@@ -74,11 +74,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    found = []
+    objects = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(dict(json.loads(line)))
+            objects.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a JSON object") from None
-    return found
+    return objects

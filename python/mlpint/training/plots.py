@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OVER = {
     "steps": "optimiser step",
@@ -16,6 +19,7 @@ OVER = {
     "tokens": "tokens",
     "seconds": "seconds of training",
 }
+_MARKERS = "cosines: filled against the exact sweep, hollow against one more iteration"
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, over: str = "steps") -> None:
@@ -37,54 +41,67 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
     from matplotlib.figure import Figure
 
     runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
-    checks = {label: _checks(lines) for label, lines in runs.items()}
-    names = ["loss", *_measures(runs), *(["checks"] if any(checks.values()) else [])]
+    checked = {label: checks(lines) for label, lines in runs.items()}
+    names = ["loss", *_measures(runs), *(["checks"] if any(checked.values()) else [])]
     figure = Figure(figsize=(8, 3 + 2 * len(names)), layout="constrained")
     ratios = [2] + [1] * (len(names) - 1)
     panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    axes, below = panels[0], dict(zip(names[1:], panels[1:], strict=True))
+    below = dict(zip(names[1:], panels[1:], strict=True))
     for number, (label, lines) in enumerate(runs.items()):
         color = f"C{number % 10}"
-        fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
-        steps, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
-        axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smoothed(losses, steps), color=color, label=f"{label}: training")
-        held_out = _measured(lines, "val_loss")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+        _draw_losses(panels[0], label, lines, color)
         for name, panel in below.items():
-            points = checks[label] if name == "checks" else _measured(lines, name)
-            if points:
-                panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
-        for step, mode in _changes(lines):
-            axes.axvline(step, color=color, linestyle=":", linewidth=0.8)
-            place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
-            axes.text(step, 0.98, mode, color=color, fontsize=7, **place)
-    axes.set(ylabel="cross-entropy (nats)")
-    axes.legend()
+            if name == "checks":
+                _draw_checks(panel, checked[label], color)
+            elif points := _measured(lines, name):
+                panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3)
+    panels[0].set(ylabel="cross-entropy (nats)")
+    panels[0].legend()
     for name, panel in below.items():
-        checked = name == "checks"
-        panel.set(ylabel="gradient cosine, or\nconvergence factor" if checked else name.removeprefix("val_"))
+        panel.set(ylabel="gradient cosine, or\nconvergence factor" if name == "checks" else name.removeprefix("val_"))
+    if "checks" in below:
+        below["checks"].set_title(_MARKERS, fontsize=7, loc="right")
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[-1].set(xlabel=OVER[over])
     FigureCanvasAgg(figure).print_png(path)
 
 
+def _draw_losses(axes: Axes, label: str, lines: Sequence[Mapping[str, Any]], color: str) -> None:
+    fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
+    places, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
+    axes.plot(places, losses, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(places, _smoothed(losses, places), color=color, label=f"{label}: training")
+    if held_out := _measured(lines, "val_loss"):
+        axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+    for place, mode in _changes(lines):
+        axes.axvline(place, color=color, linestyle=":", linewidth=0.8)
+        look = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+        axes.text(place, 0.98, mode, color=color, fontsize=7, **look)
+
+
+def _draw_checks(axes: Axes, points: Sequence[Check], color: str) -> None:
+    axes.plot([p.place for p in points], [p.value for p in points], color=color)
+    for estimated in (False, True):
+        some = [p for p in points if p.estimated == estimated]
+        look = {"color": color, "markerfacecolor": "white" if estimated else color, "markersize": 4}
+        axes.plot([p.place for p in some], [p.value for p in some], "o", **look)
+
+
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
     """The lines of steps, each with its place on the axis. What a run's progress is counted in stands for tokens."""
-    found, seconds, unit = [], 0.0, "tokens"
+    placed, seconds, unit = [], 0.0, "tokens"
     for line in lines:
         unit = line.get("unit", unit)
         key = {"steps": "step", "flops-all": "flops_all", "tokens": unit}.get(over, over)
         seconds += line.get("seconds", 0.0)
         if over == "seconds":
-            found.append({**line, "place": seconds})
+            placed.append({**line, "place": seconds})
         elif key in line:
-            found.append({**line, "place": line[key]})
+            placed.append({**line, "place": line[key]})
         elif "loss" in line:
             raise UserError(f"{label}: step {line.get('step')} has no {key!r}, which the curves are to be drawn over")
-    return found
+    return placed
 
 
 def _measures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -107,9 +124,17 @@ def _changes(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
             before = line.get("mode", before)
 
 
-def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """What error control measured for the options in use: the gradient's cosine, or the larger convergence factor."""
-    found = []
+class Check(NamedTuple):
+    """What a check of error control measured of the options in use."""
+
+    place: float
+    value: float  # the gradient's cosine, or the larger convergence factor
+    estimated: bool  # against one more iteration, and not against the exact sweep
+
+
+def checks(lines: Sequence[Mapping[str, Any]]) -> list[Check]:
+    """The figure that each check decided by, which is the one in the log and in metrics.jsonl."""
+    points = []
     for line in lines:
         measured = line.get("control", {}).get("measured") or {}
         factors = [f for f in measured.get("convergence_factor", {}).values() if f is not None]
@@ -117,8 +142,8 @@ def _checks(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
         if value is None and factors:
             value = max(factors)
         if value is not None:
-            found.append((line["place"], value))
-    return found
+            points.append(Check(line["place"], value, measured.get("reference", "") not in ("", "exact")))
+    return points
 
 
 def _smoothed(values: Sequence[float], places: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -25,7 +25,7 @@ from .trainer import Trainer
 
 
 class Report:
-    """Of one run; rank 0 writes and prints.
+    """Shows and writes down one run; only rank 0 does.
 
     Args:
         trainer: at the step that the run starts from.
@@ -70,8 +70,8 @@ class Report:
             f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
         )
         self._say(task.describe())
-        if trainer.origin:
-            self._say(trainer.origin)
+        if trainer.initial_weights:
+            self._say(trainer.initial_weights)
 
     def _say(self, line: str) -> None:
         if self.bar is not None:
@@ -93,7 +93,7 @@ class Report:
             logger.setLevel(level)
 
     def step(self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float) -> None:
-        """Of a step that is done; ``measures`` are those of a validation after it, by name."""
+        """Reports a step that is done; ``measures`` are those of a validation after it, by name."""
         if not self.leads:
             return
         run, decision = self.config.run, self.trainer.decision

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import checkpoint as checkpoints
 from ..comm.collectively import collectively
@@ -26,7 +27,7 @@ from ..nn import random_keys
 from ..parallel.clip import clip_grad_norm_
 from ..parallel.layer_parallel import LayerParallel
 from .comparison import Comparison, compare
-from .config import TrainConfig
+from .config import SolverConfig, TrainConfig
 from .initial_weights import check_identity, start_from
 from .optimizer import learning_rate, make_optimizer
 from .tasks import Sample, Task
@@ -35,16 +36,25 @@ from .tasks import Sample, Task
 class Trainer:
     """A task's model, its optimiser and its place in the data.
 
+    Args:
+        config: of the run.
+        task: what is trained.
+        comm: the ranks.
+
     Attributes:
-        step: optimiser steps done, on all levels.
-        phase: of multilevel training, that of the last step; None without.
-        flops: the meter; None where the blocks differ from each other.
-        position: batches taken from the training data.
-        iterations: of the last step's solves, by direction; 0 where exact.
-        mode: the solver's options in the last step, in short.
-        origin: where weights that were not drawn came from, in one line.
-        decision: what error control made of the last step; None without control.
         model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
+        multilevel, control: those that the configuration asks for; else None.
+        flops: the meter; None where the blocks differ from each other.
+        initial_weights: where weights that were not drawn came from, in one line; empty where all were drawn.
+        step: optimiser steps done, on all levels.
+        position: batches taken from the training data.
+        phase: the last step's phase of multilevel training; None without.
+        decision: what error control made of the last step; None without control.
+        iterations: what the last step's solves took, by direction; 0 where exact.
+        mode: the solver's options in the last step, in short.
+
+    Raises:
+        ValueError: options that the number of ranks or the task's layers do not allow.
     """
 
     def __init__(self, config: TrainConfig, task: Task, comm: Comm) -> None:
@@ -52,19 +62,7 @@ class Trainer:
         solver = config.solver
         torch.manual_seed(config.run.seed)  # every rank builds the same model
         self.model = task.model()
-        self.model.blocks = self.blocks = LayerParallel(
-            self.model.blocks,
-            solver.mgrit(),
-            comm=comm,
-            step_size=solver.step_size or 1 / (len(self.model.blocks) - solver.open_layers - solver.close_layers),
-            open_layers=solver.open_layers,
-            close_layers=solver.close_layers,
-            layout=solver.layout,
-            recompute=solver.recompute,
-            serial_microbatches=solver.serial_microbatches,
-        )
-        for direction in ("forward", "backward"):
-            self.blocks.solver(direction)  # raises here what it would raise in the first step
+        self.model.blocks = self.blocks = _layer_parallel(self.model.blocks, solver, comm)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.multilevel: Multilevel | None = None
@@ -73,24 +71,27 @@ class Trainer:
             self.multilevel = Multilevel(self.blocks, self.optimizer, model=self.model, **options)
             self.flops = self.multilevel.flops
         else:
-            self.flops = FlopMeter(self.blocks, self.model) if _alike(self.blocks) else None
-        self.phase: Phase | None = None
+            self.flops = FlopMeter(self.blocks, self.model) if _all_alike(self.blocks) else None
+        self.initial_weights = ""
         self.step = self.position = 0
-        self.origin = ""
+        self.phase: Phase | None = None
+        self.decision: Decision | None = None
         self.iterations: dict[str, int] = {}
         self.mode = short_form(self.blocks.options)
-        self.decision: Decision | None = None
         self.control: ErrorControl | None = None
         if solver.measure is not None:
             self.control = ErrorControl(
                 self.blocks, measure=solver.measure, target=solver.control_target or None, every=solver.control_every
             )
 
+    # --- a step ------------------------------------------------------------------------------------------------------
+
     def autocast(self) -> torch.autocast:
+        """The precision that the run asks for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16")
 
     def training_loss(self, step: int, microbatch: int, position: int) -> torch.Tensor:
-        """Of a microbatch. Random numbers depend on the arguments alone."""
+        """The loss of a microbatch. Random numbers depend on the arguments alone."""
         self.blocks.dropout_key(step, microbatch)
         torch.manual_seed(random_keys.key(self.config.run.seed, step, microbatch, self.config.model.layers))
         batch = tuple(t.to(self.device) for t in self.task.train(position))
@@ -146,7 +147,7 @@ class Trainer:
             last = self.step, accumulate - 1, self.position + accumulate - 1
             self.decision = self.control.step(loss, lambda: self.training_loss(*last))
             if self.decision.skip:
-                self._next()
+                self._go_on()
                 return loss, math.nan
         norm = clip_grad_norm_(self.model, limit)
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -157,21 +158,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(*clock, self.config.optimizer)
         self.optimizer.step()
-        self._next()
+        self._go_on()
         return loss, norm
 
-    def _next(self) -> None:
+    def _go_on(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.position = self.step + 1, self.position + self.config.data.accumulate
+
+    # --- what has been learnt ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and the task's other measures of the exact network on held-out data."""
         self.model.eval()
         with self.blocks.using(options=exact_options(self.blocks.options)), self.autocast():
-            found = self.task.validate(self.model, self.device, self.comm)
+            measures = self.task.validate(self.model, self.device, self.comm)
         self.model.train()
-        return found
+        return measures
 
     @torch.no_grad()
     def sample(self) -> Sample | None:
@@ -192,7 +195,10 @@ class Trainer:
             self.model, self.blocks, lambda n: self.forward_backward(self.step, n, first + n), count, self.comm
         )
 
+    # --- stopping and going on ---------------------------------------------------------------------------------------
+
     def save(self, directory: Path) -> None:
+        """Writes a checkpoint of this step. Collective."""
         info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
         info["task"] = self.task.identity()
         if self.control is not None:
@@ -210,10 +216,19 @@ class Trainer:
         )
 
     def start_from(self, path: str) -> None:
-        """Takes the weights of another run where they fit, before the first step; see :func:`origin.start_from`."""
-        self.origin = start_from(path, self.model, self.config, self.task, self.comm)
+        """Takes the weights of another run where they fit, before the first step. Collective.
+
+        Raises:
+            UserError: on all ranks; see :func:`mlpint.training.initial_weights.start_from`.
+        """
+        self.initial_weights = start_from(path, self.model, self.config, self.task, self.comm)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Goes on where a checkpoint was written, before the first step. Collective.
+
+        Raises:
+            UserError: on all ranks; a damaged checkpoint, or one of other data or of other multilevel training.
+        """
         check_identity(checkpoint, self.task, "go on with the data that the run began with")
         checkpoints.load(checkpoint, self.model, self.optimizer, comm=self.comm)
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
@@ -238,8 +253,25 @@ class Trainer:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
 
 
-def _alike(blocks: LayerParallel) -> bool:
+def _layer_parallel(layers: nn.Module, solver: SolverConfig, comm: Comm) -> LayerParallel:
+    stack = LayerParallel(
+        layers,
+        solver.mgrit(),
+        comm=comm,
+        step_size=solver.step_size or 1 / (len(layers) - solver.open_layers - solver.close_layers),
+        open_layers=solver.open_layers,
+        close_layers=solver.close_layers,
+        layout=solver.layout,
+        recompute=solver.recompute,
+        serial_microbatches=solver.serial_microbatches,
+    )
+    for direction in ("forward", "backward"):
+        stack.solver(direction)  # raises here what it would raise in the first step
+    return stack
+
+
+def _all_alike(blocks: LayerParallel) -> bool:
     """Whether all layers have parameters of the same names and shapes. Collective."""
-    kinds = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
-    found = [kind for kinds in blocks.comm.gather(json.dumps(sorted(kinds)).encode()) for kind in json.loads(kinds)]
-    return len(set(found)) <= 1
+    own = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
+    messages = blocks.comm.gather(json.dumps(sorted(own)).encode())
+    return len({kind for message in messages for kind in json.loads(message)}) <= 1

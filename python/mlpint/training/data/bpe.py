@@ -48,7 +48,7 @@ class BytePairs:
 
     def encode(self, lines: list[str]) -> list[list[int]]:
         """Tokens of each line, its end token last."""
-        return [[i + SPECIAL for i in found.ids] + [END] for found in self._tokenizer.encode_batch(lines)]
+        return [[i + SPECIAL for i in encoding.ids] + [END] for encoding in self._tokenizer.encode_batch(lines)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode([t - SPECIAL for t in tokens if t >= SPECIAL]).strip()

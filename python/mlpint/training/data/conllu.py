@@ -29,7 +29,7 @@ class Sentence:
 def read_conllu(path: str | Path) -> list[Sentence]:
     """The sentences of a file, or of all ``.conllu`` and ``.conllu.gz`` files of a directory, in the files' order.
 
-    Of a data set (:mod:`mlpint.data.hub`) those to train on, from its columns ``tokens`` and ``upos``.
+    Of a data set (:mod:`mlpint.training.data.hub`) those to train on, from its columns ``tokens`` and ``upos``.
 
     Multiword tokens (``1-2``) and empty nodes (``1.1``) are left out: their parts, or the words around, are tagged.
 
@@ -51,7 +51,7 @@ def _from_hub(name: str) -> list[Sentence]:
     train, _ = hub.splits(name)
     words, tags = hub.column(train, name, "tokens", "words"), hub.column(train, name, "upos", "pos_tags")
     names = hub.class_names(train, tags)
-    found = []
+    sentences = []
     for number, (row, labels) in enumerate(zip(train[words], train[tags], strict=True)):
         upos = [names[label] if names and isinstance(label, int) else str(label) for label in labels]
         unknown = [tag for tag in upos if tag not in UPOS and tag != "_"]
@@ -60,14 +60,15 @@ def _from_hub(name: str) -> list[Sentence]:
             raise DataError(f"{name}: row {number} has {what}; UPOS are {', '.join(UPOS)}")
         kept = [(word, UPOS.index(tag)) for word, tag in zip(row, upos, strict=True) if tag != "_"]
         if kept:
-            found.append(Sentence([word for word, _ in kept], [tag for _, tag in kept], {"sent_id": f"row {number}"}))
-    if not found:
+            about = {"sent_id": f"row {number}"}
+            sentences.append(Sentence([word for word, _ in kept], [tag for _, tag in kept], about))
+    if not sentences:
         raise DataError(f"{name}: holds no sentences")
-    return found
+    return sentences
 
 
 def _sentences(path: Path) -> list[Sentence]:
-    found: list[Sentence] = []
+    sentences: list[Sentence] = []
     words: list[str] = []
     tags: list[int] = []
     about: dict[str, str] = {}
@@ -90,10 +91,10 @@ def _sentences(path: Path) -> list[Sentence]:
             tags.append(UPOS.index(columns[_UPOS]))
         else:
             if words:
-                found.append(Sentence(words, tags, about))
+                sentences.append(Sentence(words, tags, about))
                 # What is said of a document holds for the sentences that follow, too.
                 about = {name: value for name, value in about.items() if name.startswith(("newdoc", "meta::"))}
             words, tags = [], []
-    if not found:
+    if not sentences:
         raise DataError(f"{path}: holds no sentences")
-    return found
+    return sentences

@@ -74,7 +74,7 @@ def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "", to
     Args:
         path: text file, text.gz, directory of these, ``.bin`` file of little-endian uint16 tokens (as nanoGPT writes
             them), or a directory with ``train.bin`` and ``val.bin``, which is held out; or a data set with a column
-            ``text`` (see :mod:`mlpint.data.hub`). Empty: :func:`embedded_text`.
+            ``text`` (see :mod:`mlpint.training.data.hub`). Empty: :func:`embedded_text`.
         sequence: tokens per sequence; each part must hold at least one, and the token that follows it.
         vocabulary: 0 takes 256 for text and GPT-2's for ``.bin``.
         validation: text or tokens like those of ``path``.
@@ -151,7 +151,7 @@ def _text(path: Path) -> bytes:
     if not path.is_dir():
         return read(path)
     texts = (read(p) for p in visible_files(path))
-    found = [text for text in texts if b"\0" not in text[:8192]]  # as git tells text from binary files
-    if not found:
+    readable = [text for text in texts if b"\0" not in text[:8192]]  # as git tells text from binary files
+    if not readable:
         raise DataError(f"{path}: the directory holds no text files")
-    return b"\n".join(found)
+    return b"\n".join(readable)

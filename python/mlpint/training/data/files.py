@@ -41,5 +41,5 @@ def read_lines(path: Path) -> list[str]:
 
 def visible_files(directory: Path) -> list[Path]:
     """All files below a directory, hidden ones left out, in an order that does not depend on the machine."""
-    found = (p for p in directory.rglob("*") if not any(q.startswith(".") for q in p.relative_to(directory).parts))
-    return sorted(p for p in found if p.is_file())
+    visible = (p for p in directory.rglob("*") if not any(q.startswith(".") for q in p.relative_to(directory).parts))
+    return sorted(p for p in visible if p.is_file())

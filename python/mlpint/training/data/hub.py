@@ -27,12 +27,12 @@ def splits(name: str) -> tuple[Dataset, Dataset | None]:
         raise DataError(f"{name}: needs the datasets library; pip install datasets") from None
     path, _, configuration = name.removeprefix(PREFIX).partition(":")
     try:
-        found = datasets.load_dataset(path, configuration or None)
+        parts = datasets.load_dataset(path, configuration or None)
     except Exception as error:  # of many kinds: no such data set, no network, broken files
         raise DataError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
-    if "train" not in found:
-        raise DataError(f"{name}: has the splits {', '.join(found)}; must have train")
-    return found["train"], next((found[n] for n in ("validation", "test") if n in found), None)
+    if "train" not in parts:
+        raise DataError(f"{name}: has the splits {', '.join(parts)}; must have train")
+    return parts["train"], next((parts[n] for n in ("validation", "test") if n in parts), None)
 
 
 def column(dataset: Dataset, name: str, *choices: str) -> str:

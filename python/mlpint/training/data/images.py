@@ -76,8 +76,9 @@ def load_images(path: str, validation: str = "", size: int = 0) -> LabelledImage
     Args:
         path: an ``.npz`` file with ``images`` [n, height, width] or [n, height, width, channels] and ``labels`` [n]
             (or ``x_train``, ``y_train``, ``x_test``, ``y_test``), or a directory with one folder of image files for
-            each class (or folders ``train`` and ``val`` of such), or a data set (:mod:`mlpint.data.hub`) with columns
-            ``image`` and ``label``. Empty: scikit-learn's 1,797 digits, 8 x 8.
+            each class (or folders ``train`` and ``val`` of such), or a data set
+            (:mod:`mlpint.training.data.hub`) with columns ``image`` and ``label``. Empty: scikit-learn's 1,797 digits,
+            8 x 8.
         validation: images to validate on, likewise.
         size: side that image files are scaled and cropped to; 0: they must all be of the same size.
 
@@ -125,9 +126,9 @@ def _digits() -> Images:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("data = '': the digits need scikit-learn; pip install scikit-learn, or name images") from None
-    found = load_digits()
-    pixels = found.images.astype(np.float32)[..., None]
-    return Images("digits", pixels, found.target.astype(np.int64), [str(n) for n in range(10)], (8, 8, 1), 16.0)
+    digits = load_digits()
+    pixels = digits.images.astype(np.float32)[..., None]
+    return Images("digits", pixels, digits.target.astype(np.int64), [str(n) for n in range(10)], (8, 8, 1), 16.0)
 
 
 def _npz(path: Path) -> tuple[Images, Images | None]:
@@ -138,14 +139,14 @@ def _npz(path: Path) -> tuple[Images, Images | None]:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: is not an .npz file of arrays ({error})") from None
-    found = []
+    parts = []
     for part, choices in _NAMES.items():
         names = next((pair for pair in choices if all(name in arrays for name in pair)), None)
         if names:
-            found.append(_of_arrays(f"{path}", *(arrays[name] for name in names), names))
+            parts.append(_of_arrays(f"{path}", *(arrays[name] for name in names), names))
         elif part == "train":
             raise DataError(f"{path}: holds {', '.join(arrays) or 'nothing'}; must hold images and labels")
-    return found[0], found[1] if len(found) > 1 else None
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
 def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray, names: tuple[str, str]) -> Images:
@@ -168,7 +169,7 @@ def _from_hub(name: str, part: hub.Dataset, size: int) -> Images:
     """All images of a part, decoded."""
     images, labels = hub.column(part, name, "image", "img"), hub.column(part, name, "label", "labels", "fine_label")
     classes = hub.class_names(part, labels)
-    found, first = [], None
+    pixels, first = [], None
     for n, image in enumerate(part[images]):
         shape = (size or image.height, size or image.width, _channels(image))
         first = first or shape
@@ -177,11 +178,11 @@ def _from_hub(name: str, part: hub.Dataset, size: int) -> Images:
                 f"{name}: image {n} is {' x '.join(map(str, shape))}, image 0 {' x '.join(map(str, first))}; "
                 "must be of one size, or give --image-size"
             )
-        found.append(_fitted(image, shape))
-    if not found:
+        pixels.append(_fitted(image, shape))
+    if not pixels:
         raise DataError(f"{name}: holds no images")
     numbers = np.array(part[labels], np.int64)
-    return Images(name, np.stack(found), numbers, classes or [str(n) for n in range(int(numbers.max()) + 1)], first)
+    return Images(name, np.stack(pixels), numbers, classes or [str(n) for n in range(int(numbers.max()) + 1)], first)
 
 
 def _folders(path: Path, size: int, known: list[str] | None = None) -> Images:
@@ -208,13 +209,13 @@ def _common_size(files: list[Path], size: int) -> tuple[int, int, int]:
     first: tuple[int, int, int] | None = None
     for path in files:
         with _opened(path) as image:
-            found = (image.height, image.width, _channels(image))
+            shape = (image.height, image.width, _channels(image))
         if size:
-            found = (size, size, found[2])
-        first = first or found
-        if found != first:
+            shape = (size, size, shape[2])
+        first = first or shape
+        if shape != first:
             raise DataError(
-                f"{path}: is {found[0]} x {found[1]} x {found[2]}, {files[0]} is {first[0]} x {first[1]} x {first[2]}; "
+                f"{path}: is {shape[0]} x {shape[1]} x {shape[2]}, {files[0]} is {first[0]} x {first[1]} x {first[2]}; "
                 "must be of one size, or give --image-size"
             )
     return first

@@ -29,7 +29,7 @@ def load_labelled(path: str, validation: str = "", label: str = "") -> tuple[lis
     Args:
         path: a CoNLL-U file or a directory of these (text and class from the sentences' comments; one on a document
             goes for all its sentences), a ``.tsv`` file whose first line names the columns, both with or without
-            ``.gz``, or a data set (:mod:`mlpint.data.hub`). Columns of texts are ``text`` or ``sentence``.
+            ``.gz``, or a data set (:mod:`mlpint.training.data.hub`). Columns of texts are ``text`` or ``sentence``.
         validation: texts like those of ``path``, of classes that it has.
         label: comment or column with the class; empty: :data:`TREEBANK_LABEL` in treebanks, else
             :data:`TABLE_LABEL`.
@@ -71,7 +71,7 @@ def _read(path: str, label: str) -> tuple[list[LabelledText], list[LabelledText]
 
 
 def _from_treebank(path: str, label: str) -> list[LabelledText]:
-    found = []
+    texts = []
     for number, sentence in enumerate(read_conllu(path), 1):
         place = f"sentence {sentence.about.get('sent_id', number)}"
         for name in ("text", label):
@@ -79,8 +79,8 @@ def _from_treebank(path: str, label: str) -> list[LabelledText]:
                 raise DataError(
                     f"{path}: {place} has no comment '# {name} = ...'; it has {_some(list(sentence.about)) or 'none'}"
                 )
-        found.append(LabelledText(sentence.about["text"], sentence.about[label], place))
-    return found
+        texts.append(LabelledText(sentence.about["text"], sentence.about[label], place))
+    return texts
 
 
 def _from_table(path: Path, label: str) -> list[LabelledText]:
@@ -89,37 +89,36 @@ def _from_table(path: Path, label: str) -> list[LabelledText]:
     if text is None or label not in header:
         wanted = label if text else " or ".join(_TEXT_COLUMNS)
         raise DataError(f"{path}: has the columns {_some(header)}; must have {wanted}")
-    found = []
+    texts = []
     for number, fields in enumerate(lines, 2):
         if len(fields) != len(header):
             raise DataError(f"{path}: line {number} has {len(fields)} columns between tabs, the header {len(header)}")
         row = dict(zip(header, fields, strict=True))
-        found.append(_checked(path, LabelledText(row[text], row[label], f"line {number}"), text, label))
-    if not found:
+        texts.append(_checked(path, LabelledText(row[text], row[label], f"line {number}"), text, label))
+    if not texts:
         raise DataError(f"{path}: has a header and no texts")
-    return found
+    return texts
 
 
 def _from_hub(name: str, part: hub.Dataset, label: str) -> list[LabelledText]:
-    texts, labels = hub.column(part, name, *_TEXT_COLUMNS), hub.column(part, name, label)
-    names = hub.class_names(part, labels)
-    found = []
-    for number, (text, value) in enumerate(zip(part[texts], part[labels], strict=True)):
+    text_column, label_column = hub.column(part, name, *_TEXT_COLUMNS), hub.column(part, name, label)
+    names = hub.class_names(part, label_column)
+    texts = []
+    for number, (text, value) in enumerate(zip(part[text_column], part[label_column], strict=True)):
         if names and isinstance(value, int):
             value = names[value] if value >= 0 else None  # -1 where the classes are kept secret
-        found.append(
-            _checked(name, LabelledText(text, "" if value is None else str(value), f"row {number}"), texts, labels)
-        )
-    if not found:
+        labelled = LabelledText(text, "" if value is None else str(value), f"row {number}")
+        texts.append(_checked(name, labelled, text_column, label_column))
+    if not texts:
         raise DataError(f"{name}: holds no texts")
-    return found
+    return texts
 
 
-def _checked(path: str | Path, found: LabelledText, text: str, label: str) -> LabelledText:
-    for column, value in ((text, found.text), (label, found.label)):
+def _checked(path: str | Path, labelled: LabelledText, text: str, label: str) -> LabelledText:
+    for column, value in ((text, labelled.text), (label, labelled.label)):
         if not value:
-            raise DataError(f"{path}: {found.place} has nothing in the column {column}")
-    return found
+            raise DataError(f"{path}: {labelled.place} has nothing in the column {column}")
+    return labelled
 
 
 def _some(names: list[str]) -> str:

@@ -57,8 +57,8 @@ class Pairs:
         """Source tokens [B, S], their lengths [B], target tokens that a decoder is given [B, T], and those that it is
         to predict [B, T]; padded with ``PAD``."""
         wanted = self.target.padded(which)
-        given = torch.cat([torch.full((len(which), 1), START), wanted[:, :-1]], 1)
-        return self.source.padded(which), torch.from_numpy(self.source.lengths[which]), given, wanted
+        shifted = torch.cat([torch.full((len(which), 1), START), wanted[:, :-1]], 1)
+        return self.source.padded(which), torch.from_numpy(self.source.lengths[which]), shifted, wanted
 
     def by_length(self) -> np.ndarray:
         """All pairs, short ones first."""
@@ -66,7 +66,7 @@ class Pairs:
 
 
 class Buckets(Order):
-    """Pairs of similar lengths in batches; otherwise as :class:`mlpint.data.order.Order`.
+    """Pairs of similar lengths in batches; otherwise as :class:`mlpint.training.data.order.Order`.
 
     Args:
         pairs: to take.

@@ -51,20 +51,20 @@ def find(data: str, source: str, target: str) -> dict[str, tuple[Path, Path]]:
     Raises:
         DataError: there is no text to train on, or a file without its counterpart.
     """
-    found = {}
+    files = {}
     for split, names in (("train", ("train", "")), ("validation", HELD_OUT), ("test", ("test", "test*"))):
         a, b = (next((p for name in names for p in _named(data, name, end)), None) for end in (source, target))
         if a and b:
-            found[split] = a, b
+            files[split] = a, b
         elif a or b:
             raise DataError(f"{a or b}: there is no such file that ends in .{target if a else source}, its translation")
-    if "train" not in found:
+    if "train" not in files:
         looked = [f"{data}/train.{source}"] if Path(data).is_dir() else [f"{data}-train.{source}", f"{data}.{source}"]
         raise DataError(
             f"{data}: no parallel text; looked for {' and '.join(looked)} (or .gz) and the same in '{target}'; "
             "name a directory or what the files' names start with, and the languages by --source and --target"
         )
-    return found
+    return files
 
 
 def _named(data: str, split: str, language: str) -> list[Path]:
@@ -81,28 +81,28 @@ def load(data: str, source: str, target: str, validation: str = "") -> dict[str,
     """The sentences of each split. Where no file is held out, the last tenth of the text is, 1,000 pairs at most.
 
     Args:
-        data, source, target: as for :func:`find`; or a data set (see :mod:`mlpint.data.hub`) with a column for each
-            language, or with a column ``translation`` of both.
+        data, source, target: as for :func:`find`; or a data set (see :mod:`mlpint.training.data.hub`) with a column for
+            each language, or with a column ``translation`` of both.
         validation: ``held`` for the held-out text in ``held.de`` and ``held.en``, or a data set.
 
     Raises:
         DataError: what :func:`find` raises; files that cannot be read, that differ in their number of lines, or that
             are in other languages than the names say.
     """
-    found = _splits(data, source, target)
+    splits = _splits(data, source, target)
     if validation:
-        found["validation"] = _splits(validation, source, target)["train"]
-    train = found["train"]
+        splits["validation"] = _splits(validation, source, target)["train"]
+    train = splits["train"]
     for name in ("validation", "test"):
-        if name in found:
-            _check_languages(found[name], train)
-    if "validation" not in found:
+        if name in splits:
+            _check_languages(splits[name], train)
+    if "validation" not in splits:
         count = len(train.source)
         held_out = min(max(1, count // 10), _MOST_HELD_OUT)
         if count < 2:
             raise DataError(f"{train.names[0]}: one pair of sentences is too little to train on and to hold some out")
-        found |= {"train": train.part(0, count - held_out), "validation": train.part(count - held_out, count)}
-    return found
+        splits |= {"train": train.part(0, count - held_out), "validation": train.part(count - held_out, count)}
+    return splits
 
 
 def _splits(data: str, source: str, target: str) -> dict[str, Sentences]:

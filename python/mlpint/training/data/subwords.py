@@ -57,8 +57,8 @@ def to_subwords(train: np.ndarray, held_out: np.ndarray, vocabulary: int) -> tup
     def build() -> dict[str, np.ndarray]:
         texts = [part.tobytes().decode("utf-8", errors="replace").split("\n") for part in (train, held_out)]
         pairs = BytePairs.learn(texts[0], vocabulary)
-        found = [np.array([t for line in pairs.encode(lines) for t in line], _smallest(vocabulary)) for lines in texts]
-        return {"train": found[0], "held_out": found[1], "pairs": np.frombuffer(pairs.saved, np.uint8)}
+        tokens = [np.array([t for line in pairs.encode(lines) for t in line], _smallest(vocabulary)) for lines in texts]
+        return {"train": tokens[0], "held_out": tokens[1], "pairs": np.frombuffer(pairs.saved, np.uint8)}
 
     digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in (train, held_out)]
     settings = {"text": digests, "vocabulary": vocabulary, "tokenizers": version}

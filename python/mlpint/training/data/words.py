@@ -24,9 +24,9 @@ def features(word: str) -> list[str]:
     """
     small = word.lower()
     shape = _DIGITS.sub("d", _SMALL.sub("x", _CAPITALS.sub("X", word)))
-    found = [f"word {word}", f"small {small}", "shape " + re.sub(r"(.)\1+", r"\1", shape)[:8]]
-    found += [f"end {small[-n:]}" if len(small) >= n else "" for n in _AFFIXES]
-    return found + [f"start {small[:n]}" if len(small) >= n else "" for n in _AFFIXES]
+    names = [f"word {word}", f"small {small}", "shape " + re.sub(r"(.)\1+", r"\1", shape)[:8]]
+    names += [f"end {small[-n:]}" if len(small) >= n else "" for n in _AFFIXES]
+    return names + [f"start {small[:n]}" if len(small) >= n else "" for n in _AFFIXES]
 
 
 FEATURES = len(features("word"))

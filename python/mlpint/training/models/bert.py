@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .encoder import encoder_blocks, normal_, start_positions_
+from .blocks import encoder_blocks, normal_, start_positions_
+from .shape import Shape
 
 
 class BERTEncoder(nn.Module):
@@ -20,62 +21,43 @@ class BERTEncoder(nn.Module):
     Args:
         vocabulary: number of tokens, special ones included.
         sequence: longest input.
-        layers, dim, heads, ffn, dropout: of the blocks; ``ffn`` 0 is 4 dim.
+        shape: of the blocks.
     """
 
-    def __init__(
-        self,
-        vocabulary: int,
-        sequence: int,
-        layers: int,
-        dim: int,
-        heads: int,
-        ffn: int = 0,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, vocabulary: int, sequence: int, shape: Shape) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(sequence, dim)
+        self.tokens, self.positions = nn.Embedding(vocabulary, shape.dim), nn.Embedding(sequence, shape.dim)
         # Embeddings of unit size: next to smaller ones the first blocks' steps are large, and MGRIT's error with them.
-        self.embedding_norm = nn.LayerNorm(dim)
-        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
-        self.norm = nn.LayerNorm(dim)
+        self.embedding_norm = nn.LayerNorm(shape.dim)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.blocks = encoder_blocks(shape)
+        self.norm = nn.LayerNorm(shape.dim)
         start_positions_(self.positions.weight)
 
     def encode(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """The states behind the last block, normalised: [batch, sequence, dim]. ``lengths`` as in :class:`Block`."""
+        """The states behind the last block, normalised: [batch, sequence, dim].
+
+        ``lengths`` are those of :class:`mlpint.nn.Block`.
+        """
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedding_norm(self.tokens(tokens) + self.positions(places))
-        return self.norm(self.blocks(self._drop(x), lengths=lengths))
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.norm(self.blocks(self.dropout(x), lengths=lengths))
 
 
 class BERT(BERTEncoder):
     """Logits of the tokens that stand, or stood, at some places: [batch, sequence] int64 -> [batch, n, vocabulary].
 
     Args:
-        vocabulary, sequence, layers, dim, heads, ffn, dropout: as in :class:`BERTEncoder`.
+        vocabulary, sequence, shape: as in :class:`BERTEncoder`.
         tied: use the token embedding as the output matrix.
     """
 
-    def __init__(
-        self,
-        vocabulary: int,
-        sequence: int,
-        layers: int,
-        dim: int,
-        heads: int,
-        ffn: int = 0,
-        dropout: float = 0.0,
-        tied: bool = True,
-    ) -> None:
-        super().__init__(vocabulary, sequence, layers, dim, heads, ffn, dropout)
-        self.transform, self.transform_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocabulary)
+    def __init__(self, vocabulary: int, sequence: int, shape: Shape, tied: bool = True) -> None:
+        super().__init__(vocabulary, sequence, shape)
+        self.transform, self.transform_norm = nn.Linear(shape.dim, shape.dim), nn.LayerNorm(shape.dim)
+        self.head = nn.Linear(shape.dim, vocabulary)
         normal_(self.tokens, self.head)
-        nn.init.normal_(self.transform.weight, std=1 / math.sqrt(dim))
+        nn.init.normal_(self.transform.weight, std=1 / math.sqrt(shape.dim))
         nn.init.zeros_(self.transform.bias)
         if tied:
             self.head.weight = self.tokens.weight

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .bert import BERTEncoder
-from .encoder import normal_
+from .blocks import normal_
+from .shape import Shape
 
 
 class TextClassifier(BERTEncoder):
@@ -17,22 +18,12 @@ class TextClassifier(BERTEncoder):
 
     Args:
         classes: number of classes.
-        vocabulary, sequence, layers, dim, heads, ffn, dropout: as in :class:`BERTEncoder`.
+        vocabulary, sequence, shape: as in :class:`BERTEncoder`.
     """
 
-    def __init__(
-        self,
-        classes: int,
-        vocabulary: int,
-        sequence: int,
-        layers: int,
-        dim: int,
-        heads: int,
-        ffn: int = 0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(vocabulary, sequence, layers, dim, heads, ffn, dropout)
-        self.classes = nn.Linear(dim, classes)
+    def __init__(self, classes: int, vocabulary: int, sequence: int, shape: Shape) -> None:
+        super().__init__(vocabulary, sequence, shape)
+        self.classes = nn.Linear(shape.dim, classes)
         normal_(self.tokens, self.classes)
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -40,4 +31,4 @@ class TextClassifier(BERTEncoder):
         states = self.encode(tokens, lengths)
         padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
         mean = states.masked_fill(padding.unsqueeze(-1), 0).sum(1) / lengths.unsqueeze(1)
-        return self.classes(self._drop(mean))
+        return self.classes(self.dropout(mean))

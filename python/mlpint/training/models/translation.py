@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from .shape import Shape
 from .translation_layers import Cache, DecoderLayer, EncoderLayer, State
 
 
@@ -33,35 +33,26 @@ class Translator(nn.Module):
 
     Args:
         vocabulary: number of tokens, of both languages.
-        encoder_layers, decoder_layers: at least one each.
-        dim, heads, dropout, ffn: of the layers.
+        shape: of the layers.
+        encoder_layers: those of them that are the encoder's; both parts have at least one.
         tied: use the token embedding as the output matrix.
     """
 
-    def __init__(
-        self,
-        vocabulary: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        dim: int,
-        heads: int,
-        dropout: float = 0.0,
-        tied: bool = True,
-        ffn: int = 0,
-    ) -> None:
+    def __init__(self, vocabulary: int, shape: Shape, encoder_layers: int, tied: bool = True) -> None:
         super().__init__()
-        self.dim, self.dropout = dim, dropout
-        self.tokens = nn.Embedding(vocabulary, dim)
+        decoder_layers = shape.layers - encoder_layers
+        self.tokens = nn.Embedding(vocabulary, shape.dim)
+        self.dropout = nn.Dropout(shape.dropout)
         self.blocks = Layers(
             [
-                *(EncoderLayer(dim, heads, dropout, encoder_layers, ffn) for _ in range(encoder_layers)),
-                *(DecoderLayer(dim, heads, dropout, decoder_layers, ffn) for _ in range(decoder_layers)),
+                *(EncoderLayer(shape, encoder_layers) for _ in range(encoder_layers)),
+                *(DecoderLayer(shape, decoder_layers) for _ in range(decoder_layers)),
             ]
         )
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocabulary, bias=False)
+        self.norm = nn.LayerNorm(shape.dim)
+        self.head = nn.Linear(shape.dim, vocabulary, bias=False)
         for module in (self.tokens, self.head):
-            nn.init.normal_(module.weight, std=dim**-0.5)
+            nn.init.normal_(module.weight, std=shape.dim**-0.5)
         if tied:
             self.head.weight = self.tokens.weight
 
@@ -78,9 +69,8 @@ class Translator(nn.Module):
 
     def embed(self, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
         """[B, T] tokens at the places from ``start`` on -> [B, T, dim]."""
-        x = self.tokens(tokens) * math.sqrt(self.dim)
-        x = x + sinusoids(start, tokens.shape[1], self.dim, x.device).to(x.dtype)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = self.tokens(tokens) * math.sqrt(self.tokens.embedding_dim)
+        return self.dropout(x + sinusoids(start, tokens.shape[1], x.shape[-1], x.device).to(x.dtype))
 
 
 def key_mask(lengths: torch.Tensor, count: int) -> torch.Tensor:

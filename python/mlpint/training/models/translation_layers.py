@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .blocks import initial_deviation
+from .shape import Shape
+
 State = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -30,12 +33,9 @@ class Cache(NamedTuple):
 class Part(nn.Module):
     """Heads and dropout, which all parts of a layer have."""
 
-    def __init__(self, heads: int, dropout: float) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        self.heads, self.drop = shape.heads, nn.Dropout(shape.dropout)
 
     def split(self, x: torch.Tensor, parts: int) -> Sequence[torch.Tensor]:
         """[B, T, parts D] -> so many [B, H, T, hd]."""
@@ -51,7 +51,7 @@ class Part(nn.Module):
         causal: bool = False,
     ) -> torch.Tensor:
         """[B, H, T, hd] queries -> [B, T, D]."""
-        p = self.dropout if self.training else 0.0
+        p = self.drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         return y.transpose(1, 2).flatten(2)
 
@@ -59,8 +59,9 @@ class Part(nn.Module):
 class SelfAttention(Part):
     """Increment of a stream by attention to itself, [B, T, D] -> the same."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__(heads, dropout)
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        dim = shape.dim
         self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
@@ -77,8 +78,9 @@ class SelfAttention(Part):
 class CrossAttention(Part):
     """Increment of a stream by attention to another one, which it sees through a LayerNorm of its own."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__(heads, dropout)
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        dim = shape.dim
         self.norm, self.source_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
@@ -96,8 +98,9 @@ class CrossAttention(Part):
 class FeedForward(Part):
     """Increment of a stream place by place."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, ffn: int) -> None:
-        super().__init__(heads, dropout)
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        dim, ffn = shape.dim, shape.ffn_width
         self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,18 +111,15 @@ class EncoderLayer(nn.Module):
     """Moves X and keeps Y: (X [B, S, D], Y [B, T, D]) -> the same shapes.
 
     Args:
-        dim: width.
-        heads: attention heads; a divisor of ``dim``.
-        dropout: probability, of attention weights and of all residual increments.
+        shape: of all layers.
         depth: number of layers that move this stream: projections onto it start smaller for that.
-        ffn: inner width of the last part; 4 dim by default.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, depth: int = 1, ffn: int = 0) -> None:
+    def __init__(self, shape: Shape, depth: int) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads, dropout)
-        self.ffn = FeedForward(dim, heads, dropout, ffn or 4 * dim)
-        initialize(self, dim, 2 * depth)
+        self.attention = SelfAttention(shape)
+        self.ffn = FeedForward(shape)
+        initialize(self, shape.dim, 2 * depth)
 
     def forward(self, state: State, source_mask: torch.Tensor) -> State:
         """source_mask: [B, 1, 1, S] bool, which places of X hold tokens."""
@@ -132,14 +132,17 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Moves Y by causal attention to itself and by attention to X, which it keeps. As :class:`EncoderLayer`."""
+    """Moves Y by causal attention to itself and by attention to X, which it keeps.
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, depth: int = 1, ffn: int = 0) -> None:
+    Its arguments are those of :class:`EncoderLayer`.
+    """
+
+    def __init__(self, shape: Shape, depth: int) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads, dropout)
-        self.ffn = FeedForward(dim, heads, dropout, ffn or 4 * dim)
-        self.cross = CrossAttention(dim, heads, dropout)
-        initialize(self, dim, 3 * depth)
+        self.attention = SelfAttention(shape)
+        self.ffn = FeedForward(shape)
+        self.cross = CrossAttention(shape)
+        initialize(self, shape.dim, 3 * depth)
 
     def forward(self, state: State, source_mask: torch.Tensor) -> State:
         x, y = state
@@ -148,7 +151,7 @@ class DecoderLayer(nn.Module):
         return x, y + self.ffn(y)
 
     def cache(self, x: torch.Tensor) -> Cache:
-        """Of a target without tokens, for the encoder's output."""
+        """The cache of a target without tokens, for the encoder's output."""
         keys, values = self.cross.source(x)
         return Cache(keys[:, :, :0], values[:, :, :0], keys, values)
 
@@ -161,13 +164,9 @@ class DecoderLayer(nn.Module):
 
 
 def initialize(layer: nn.Module, dim: int, increments: int) -> None:
-    """As GPT-2 at its width, 768: normal with std 0.02 there, and with the same variance of the results at others;
-    projections onto the stream smaller by the root of the number of increments it gets.
-
-    The layer-parallel solver relies on such small increments. With 0.02 at a width of 128 or less, attention is nearly
-    uniform for hundreds of steps and finds no words to align.
-    """
-    std = 0.02 * math.sqrt(768 / dim)
+    """Linear maps start with :func:`initial_deviation`; projections onto the stream smaller by the root of the number
+    of increments it gets, since the layer-parallel solver relies on small increments."""
+    std = initial_deviation(dim)
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             onto_stream = name.endswith((".proj", ".down"))

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .encoder import encoder_blocks, normal_
+from .blocks import encoder_blocks, normal_
+from .shape import Shape
 
 
 class ViT(nn.Module):
@@ -20,36 +20,26 @@ class ViT(nn.Module):
         size: (channels, height, width) of the images.
         patch: side of a patch; divides height and width.
         classes: number of classes.
-        layers, dim, heads, ffn, dropout: of the blocks; ``ffn`` 0 is 4 dim.
+        shape: of the blocks.
 
     Raises:
         ValueError: the patches do not cover the images.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int, int],
-        patch: int,
-        classes: int,
-        layers: int,
-        dim: int,
-        heads: int,
-        ffn: int = 0,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, size: tuple[int, int, int], patch: int, classes: int, shape: Shape) -> None:
         super().__init__()
         channels, height, width = size
         if height % patch or width % patch:
             raise ValueError(f"patch = {patch}: must divide the images' size, {height} x {width}")
-        self.dropout = dropout
-        self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.empty(1, (height // patch) * (width // patch) + 1, dim))
-        # As in :class:`BERT`; the original has none.
-        self.embedding_norm = nn.LayerNorm(dim)
-        self.blocks = encoder_blocks(layers, dim, heads, ffn, dropout)
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, classes)
+        self.patches = nn.Conv2d(channels, shape.dim, patch, stride=patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, shape.dim))
+        self.positions = nn.Parameter(torch.empty(1, (height // patch) * (width // patch) + 1, shape.dim))
+        # It is there for the reason that it is in :class:`BERT`; the original has none.
+        self.embedding_norm = nn.LayerNorm(shape.dim)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.blocks = encoder_blocks(shape)
+        self.norm = nn.LayerNorm(shape.dim)
+        self.head = nn.Linear(shape.dim, classes)
         # Patches of pixels of deviation 1 come out as large as positions: otherwise where a patch is gets lost next to
         # what is in it.
         nn.init.normal_(self.positions, std=0.02)
@@ -60,5 +50,4 @@ class ViT(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = self.embedding_norm(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.head(self.norm(self.blocks(x)[:, 0]))
+        return self.head(self.norm(self.blocks(self.dropout(x))[:, 0]))

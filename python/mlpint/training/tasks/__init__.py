@@ -1,4 +1,9 @@
-"""What ``mlpint train`` can train: one file a task, chosen by the key ``task``."""
+"""What ``mlpint train`` can train: one file a task, chosen by the key ``task``.
+
+A task brings data and model together: batches, the loss, what is measured on held-out data, a sample of what has been
+learnt. It knows nothing of layer-parallel training but the ranks. May import the models and the data beside it,
+:mod:`mlpint.parallel` and what that may. Nothing here is public but by way of ``mlpint train``.
+"""
 
 from ..config import TrainConfig
 from .base import Batch, Sample, Task

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ..config import TrainConfig
+from ..models import Shape
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -53,6 +54,12 @@ class Task(abc.ABC):
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
+    @property
+    def shape(self) -> Shape:
+        """The size of the model."""
+        model = self.config.model
+        return Shape(model.layers, model.dim, model.heads, model.ffn, model.dropout)
+
     @abc.abstractmethod
     def describe(self) -> str:
         """The data in one line."""
@@ -86,7 +93,7 @@ class Task(abc.ABC):
         """Mean loss of a batch, a scalar."""
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
-        """By name, a sum over the batch and what it is to be divided by: added up over batches before the division."""
+        """Sums over the batch by name, each with what it is to be divided by; both are added up over batches first."""
         return {"loss": (float(self.loss(model, batch)), 1)}
 
     def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:

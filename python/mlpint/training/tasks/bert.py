@@ -33,17 +33,8 @@ class BERTTask(TextTask):
         return f"{super().describe()}, {self.masked} of {self.config.data.sequence} masked"
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return BERT(
-            self.corpus.vocabulary + 1,
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-            model.tied,
-        )
+        vocabulary = self.corpus.vocabulary + 1  # the mask token
+        return BERT(vocabulary, self.config.data.sequence, self.shape, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self._mask(self.batches.train(position)[0], self.config.run.seed, _TRAIN, position)
@@ -78,14 +69,14 @@ class BERTTask(TextTask):
         if not self.config.run.sample:
             return None
         inputs, places, targets = (t[:1] for t in self.validation(0, 1))
-        found = model(inputs.to(device), places.to(device)).argmax(-1).cpu()
-        named = inputs.scatter(1, places, found)
+        answers = model(inputs.to(device), places.to(device)).argmax(-1).cpu()
+        named = inputs.scatter(1, places, answers)
         text = "\n".join(self._text(tokens[0].tolist()) for tokens in (inputs, named))
-        right = int((found == targets).sum())
+        right = int((answers == targets).sum())
         return Sample(f"{right} of {targets.numel()} masked tokens named", text, text + "\n")
 
     def _text(self, tokens: list[int]) -> str:
-        """In one line, with underscores for masks."""
+        """The text of tokens in one line, with underscores for masks."""
         runs: list[list[int]] = [[]]
         for token in tokens:
             if token == self.mask_token:

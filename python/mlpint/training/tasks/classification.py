@@ -63,17 +63,8 @@ class ClassificationTask(ExamplesTask):
         return {"vocabulary": f"{self.vocabulary} tokens", "classes": f"{len(self.classes)}, digest {digest}"}
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return TextClassifier(
-            len(self.classes),
-            self.vocabulary + 1,  # the token that masks others in pre-training
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-        )
+        vocabulary = self.vocabulary + 1  # the token that masks others in pre-training
+        return TextClassifier(len(self.classes), vocabulary, self.config.data.sequence, self.shape)
 
     def train(self, position: int) -> Batch:
         return self._batch([self.training[i] for i in self.order(position)])
@@ -113,9 +104,9 @@ class ClassificationTask(ExamplesTask):
             return None
         texts = [self.held_out[i] for i in spread(len(self.held_out), 10, 0, 1)]
         tokens, _, lengths = self._batch(texts)
-        found = [self.classes[i] for i in model(tokens.to(device), lengths.to(device)).argmax(-1).tolist()]
+        answers = [self.classes[i] for i in model(tokens.to(device), lengths.to(device)).argmax(-1).tolist()]
         lines = [
             name + ("" if name == text.label else f" (not {text.label})") + f": {text.text}"
-            for name, text in zip(found, texts, strict=True)
+            for name, text in zip(answers, texts, strict=True)
         ]
         return Sample("classes of held-out texts", "\n".join(lines), "\n".join(lines) + "\n")

@@ -17,17 +17,7 @@ class GPTTask(TextTask):
     """A decoder that predicts each token from those before it."""
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return GPT(
-            self.corpus.vocabulary,
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.dropout,
-            model.tied,
-            model.ffn,
-        )
+        return GPT(self.corpus.vocabulary, self.config.data.sequence, self.shape, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self.batches.train(position)
@@ -50,5 +40,5 @@ class GPTTask(TextTask):
             return None
         prompt = self.corpus.validation[: min(32, sequence)].tolist()
         tokens = generate(model, prompt, run.sample, sequence=sequence, seed=run.seed, comm=comm, device=device)
-        given, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
-        return Sample(f"{given!r} goes on", text, given + text)
+        start, text = self.corpus.decode(prompt), self.corpus.decode(tokens)
+        return Sample(f"{start!r} goes on", text, start + text)

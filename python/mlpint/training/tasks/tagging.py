@@ -64,17 +64,7 @@ class TaggingTask(ExamplesTask):
         return {"vocabulary": self.features.digest()}
 
     def model(self) -> nn.Module:
-        model = self.config.model
-        return Tagger(
-            len(self.features),
-            len(UPOS),
-            self.config.data.sequence,
-            model.layers,
-            model.dim,
-            model.heads,
-            model.ffn,
-            model.dropout,
-        )
+        return Tagger(len(self.features), len(UPOS), self.config.data.sequence, self.shape)
 
     def train(self, position: int) -> Batch:
         features, tags, lengths = self._batch([self.training[i] for i in self.order(position)])
@@ -112,9 +102,9 @@ class TaggingTask(ExamplesTask):
             return None
         sentence = max(self.held_out[:20], key=lambda s: len(s.words))
         features, _, lengths = self._batch([sentence])
-        found = model(torch.from_numpy(features).to(device), lengths.to(device)).argmax(-1)[0].tolist()
+        answers = model(torch.from_numpy(features).to(device), lengths.to(device)).argmax(-1)[0].tolist()
         text = " ".join(
             f"{word}/{UPOS[tag]}" + ("" if tag == right else f" (not {UPOS[right]})")
-            for word, tag, right in zip(sentence.words, found, sentence.tags, strict=True)
+            for word, tag, right in zip(sentence.words, answers, sentence.tags, strict=True)
         )
         return Sample("a held-out sentence", text, text + "\n")

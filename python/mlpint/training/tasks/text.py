@@ -25,7 +25,7 @@ class TextTask(Task):
         return f"{self.name}: {len(self.corpus.train):,} tokens, {len(self.corpus.validation):,} held out"
 
     def digest(self) -> str:
-        """Of the text's length and both of its ends."""
+        """The text's length and a digest of both of its ends."""
         train, validation = self.corpus.train, self.corpus.validation
         ends = [part.tobytes() for tokens in (train, validation) for part in (tokens[:65536], tokens[-65536:])]
         return f"{len(train)} + {len(validation)} tokens, digest {crc(*ends)}"

@@ -71,8 +71,8 @@ class TranslationTask(Task):
             arrays = {"bpe": np.frombuffer(learnt.saved, np.uint8)}
             for split, sentences in self.text.items():
                 for side in _SIDES:
-                    found = pairs.Ragged.of(learnt.encode(getattr(sentences, side)))
-                    arrays |= {f"{split}_{side}": found.tokens, f"{split}_{side}_ends": found.ends}
+                    ragged = pairs.Ragged.of(learnt.encode(getattr(sentences, side)))
+                    arrays |= {f"{split}_{side}": ragged.tokens, f"{split}_{side}_ends": ragged.ends}
             return arrays
 
         text = json.dumps([[split, s.source, s.target] for split, s in self.text.items()])
@@ -91,7 +91,7 @@ class TranslationTask(Task):
                 )
 
     def describe(self) -> str:
-        counts = ", ".join(f"{len(found):,} {split}" for split, found in self.pairs.items())
+        counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in self.pairs.items())
         left_out = sum(sentences.left_out for sentences in {s.names: s for s in self.text.values()}.values())
         empty = f", {left_out:,} left out with an empty side" if left_out else ""
         data = self.config.data
@@ -102,7 +102,7 @@ class TranslationTask(Task):
         )
 
     def digest(self) -> str:
-        sides = (side for found in self.pairs.values() for side in (found.source, found.target))
+        sides = (side for pairs in self.pairs.values() for side in (pairs.source, pairs.target))
         parts = (array.tobytes() for side in sides for array in (side.tokens, side.ends))
         return f"{len(self.pairs['train'])} pairs, digest {crc(self.bpe.saved, *parts)}"
 
@@ -110,17 +110,7 @@ class TranslationTask(Task):
         return {"vocabulary": f"{self.bpe.vocabulary} tokens, digest {crc(self.bpe.saved)}"}
 
     def model(self) -> Translator:
-        model = self.config.model
-        return Translator(
-            self.bpe.vocabulary,
-            self.encoder_layers,
-            model.layers - self.encoder_layers,
-            model.dim,
-            model.heads,
-            model.dropout,
-            model.tied,
-            model.ffn,
-        )
+        return Translator(self.bpe.vocabulary, self.shape, self.encoder_layers, self.config.model.tied)
 
     def train(self, position: int) -> Batch:
         return self.pairs["train"].batch(self.buckets(position))
@@ -139,11 +129,11 @@ class TranslationTask(Task):
         return {"loss": (float(_cross_entropy(model, batch, "sum")), int((batch[3] != bpe.PAD).sum()))}
 
     def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:
-        found = super().validate(model, device, comm)
+        measures = super().validate(model, device, comm)
         count = self.validation_batches(self.config.run.eval_batches)
         which = np.concatenate([self._held_out(i, count) for i in range(count)])
         translations = self.translate(model, "validation", which, 1, device, comm)
-        return found | {"bleu": self.bleu("validation", which, translations)}
+        return measures | {"bleu": self.bleu("validation", which, translations)}
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """Translations of the test text, or of the held-out text where there is none."""
@@ -152,17 +142,17 @@ class TranslationTask(Task):
             return None
         split = "test" if "test" in self.text else "validation"
         sentences, which = self.text[split], np.arange(len(self.pairs[split]))
-        found = self.translate(model, split, which, run.beams, device, comm)
+        translations = self.translate(model, split, which, run.beams, device, comm)
         shown = "\n".join(
-            f"{sentences.source[n]}\n  -> {found[n]}\n  (given: {sentences.target[n]})" for n in which[:_SHOWN]
+            f"{sentences.source[n]}\n  -> {translations[n]}\n  (given: {sentences.target[n]})" for n in which[:_SHOWN]
         )
-        bleu = self.bleu(split, which, found)
+        bleu = self.bleu(split, which, translations)
         title = f"{split}, {len(which):,} sentences, {run.beams} beams: BLEU {bleu:.2f}"
         measures = {"bleu": bleu} if split == "test" else {}
-        return Sample(title, shown, "".join(f"{line}\n" for line in found), measures)
+        return Sample(title, shown, "".join(f"{line}\n" for line in translations), measures)
 
     def bleu(self, split: str, which: np.ndarray, translations: list[str]) -> float:
-        """Of the translations of some sentences, 0 to 100."""
+        """BLEU of the translations of some sentences, 0 to 100."""
         from sacrebleu import corpus_bleu
 
         return float(corpus_bleu(translations, [[self.text[split].target[n] for n in which]]).score)
@@ -179,7 +169,7 @@ class TranslationTask(Task):
         source = self.pairs[split].source
         by_length = sorted(range(len(which)), key=lambda i: (int(source.lengths[which[i]]), i))
         own = by_length[comm.rank :: comm.size]
-        found: dict[int, str] = {}
+        own_translations: dict[int, str] = {}
         for start in range(0, len(own), self.config.data.batch):
             part = own[start : start + self.config.data.batch]
             rows = which[part]
@@ -195,8 +185,8 @@ class TranslationTask(Task):
                 never=(bpe.PAD, bpe.START),
                 device=device,
             )
-            found |= {i: self.bpe.decode(sequence) for i, sequence in zip(part, sequences, strict=True)}
-        gathered = [json.loads(message) for message in comm.gather(json.dumps(found).encode())]
+            own_translations |= {i: self.bpe.decode(sequence) for i, sequence in zip(part, sequences, strict=True)}
+        gathered = [json.loads(message) for message in comm.gather(json.dumps(own_translations).encode())]
         everyone = {int(i): text for message in gathered for i, text in message.items()}
         return [everyone[i] for i in range(len(which))]
 
@@ -237,8 +227,8 @@ def _spans_both(config: TrainConfig, encoder_layers: int) -> bool:
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, reduction: str, smoothing: float = 0.0) -> torch.Tensor:
-    source, lengths, given, wanted = batch
-    logits = model(source, lengths, given).float().flatten(0, 1)
+    source, lengths, shifted, wanted = batch
+    logits = model(source, lengths, shifted).float().flatten(0, 1)
     return F.cross_entropy(
         logits, wanted.flatten(), ignore_index=bpe.PAD, reduction=reduction, label_smoothing=smoothing
     )

@@ -26,8 +26,8 @@ class ViTTask(ExamplesTask):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         data = config.data
-        found = load_images(data.data, data.validation, data.image_size)
-        self.training, self.held_out, self.name = found.train, found.held_out, found.train.name
+        images = load_images(data.data, data.validation, data.image_size)
+        self.training, self.held_out, self.name = images.train, images.held_out, images.train.name
         height, width, channels = self.training.size
         self.size = channels, height, width
         if height % config.model.patch or width % config.model.patch:
@@ -56,8 +56,7 @@ class ViTTask(ExamplesTask):
         return {"images": " x ".join(map(str, self.size)), "classes": f"{len(classes)}, digest {digest}"}
 
     def model(self) -> nn.Module:
-        m = self.config.model
-        return ViT(self.size, m.patch, len(self.training.classes), m.layers, m.dim, m.heads, m.ffn, m.dropout)
+        return ViT(self.size, self.config.model.patch, len(self.training.classes), self.shape)
 
     def train(self, position: int) -> Batch:
         images, labels = self._batch(self.training, self.order(position))
