@@ -138,14 +138,14 @@ MISSES_THE_TARGET = [
         "the next rung meets it",
         *(0, {"start": BAD, "sharpen": cosine(0.6), 1: cosine(0.901)}, "climb", 1, {"good": 0}),
         before={"good": 1},
-        reason="gradient cosine 0.5000, error 0.1: misses cosine 0.9; now gradient cosine 0.9010, error 0.1",
+        reason="gradient cosine 0.6000, error 0.1: misses cosine 0.9; now gradient cosine 0.9010, error 0.1",
     ),
     Row("a later rung does", 0, {"start": BAD, "sharpen": BAD, 1: NOTHING, 2: cosine(0.899), 3: EXACT}, "climb", 3),
     Row(
         "the estimate was too bad",
         *(1, {"start": BAD, "sharpen": FAIR}, "hold", 1, {"good": 0, "descended_since": 3}),
         before={"good": 1, "descended_since": 2},
-        reason="error 0.1: misses cosine 0.9; against the exact sweep gradient cosine 0.9200, error 0.1: does not",
+        reason="gradient cosine 0.5000, error 0.1: misses cosine 0.9; gradient cosine 0.9200, error 0.1: does not",
     ),
     Row(
         "neither is the exact sweep finite",

@@ -132,9 +132,9 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
 
 
 def lone():
-    from mlpint.comm import communicator as comm
+    from mlpint.comm.start import alone
 
-    return comm._alone(60.0)
+    return alone(60.0)
 
 
 def coarse_phases_with_open_and_close_layers(comm):
