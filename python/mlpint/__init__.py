@@ -6,6 +6,7 @@ from . import testing
 from .comm import Comm, init
 from .control import ErrorControl
 from .hf import parallelize
+from .layers.arguments import PerLayer
 from .mgrit import MGRIT
 from .multilevel import Multilevel
 from .parallel import LayerParallel, capture, check_replicas, clip_grad_norm_, sync_replicas
@@ -21,6 +22,7 @@ __all__ = [
     "LayerParallel",
     "MGRIT",
     "Multilevel",
+    "PerLayer",
     "capture",
     "check_replicas",
     "clip_grad_norm_",

@@ -38,18 +38,13 @@ def stack_type(model: nn.Module, path: str) -> type[LoopedStack]:
     """
     layer = model.get_submodule(path)[0]
     biased = "position_bias" in inspect.signature(layer.forward).parameters
-    if biased and not hands_on_a_bias(layer):
-        raise ValueError(
-            f"the layers of {path} ({type(layer).__name__}) hand a position bias to each other beside their state, "
-            "and not as the T5 of transformers 5 does; a layer-parallel stack passes on the state alone, so this "
-            "one cannot be parallelized"
-        )
     for prefix, part in model.named_modules():
-        if _within(path, prefix) and (getattr(part, "layerdrop", 0) or 0) > 0:
-            raise ValueError(
-                f"layerdrop = {part.layerdrop} in {type(part).__name__}: a layer-parallel stack drops none; set it to 0"
-            )
-    return BiasedStack if biased else LoopedStack
+        if _within(path, prefix):
+            for name, share in _layerdrop(part).items():
+                raise ValueError(
+                    f"{name} = {share} in {type(part).__name__}: a layer-parallel stack drops none; set it to 0"
+                )
+    return BiasedStack if biased and hands_on_a_bias(layer) else LoopedStack
 
 
 def prepare(model: nn.Module, paths: list[str]) -> None:
@@ -62,13 +57,21 @@ def prepare(model: nn.Module, paths: list[str]) -> None:
             part.register_forward_pre_hook(_refuse_recording, with_kwargs=True)
 
 
+def _layerdrop(part: nn.Module) -> dict[str, float]:
+    """The shares of layers that a model is to leave out in training, by name, where they are not 0."""
+    shares = {"layerdrop": getattr(part, "layerdrop", 0)}
+    config = getattr(part, "config", None)
+    shares |= {f"config.{n}": getattr(config, n, 0) for n in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")}
+    return {name: share for name, share in shares.items() if isinstance(share, int | float) and share > 0}
+
+
 def _within(path: str, prefix: str) -> bool:
     return not prefix or path.startswith(f"{prefix}.")
 
 
 def _refuse_recording(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     asked = {name: kwargs.get(name) for name in REMEDIES}
-    for name in ("output_attentions", "output_hidden_states"):
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         if asked[name] is None:
             asked[name] = getattr(model.config, name, False)
     refuse(asked)

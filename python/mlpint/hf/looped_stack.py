@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..layers.arguments import joined
 from ..mgrit.options import MGRIT
 from ..parallel.layer_parallel import LayerParallel
+from .recorded_loop import LayerInLoop, RecordedLoop, UnusedOutput
 
 _CACHE = (
     "keys and values cannot be cached in a layer-parallel stack, whose layers are evaluated several times on several "
     "ranks; pass use_cache=False, also to generate()"
 )
-_HEAD_MASK = "masks that differ from layer to layer cannot be passed through a layer-parallel stack; leave it out"
 REMEDIES = {
     "use_cache": _CACHE,
     "past_key_values": _CACHE,
     "past_key_value": _CACHE,
     "layer_past": _CACHE,
-    "head_mask": _HEAD_MASK,
-    "layer_head_mask": _HEAD_MASK,
     "output_attentions": "a layer-parallel stack passes on its layers' state alone; pass output_attentions=False",
     "output_hidden_states": "the states between layers lie on many ranks and are not collected; pass "
     "output_hidden_states=False, or take them from the model before it is parallelized",
+    "output_router_logits": "what the layers' routers return is not collected from the ranks, so the auxiliary loss "
+    "would be wrong; pass output_router_logits=False",
 }
+_MOST_OUTPUTS = 16  # values that a layer may return
 
 
 def refuse(arguments: dict[str, Any]) -> None:
@@ -41,15 +44,15 @@ def refuse(arguments: dict[str, Any]) -> None:
 
 
 class LoopedStack(LayerParallel):
-    """What a model's own ``for layer in self.layers: x = layer(x, *args, **kwargs)`` loops over: one callable, itself.
+    """What a model's own ``for layer in self.layers: x = layer(x, ...)`` loops over, each layer with its own arguments.
 
-    It returns what one layer would: a tensor, or a tuple that starts with it and holds None otherwise. ``len`` is the
-    number of layers and the slice of all layers the stack. ``stack[n]`` has the attributes of layer n (configuration,
-    shapes) but neither its values nor its forward, since the layer may be another rank's.
+    The loop runs whole: its calls are recorded, and the last one solves and returns what the last layer would, a tensor
+    or a tuple that starts with it. See :mod:`mlpint.hf.recorded_loop` for what a loop may do with the state. Called
+    itself, the stack calls every layer with the same arguments. ``stack[n]`` is layer n as the loop sees it.
 
     Raises:
-        ValueError: on a call that asks for cached keys and values, attentions or hidden states, or if the layers return
-            tensors beside their state.
+        ValueError: on a loop that does more than to hand the state on, or a call that asks for cached keys and values,
+            attentions, hidden states or router logits.
     """
 
     def __init__(self, layers: Iterable[nn.Module], options: MGRIT | None = None, **kwargs: Any) -> None:
@@ -58,54 +61,101 @@ class LoopedStack(LayerParallel):
         kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(layers[0].forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind in kinds]
-        self._outlines = [outline(layer) for layer in layers]
-        for layer in self._outlines:
-            layer.forward = _refuse_single_call
-        self._single = True
-        self._form = 0  # entries of the tuple that layers return; 0: a tensor
+        self._outlines = {n: outline(layer) for n, layer in enumerate(layers) if n not in self.local_layers}
+        self._loop: RecordedLoop | None = None
+        # Of a tuple that starts with the state, for each further entry whether it is None; None until it is known.
+        self._further: list[bool] | None = None
+        self._returns_tensor = True
         for layer in self.local_layers.values():
-            layer.register_forward_hook(self._note_form)
+            layer.register_forward_hook(self._check_form)
 
-    def __iter__(self) -> Iterator[LoopedStack]:
-        yield self
+    def __iter__(self) -> Iterator[LayerInLoop]:
+        return (self[n] for n in range(len(self)))
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer, or several, as the model's loop sees them."""
         if isinstance(index, slice):
-            numbers = range(len(self))
-            if numbers[index] != numbers:
-                raise ValueError(
-                    f"{numbers[index]} is a part of the {len(self)} layers of a layer-parallel stack, which run as "
-                    "one; give the parts lists of their own in the model, and parallelize one with stack=..."
-                )
-            return self
-        return self._outlines[index]
+            return [self[n] for n in range(len(self))[index]]
+        n = range(len(self))[index]
+        layer = self.local_layers.get(n)
+        return LayerInLoop(self._outlines[n] if layer is None else layer, functools.partial(self._called, n))
 
     def train(self, mode: bool = True) -> LoopedStack:
-        for layer in self._outlines:
+        for layer in self._outlines.values():
             layer.train(mode)
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The state after the last layer, in the form in which a layer returns it; see :class:`LayerParallel`."""
-        refuse(dict(zip(self._argument_names, args, strict=False)) | kwargs)
-        if not args and self._argument_names and self._argument_names[0] in kwargs:
-            args = (kwargs.pop(self._argument_names[0]),)
-        self._single = bool(args) and isinstance(args[0], torch.Tensor)
-        y = super().forward(*args, **kwargs)
-        if self.layout.idle_ranks:  # they have seen no layer return anything
-            self._form = int(self.comm.broadcast(torch.tensor([self._form]), self.layout.first_rank))
-        return (y, *[None] * (self._form - 1)) if self._form else y
+        state, args, kwargs = self._split(args, kwargs)
+        self._find_form(state, args, kwargs)
+        return self._returned(super().forward(state, *args, **kwargs), len(self) - 1)
 
-    def _note_form(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if not self._single or not isinstance(output, tuple | list):
-            self._form = 0
-            return
-        if any(o is not None for o in output[1:]):
+    def _called(self, n: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Layer n is called by the model's loop."""
+        state, args, kwargs = self._split(args, kwargs)
+        if n == 0:
+            self._loop = RecordedLoop(len(self))
+        loop = self._loop
+        if loop is None:
             raise ValueError(
-                f"{type(layer).__name__} returned {len(output)} values, but a layer-parallel stack passes on the first "
-                "alone, the state; let the layers return the state, or take and return a tuple of all that they pass on"
+                f"layer {n} of a layer-parallel stack is called by itself: the layers run as one, beginning with the "
+                "first; let the model's forward loop over all of them"
             )
-        self._form = len(output)
+        loop.add(n, state, args, kwargs)
+        if n == 0:
+            self._find_form(state, args, kwargs)
+        if not loop.complete:
+            return self._returned(loop.pending(), n)
+        self._loop = None
+        args, kwargs = joined(loop.calls)
+        return self._returned(super().forward(loop.state, *args, **kwargs), n)
+
+    def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+        """The state and the other arguments of a call."""
+        refuse(dict(zip(self._argument_names, args, strict=False)) | kwargs)
+        if args:
+            return args[0], args[1:], kwargs
+        if not self._argument_names or self._argument_names[0] not in kwargs:
+            raise TypeError("a layer of a layer-parallel stack was called without its state")
+        return kwargs[self._argument_names[0]], (), {k: v for k, v in kwargs.items() if k != self._argument_names[0]}
+
+    # --- the form in which layers return their state -----------------------------------------------------------------
+
+    def _find_form(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Evaluates the first layer once, in the first call of all, to see what it returns. Collective."""
+        if self._further is not None or not isinstance(state, torch.Tensor):
+            return
+        form = torch.full((_MOST_OUTPUTS,), -1)  # per entry beside the state: -1 there is none, 0 a value, 1 None
+        returns_tensor = torch.zeros(1, dtype=torch.int64)
+        first = self.local_layers.get(0)
+        if first is not None:
+            with torch.no_grad(), self.layer_random.preserved(state.device):
+                output = first(state, *args, **kwargs)
+            returns_tensor[0] = isinstance(output, torch.Tensor)
+            if isinstance(output, tuple | list):
+                for i, value in enumerate(output[1 : 1 + _MOST_OUTPUTS]):
+                    form[i] = int(value is None)
+        self.comm.broadcast(form, self.layout.first_rank)
+        self.comm.broadcast(returns_tensor, self.layout.first_rank)
+        self._returns_tensor = bool(returns_tensor)
+        self._further = [bool(entry) for entry in form.tolist() if entry >= 0]
+
+    def _returned(self, state: Any, layer: int) -> Any:
+        """What a layer returns that makes this state."""
+        if self._returns_tensor or not isinstance(state, torch.Tensor):
+            return state
+        further = self._further or []
+        return (state, *(None if is_none else UnusedOutput(layer, i) for i, is_none in enumerate(further)))
+
+    def _check_form(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self._further is None or not isinstance(output, tuple | list) or self._returns_tensor:
+            return
+        if len(output) != 1 + len(self._further):
+            raise ValueError(
+                f"{type(layer).__name__} returned {len(output)} values and the first layer {1 + len(self._further)}: "
+                "the layers of a layer-parallel stack must return their state in the same form"
+            )
 
 
 def outline(module: nn.Module) -> nn.Module:
@@ -121,10 +171,3 @@ def outline(module: nn.Module) -> nn.Module:
     copied._buffers = {n: b if b is None else b.to("meta") for n, b in module._buffers.items()}
     copied._modules = {n: m if m is None else outline(m) for n, m in module._modules.items()}
     return copied
-
-
-def _refuse_single_call(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError(
-        "the layers of a layer-parallel stack cannot be called one by one: let the model's forward say "
-        "`for layer in self.layers: x = layer(x)`, which runs them all, or call the stack"
-    )

@@ -13,21 +13,28 @@ from ..parallel.clip import stacks_of
 from ..parallel.layer_parallel import LayerParallel
 from ..parallel.replicas import sync_replicas
 from . import families as huggingface
+from .trial import Trial
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def parallelize(
-    model: nn.Module, options: MGRIT | None = None, *, comm: Any = None, stack: str | None = None, **kwargs: Any
+    model: nn.Module,
+    options: MGRIT | None = None,
+    *,
+    comm: Any = None,
+    stack: str | None = None,
+    check: bool = True,
+    **kwargs: Any,
 ) -> nn.Module:
     """Replaces the stack of layers in a model by a :class:`LayerParallel` of them. Collective.
 
     The stack is the ``nn.ModuleList`` (or ``nn.Sequential``) of modules of one class that is longest and holds the most
     parameters, or a :class:`mlpint.nn.BlockStack`. The model's forward must run through a list in the plain way, ``for
-    layer in self.layers: x = layer(x)``, possibly with further arguments, the same for every layer; a ``BlockStack`` it
-    calls. It then works as before on every rank, and so do ``state_dict`` and ``load_state_dict``. Models of the
-    transformers library whose layers return their state alone do so (GPT-2, BERT, ViT, Marian), and T5; in their
-    configurations ``use_cache`` is turned off. Everything outside the stack, and the state of torch's random number
+    layer in self.layers: x = layer(x, ...)``, each layer with whatever further arguments; a ``BlockStack`` it calls. It
+    then works as before on every rank, and so do ``state_dict`` and ``load_state_dict``. A loop that does more with the
+    state than to hand it on is refused, here or in the first call. In the configurations of models of the transformers
+    library ``use_cache`` is turned off. Everything outside the stack, and the state of torch's random number
     generators, becomes that of rank 0.
 
     Of an encoder-decoder model of that library both stacks are replaced, each by a ``LayerParallel`` of its own that
@@ -44,6 +51,8 @@ def parallelize(
         comm: as for :class:`LayerParallel`.
         stack: name of the one stack to replace, e.g. ``"encoder.layers"``, where it is not found or not the one.
             A model with several stacks takes one call for each.
+        check: whether a model of the transformers library runs a small batch as it is and once more with its stacks
+            replaced, so that a loop that does more than this function knows of is refused.
         **kwargs: further arguments of :class:`LayerParallel` (open_layers, recompute, ...).
 
     Returns:
@@ -51,13 +60,15 @@ def parallelize(
 
     Raises:
         ValueError: no stack was found, or several that may be meant; a parameter that is used both in the stack and
-            outside it; what :class:`LayerParallel` raises. The model is as it was.
+            outside it; a forward that does more between the layers than to hand the state on; what
+            :class:`LayerParallel` raises. The model is as it was.
     """
     comm = Comm.of(comm)
     candidates = _candidates(model)
     paths = _choose(model, candidates) if stack is None else [_named(model, stack, candidates)]
     comm.vote({"stack": ", ".join(paths), "class": type(model).__name__}, "the model")
-    replacements = {}
+    trial = Trial(model, comm) if check else None
+    replacements: dict[str, nn.Module] = {}
     for path in paths:
         layers = model.get_submodule(path)
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layers]
@@ -66,15 +77,27 @@ def parallelize(
         replacement = kind(layers, options, comm=comm, **kwargs)
         replacement.training = layers.training
         replacements |= dict.fromkeys(places, replacement)
-    for place, replacement in replacements.items():
-        parent, _, name = place.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, name, replacement)
+    originals = {place: model.get_submodule(place) for place in replacements}
+    _put(model, replacements)
+    sync_replicas(model, comm)
+    if trial is not None:
+        try:
+            trial.compare()
+        except ValueError:
+            _put(model, originals)
+            raise
+    for place in replacements:
+        owner = model.get_submodule(place.rpartition(".")[0])
         if isinstance(owner, nn.TransformerEncoder):
             owner.use_nested_tensor = False  # the state has to be an ordinary tensor
-    sync_replicas(model, comm)
     huggingface.prepare(model, paths)
     return model
+
+
+def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for place, module in modules.items():
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
 
 
 def _choose(model: nn.Module, candidates: dict[str, int]) -> list[str]:

@@ -46,21 +46,20 @@ class BiasedStack(LoopedStack):
         self._maker = (self_made,)  # in a tuple, so as not to be a submodule
         if 0 not in self.local_layers:
             self.add_module("0", _Path(_PLACE, table))
-        self._form = 3  # the state and the biases of both attentions
+        self._bias: torch.Tensor | None = None  # of the pass under way
+        self._returns_tensor, self._further = False, [False, False]  # the state and the biases of both attentions
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None, None]:
-        """As the layers': the state after the last of them, and no biases."""
-        if position_bias is None:
-            length = hidden_states.shape[1]
-            position_bias = self._maker[0].compute_bias(length, length, device=hidden_states.device)
-        return super().forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+    def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+        """As the layers are called, but that each is given the bias; what those before it handed on is left out."""
+        state, args, kwargs = super()._split(args, kwargs)
+        named = dict(zip(self._argument_names[1:], args, strict=False)) | kwargs
+        if isinstance(named.get("position_bias"), torch.Tensor):
+            self._bias = named["position_bias"]
+        elif named.get("position_bias") is None:  # the first layer's call
+            length = state.shape[1]
+            self._bias = self._maker[0].compute_bias(length, length, device=state.device)
+        named["position_bias"], named["encoder_decoder_position_bias"] = self._bias, None
+        return state, (), named
 
     @property
     def shared_parameters(self) -> list[tuple[nn.Parameter, list[int]]]:
@@ -68,10 +67,6 @@ class BiasedStack(LoopedStack):
         holders = [first, *(r for r in range(self.comm.size) if r != first)]
         table = [(self._maker[0].relative_attention_bias.weight, holders)] if len(holders) > 1 else []
         return [*super().shared_parameters, *table]
-
-    def _note_form(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) != 3:
-            raise ValueError(f"{type(layer).__name__} must return its state and two position biases, as T5's layers do")
 
 
 class _Path(nn.Module):

@@ -20,7 +20,8 @@ class LayerCall:
     """A call of a rank's layers with one batch.
 
     Attributes:
-        arguments: positional and keyword arguments for every layer, beside the state.
+        arguments: positional and keyword arguments of the layers, beside the state; those that differ from layer to
+            layer are :class:`mlpint.layers.arguments.PerLayer`.
         single: whether the state is one tensor, as opposed to a tuple.
         step_size_of: h by layer index.
         random: the layers' random numbers.
@@ -30,6 +31,8 @@ class LayerCall:
         recompute: keep the layers' inputs alone for that, and evaluate the layers again.
         extras: the tensors among the arguments that gradients are wanted for (leaves).
         parameters: own parameters that gradients are wanted for, by layer index.
+        autocast_dtype: what autocast casts to while layers are evaluated, also for a second time in a backward; None:
+            whatever is in force at that time.
     """
 
     arguments: tuple[tuple, dict[str, Any]]
@@ -42,6 +45,7 @@ class LayerCall:
     recompute: bool = False
     extras: tuple[torch.Tensor, ...] = ()
     parameters: Mapping[int, tuple[nn.Parameter, ...]] = dataclasses.field(default_factory=dict)
+    autocast_dtype: torch.dtype | None = None
 
 
 class LayerEvaluator(Protocol):

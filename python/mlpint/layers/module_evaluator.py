@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..mgrit import vectors
 from ..state import State
+from .arguments import arguments_of, has_arguments_by_layer
 from .evaluator import LayerCall
 from .layer_output import output_tensors
 from .tapes import GraphTape, RecomputeTape, Tape, TwoPartTape
@@ -27,7 +29,7 @@ class ModuleEvaluator:
 
     def __init__(self, layers: Mapping[int, nn.Module], call: LayerCall) -> None:
         self.layers, self.call = layers, call
-        self.args, self.kwargs = call.arguments
+        self._same_for_all = None if has_arguments_by_layer(*call.arguments) else call.arguments
         self.single, self.evaluations = call.single, call.stats.evaluations
         self.tapes: dict[int, Tape] = {}
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
@@ -57,11 +59,9 @@ class ModuleEvaluator:
         count = self._counter(level)
         count("forward")
         if not (is_final and self.call.record):
-            with torch.no_grad():
-                return State(self.evaluate(n, state.tensors))
+            return State(self._without_graph(n, state.tensors))
         if self.call.recompute:
-            with torch.no_grad():
-                outputs = self.evaluate(n, state.tensors)
+            outputs = self._without_graph(n, state.tensors)
 
             def again(count: Callable[[str], None]) -> Tape:
                 count("forward")
@@ -71,6 +71,17 @@ class ModuleEvaluator:
         else:
             outputs, self.tapes[n] = self._taped(n, state.tensors)
         return State(t.detach() for t in outputs)
+
+    def _without_graph(self, n: int, tensors: Tensors) -> Tensors:
+        versions = [t._version for t in tensors]
+        with torch.no_grad():
+            outputs = self.evaluate(n, tensors)
+        if versions != [t._version for t in tensors]:  # where a graph is recorded torch itself refuses
+            raise ValueError(
+                f"layer {n} changes the state it is given in place; a layer of a LayerParallel stack is evaluated "
+                "several times at one state and must leave it as it is: let it work on a copy"
+            )
+        return outputs
 
     def _input_vjp(self, n: int, state: State, level: int) -> State:
         return State(self.tapes[n].input_vjp(state.tensors, self._counter(level)))
@@ -96,17 +107,26 @@ class ModuleEvaluator:
 
     def evaluate(self, n: int, tensors: Tensors) -> Tensors:
         """The state after a layer's step, under the layer's dropout key and in the present mode of autograd."""
-        output = self._keyed(n, tensors[0] if self.single else tensors, self.layers[n])
+        with self._autocast(tensors[0].device):
+            output = self._keyed(n, tensors[0] if self.single else tensors, self.layers[n])
         return self._moved(n, tensors, output_tensors(n, output, tensors, self.single))
 
     def _keyed(self, n: int, x: Any, function: Callable[..., Any]) -> Any:
         """A layer's forward or split_forward under the layer's dropout key."""
         random, training = self.call.random, self.layers[n].training
+        args, kwargs = self._same_for_all or arguments_of(*self.call.arguments, n)
         if not random.draws(n, training):
-            return function(x, *self.args, **self.kwargs)
+            return function(x, *args, **kwargs)
         device = (x if self.single else x[0]).device
         with random.keyed(*self.call.key, n, training, device):
-            return function(x, *self.args, **self.kwargs)
+            return function(x, *args, **kwargs)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        dtype = self.call.autocast_dtype
+        if dtype is None:
+            return nullcontext()
+        # The cache of cast weights would hand a cast made without gradients to an evaluation that records.
+        return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
     def _moved(self, n: int, old: Tensors, new: Tensors) -> Tensors:
         """The step of size h from what the layer makes of a state."""
@@ -116,7 +136,7 @@ class ModuleEvaluator:
     def _taped(self, n: int, tensors: Tensors) -> tuple[Tensors, Tape]:
         layer = self.layers[n]
         if self.single and not self.call.extras and hasattr(layer, "split_forward"):
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast(tensors[0].device):
                 output, tape = self._keyed(n, tensors[0], layer.split_forward)
                 outputs = self._moved(n, tensors, output_tensors(n, output, tensors, True))
             return outputs, TwoPartTape(tape, self.call.step_size_of(n))

@@ -12,8 +12,9 @@ from ..nn import BlockStack, batching
 from ..nn.attention import Padding
 from ..nn.block import BATCHED_STEPS
 from ..nn.settings import Weights
-from ..nn.step_context import StepContext, autocast_dtype, for_products
+from ..nn.step_context import StepContext, for_products
 from ..state import State
+from .arguments import PerLayer
 from .evaluator import LayerCall
 from .saved_rows import SavedRows
 
@@ -175,7 +176,7 @@ class StackEvaluator:
         return results
 
     def _without_autocast(self, device: torch.device) -> AbstractContextManager:
-        self._dtype = autocast_dtype(device)  # the steps cast for themselves
+        self._dtype = self.call.autocast_dtype  # the steps cast for themselves
         return torch.autocast(device.type, enabled=False)
 
     def _weights_of(self, rows: range) -> Weights:
@@ -225,4 +226,7 @@ def key_lengths(args: tuple, kwargs: dict[str, Any], single: bool) -> torch.Tens
         raise TypeError(
             f"a BlockStack takes x, one tensor, and lengths; it was given {passed}; use an nn.ModuleList of layers"
         )
-    return args[0] if args else kwargs.get("lengths")
+    lengths = args[0] if args else kwargs.get("lengths")
+    if isinstance(lengths, PerLayer):
+        raise TypeError("the blocks of a BlockStack share their lengths; use an nn.ModuleList of layers")
+    return lengths

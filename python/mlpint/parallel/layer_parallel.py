@@ -13,6 +13,7 @@ from torch import nn
 
 from ..comm.communicator import Comm
 from ..comm.fingerprint import fingerprint
+from ..layers.arguments import check_arguments, has_arguments_by_layer, selected
 from ..layers.random_keys import LayerRandom
 from ..layers.store import LayerStore, make_store
 from ..mgrit.layout import Layout, interval
@@ -109,6 +110,7 @@ class LayerParallel(nn.Module):
                 f"{interval(options)} layers than ranks. Take fewer ranks or a smaller cfactor",
                 stacklevel=2,
             )
+        self._layer_count = len(layers)
         self.stats = Stats()
         self.pass_keys = PassKeys()
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
@@ -226,12 +228,19 @@ class LayerParallel(nn.Module):
 
         Args:
             x: state before the first layer, of any shape, the same on every rank.
-            *args, **kwargs: passed to every layer.
+            *args, **kwargs: passed to every layer; one that differs from layer to layer as
+                :class:`mlpint.PerLayer`.
         """
         single = isinstance(x, torch.Tensor)
         state = (x,) if single else tuple(x)
         if not state or not all(isinstance(t, torch.Tensor) for t in state):
             raise TypeError("the state must be a tensor or a tuple of tensors")
+        for tensor in state:
+            if tensor.is_complex():
+                raise ValueError(f"the state is {tensor.dtype}: a layer-parallel stack moves real numbers alone")
+        if has_arguments_by_layer(args, kwargs):
+            check_arguments(args, kwargs, self._layer_count)
+            args, kwargs = selected(args, kwargs, self.layout.layers)
         self.stats = Stats()
         number, key = self.pass_keys.next(self.conditions.keys)
         setup = PassSetup(

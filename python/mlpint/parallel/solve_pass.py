@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
+from ..mgrit import vectors
 from ..state import State, describe
 from .conditions import PassSetup
+
+_CHECKED_PASSES = 3  # that compare what the ranks were given
+_SAME = 1e-3  # relative difference that unlike hardware may make
 
 
 class SolvePass:
@@ -43,11 +47,14 @@ class SolvePass:
         self.layout, self.options = self.conditions.layout, self.conditions.options
         self.comm, self.stats = setup.comm, setup.stats
         self.state = State(t.detach() for t in state)
-        self.device_type = state[0].device.type
-        self.autocast = torch.is_autocast_enabled(self.device_type), torch.get_autocast_dtype(self.device_type)
+        device_type = state[0].device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        # In the backward autocast is off, as it is in torch's own: only a layer's evaluation has it, a second one too.
+        self.autocast_dtype = torch.get_autocast_dtype(device_type) if autocast else None
         self._find_extras(args, kwargs)
         self.parameters = self.conditions.store.trainable_parameters() if record else {}
         self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
+        self._versions = self._present_versions()
         self.evaluators = self._make_evaluators()
         self.used = False
 
@@ -85,6 +92,7 @@ class SolvePass:
                 c.recompute,
                 self.extra_leaves,
                 self.parameters,
+                self.autocast_dtype,
             )
             evaluators.append(c.store.evaluator(call))
         return evaluators
@@ -101,6 +109,7 @@ class SolvePass:
     def forward(self) -> tuple[torch.Tensor, ...]:
         layout, owns_first = self.layout, self.comm.rank == self.layout.first_rank
         with self._phase("forward", self.state.tensors):
+            self._check_replicas("the state before the stack", self.state)
             finals = []
             for i, evaluator in enumerate(self.evaluators):
                 state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
@@ -123,6 +132,11 @@ class SolvePass:
                 "call the stack again"
             )
         self.used = True
+        if self._present_versions() != self._versions:
+            raise RuntimeError(
+                "the state before the stack or one of its parameters was changed in place between its forward and its "
+                "backward, whose gradients would belong to neither value: step the optimiser after the backward"
+            )
         layout, owns_last = self.layout, self.comm.rank == self.layout.last_rank
         floating = [t.is_floating_point() for t in self.state.tensors]
         template = State(t for t, f in zip(self.state.tensors, floating, strict=True) if f)
@@ -131,6 +145,7 @@ class SolvePass:
         )
         wants_state = any(wanted[: len(floating)])
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
+            self._check_replicas("the gradient for the state after the stack", incoming)
             finals = []
             for i, evaluator in enumerate(self.evaluators):
                 lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
@@ -148,6 +163,7 @@ class SolvePass:
             gradients = merge_gradients(self.evaluators)
             result += self._sum_extras(gradients)
             self.setup.shared.sum(gradients)
+            self._share_overflow(gradients, result)
             result += [gradients.get(p) for p in self.weights]
         self.evaluators = []
         return result
@@ -200,6 +216,42 @@ class SolvePass:
             self.stats.seconds["wait"] += time.perf_counter() - started
         return state.tensors
 
+    def _check_replicas(self, what: str, state: State) -> None:
+        """Compares what has to be alike on all ranks, by one number, in the first passes.
+
+        Raises:
+            RuntimeError: on all ranks; it differs by more than rounding.
+        """
+        if self.comm.size == 1 or self.setup.number > _CHECKED_PASSES:
+            return
+        norm = math.sqrt(vectors.squared_norm(state))
+        norms = [float(message) for message in self.comm.gather(repr(norm).encode())]
+        if any(abs(n - norms[0]) > _SAME * abs(norms[0]) for n in norms):
+            seen = ", ".join(f"{n:.6g} on rank {rank}" for rank, n in enumerate(norms))
+            raise RuntimeError(
+                f"{what} differs from rank to rank: its norm is {seen}. Every rank must run the same batch through the "
+                "same weights: seed all ranks alike before the model is made and the data is shuffled, or call "
+                "mlpint.sync_replicas(model, comm) and give all ranks the data of one"
+            )
+
+    def _present_versions(self) -> list[int]:
+        return [t._version for t in (*self.state.tensors, *self.weights)]
+
+    def _share_overflow(
+        self, gradients: dict[torch.Tensor, torch.Tensor], result: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Lets every rank see that one rank's gradients are not finite.
+
+        With float16 a scaler of losses skips a step where gradients overflow, and has to skip it on all ranks.
+        """
+        if self.autocast_dtype != torch.float16 or self.comm.size == 1:
+            return
+        own = [gradients[p] for p in self.weights if p in gradients]
+        finite = all(bool(g.isfinite().all()) for g in own)
+        if self.comm.transport.control.sum(float(not finite)):
+            for gradient in (*own, *(g for g in result if g is not None)):
+                gradient.view(-1)[:1].fill_(torch.inf)
+
     def _sum_extras(self, gradients: dict[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         pairs = [(leaf, gradients.get(leaf)) for leaf in self.extra_leaves]
         sums = [torch.zeros_like(leaf) if g is None else g.clone() for leaf, g in pairs]
@@ -209,7 +261,7 @@ class SolvePass:
 
     @contextmanager
     def _phase(self, direction: str, tensors: Sequence[torch.Tensor], more: str = "") -> Iterator[None]:
-        """What holds around either direction: agreement of the ranks first, random state, autocast, time."""
+        """What holds around either direction: agreement of the ranks first, random state, time."""
         started = time.perf_counter()
         agree(
             self.comm,
@@ -225,12 +277,7 @@ class SolvePass:
                 "more": more,
             },
         )
-        with ExitStack() as around:
-            around.enter_context(self.conditions.layer_random.preserved(tensors[0].device))
-            enabled, dtype = self.autocast
-            if enabled:
-                # The cache of cast weights would hand a cast made without gradients to an evaluation that records.
-                around.enter_context(torch.autocast(self.device_type, dtype=dtype, cache_enabled=False))
+        with self.conditions.layer_random.preserved(tensors[0].device):
             yield
         self.comm.synchronize()  # the script may wait for the GPU next, and nothing limits that wait
         self.stats.seconds[direction] += time.perf_counter() - started
@@ -250,6 +297,10 @@ class SolveFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; torch would take the gradients for constants
+            raise RuntimeError(
+                "a LayerParallel stack has no second derivatives: create_graph=True (gradient penalties, double "
+                "backward) cannot go through it; call the layers one after the other for that"
+            )
         return (None, None, *ctx.solve_pass.backward(grads, ctx.needs_input_grad[2:]))
