@@ -127,18 +127,22 @@ class LoopedStack(LayerParallel):
         if self._further is not None or not isinstance(state, torch.Tensor):
             return
         form = torch.full((_MOST_OUTPUTS,), -1)  # per entry beside the state: -1 there is none, 0 a value, 1 None
-        returns_tensor = torch.zeros(1, dtype=torch.int64)
+        kind = torch.zeros(1, dtype=torch.int64)  # 1: a tensor, 2: a tuple
         first = self.local_layers.get(0)
         if first is not None:
             with torch.no_grad(), self.layer_random.preserved(state.device):
                 output = first(state, *args, **kwargs)
-            returns_tensor[0] = isinstance(output, torch.Tensor)
+            kind[0] = 1 if isinstance(output, torch.Tensor) else 2 if isinstance(output, tuple | list) else 0
             if isinstance(output, tuple | list):
                 for i, value in enumerate(output[1 : 1 + _MOST_OUTPUTS]):
                     form[i] = int(value is None)
         self.comm.broadcast(form, self.layout.first_rank)
-        self.comm.broadcast(returns_tensor, self.layout.first_rank)
-        self._returns_tensor = bool(returns_tensor)
+        self.comm.broadcast(kind, self.layout.first_rank)
+        if not int(kind):
+            raise ValueError(
+                "the layers of a layer-parallel stack must return their state, or a tuple that starts with it"
+            )
+        self._returns_tensor = int(kind) == 1
         self._further = [bool(entry) for entry in form.tolist() if entry >= 0]
 
     def _returned(self, state: Any, layer: int) -> Any:

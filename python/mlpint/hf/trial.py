@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,8 +59,8 @@ class Trial:
         worst = max(float(message) for message in self.comm.gather(repr(worst).encode()))
         if worst > 1:
             raise ValueError(
-                f"{type(self.model).__name__} computes something else with its layers in a layer-parallel stack, so "
-                "its forward does more between the layers than to hand the state on; it cannot be parallelized like this"
+                f"{type(self.model).__name__} computes something else with its layers in a layer-parallel stack, "
+                "so its forward does more between the layers than to hand the state on; it cannot be parallelized so"
             )
 
 
@@ -85,8 +84,7 @@ def _inputs(model: nn.Module) -> dict[str, Any] | None:
     inputs = {name: torch.randint(3, words, (_BATCH, _LENGTH), generator=generator).to(device)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs[name].clone()
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return inputs | {"use_cache": False} if takes_cache else inputs
+    return inputs
 
 
 def _same_on_all_ranks(model: nn.Module, comm: Comm) -> bool:
@@ -96,14 +94,19 @@ def _same_on_all_ranks(model: nn.Module, comm: Comm) -> bool:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model evaluates without gradients; its modes and the random numbers are put back."""
+    """Inside, the model evaluates without gradients and caches; its modes and the random numbers are put back."""
+    configs = [part.config for part in pretrained_models(model).values() if getattr(part.config, "use_cache", False)]
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
+    for config in configs:
+        config.use_cache = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
+        for config in configs:
+            config.use_cache = True
         for module in model.modules():
             module.training = modes.get(module, module.training)
 

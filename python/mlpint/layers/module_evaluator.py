@@ -25,10 +25,11 @@ class ModuleEvaluator:
     Args:
         layers: own layers by index in the network.
         call: what they are called with.
+        in_place: which layers change the state that they are given, as far as it is known; added to.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], call: LayerCall) -> None:
-        self.layers, self.call = layers, call
+    def __init__(self, layers: Mapping[int, nn.Module], call: LayerCall, in_place: dict[int, bool]) -> None:
+        self.layers, self.call, self.in_place = layers, call, in_place
         self._same_for_all = None if has_arguments_by_layer(*call.arguments) else call.arguments
         self.single, self.evaluations = call.single, call.stats.evaluations
         self.tapes: dict[int, Tape] = {}
@@ -59,9 +60,11 @@ class ModuleEvaluator:
         count = self._counter(level)
         count("forward")
         if not (is_final and self.call.record):
-            return State(self._without_graph(n, state.tensors))
+            with torch.no_grad():
+                return State(self.evaluate(n, state.tensors))
         if self.call.recompute:
-            outputs = self._without_graph(n, state.tensors)
+            with torch.no_grad():
+                outputs = self.evaluate(n, state.tensors)
 
             def again(count: Callable[[str], None]) -> Tape:
                 count("forward")
@@ -71,17 +74,6 @@ class ModuleEvaluator:
         else:
             outputs, self.tapes[n] = self._taped(n, state.tensors)
         return State(t.detach() for t in outputs)
-
-    def _without_graph(self, n: int, tensors: Tensors) -> Tensors:
-        versions = [t._version for t in tensors]
-        with torch.no_grad():
-            outputs = self.evaluate(n, tensors)
-        if versions != [t._version for t in tensors]:  # where a graph is recorded torch itself refuses
-            raise ValueError(
-                f"layer {n} changes the state it is given in place; a layer of a LayerParallel stack is evaluated "
-                "several times at one state and must leave it as it is: let it work on a copy"
-            )
-        return outputs
 
     def _input_vjp(self, n: int, state: State, level: int) -> State:
         return State(self.tapes[n].input_vjp(state.tensors, self._counter(level)))
@@ -107,8 +99,13 @@ class ModuleEvaluator:
 
     def evaluate(self, n: int, tensors: Tensors) -> Tensors:
         """The state after a layer's step, under the layer's dropout key and in the present mode of autograd."""
+        # The state is needed again: a layer that works in place gets a copy, and so does one that may be such a layer.
+        x = tensors if self.in_place.get(n) is False else tuple(t.clone() for t in tensors)
+        versions = [t._version for t in x]
         with self._autocast(tensors[0].device):
-            output = self._keyed(n, tensors[0] if self.single else tensors, self.layers[n])
+            output = self._keyed(n, x[0] if self.single else x, self.layers[n])
+        if n not in self.in_place:
+            self.in_place[n] = versions != [t._version for t in x]
         return self._moved(n, tensors, output_tensors(n, output, tensors, self.single))
 
     def _keyed(self, n: int, x: Any, function: Callable[..., Any]) -> Any:

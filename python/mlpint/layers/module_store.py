@@ -23,6 +23,7 @@ class ModuleStore:
 
     def __init__(self, modules: Mapping[int, nn.Module]) -> None:
         self.modules = dict(modules)
+        self._in_place: dict[int, bool] = {}
         self._submodules = {n: list(module.modules()) for n, module in modules.items()}  # to be quick in every pass
 
     @property
@@ -50,10 +51,10 @@ class ModuleStore:
         return gradients
 
     def evaluator(self, call: LayerCall) -> ModuleEvaluator:
-        return ModuleEvaluator(self.modules, call)
+        return ModuleEvaluator(self.modules, call, self._in_place)
 
     def run(self, call: LayerCall, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        evaluator, random = ModuleEvaluator(self.modules, call), call.random
+        evaluator, random = self.evaluator(call), call.random
         draws = any(random.draws(n, module.training) for n, module in self.modules.items())
         with random.preserved(state[0].device) if draws else nullcontext():
             for n in self.modules:

@@ -73,7 +73,7 @@ class SolvePass:
     def _make_evaluators(self) -> list[LayerEvaluator]:
         """One evaluator for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
         c, (step, microbatch), batch = self.conditions, self.setup.key, self.state.tensors[0].shape[:1]
-        count = min(c.serial_microbatches, *batch) if self.options.exact and batch else 1
+        count = max(1, min(c.serial_microbatches, *batch)) if self.options.exact and batch else 1
         self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []
         evaluators = []
         for i in range(count):
