@@ -72,3 +72,11 @@ def test_bad_states_and_norms():
     with pytest.raises(ValueError, match="max_norm = 0: must be positive"):
         clip_grad_norm_(stack, 0)
     assert isinstance(stack(torch.randn(2, 3)), torch.Tensor)
+
+
+def test_the_cyclic_layout_refuses_operators_after_exact_sweeps_too():
+    stack = LayerParallel(LAYERS, MGRIT(2, 4, 0, 0), layout="cyclic", recompute=True)
+    stack(torch.randn(2, 3))
+    stack.options = MGRIT(2, 4, 1, 1)
+    with pytest.raises(ValueError, match="layout='cyclic' is for"):
+        stack(torch.randn(2, 3))

@@ -88,8 +88,8 @@ def test_replays_give_what_the_stack_gives(kind, options):
     expected = [step(stack, x) for x in batches]
     captured.install()
     for x, wanted in zip(batches, expected, strict=True):
-        for found, right in zip(step(stack, x), wanted, strict=True):
-            torch.testing.assert_close(found, right, rtol=0, atol=0)
+        for result, right in zip(step(stack, x), wanted, strict=True):
+            torch.testing.assert_close(result, right, rtol=0, atol=0)
     assert recorder.replays == 6
     captured.remove()
     step(stack, batches[0])
@@ -105,8 +105,8 @@ def test_recompute_and_keyword_arguments():
     x = torch.randn(2, 4, DIM)
     expected = step(stack, x, lengths=lengths)
     captured.install()
-    for found, right in zip(step(stack, x, lengths=lengths), expected, strict=True):
-        torch.testing.assert_close(found, right, rtol=0, atol=0)
+    for result, right in zip(step(stack, x, lengths=lengths), expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=0, atol=0)
 
 
 def test_any_module_can_be_captured():
@@ -115,8 +115,8 @@ def test_any_module_can_be_captured():
     x = torch.randn(3, DIM)
     expected = step(stack, x)
     captured.install()
-    for found, right in zip(step(stack, x), expected, strict=True):
-        torch.testing.assert_close(found, right)
+    for result, right in zip(step(stack, x), expected, strict=True):
+        torch.testing.assert_close(result, right)
 
 
 def test_gradients_accumulate():
@@ -237,8 +237,8 @@ def test_graphs_on_a_gpu(kind, options):
     total = [sum(grads) for grads in zip(*(e[2:] for e in expected), strict=True)]
     captured.install()
     for x, wanted in zip(batches, expected, strict=True):
-        for found, right in zip(step(stack, x), wanted, strict=True):
-            torch.testing.assert_close(found, right)
+        for result, right in zip(step(stack, x), wanted, strict=True):
+            torch.testing.assert_close(result, right)
     stack.zero_grad()
     for x in batches:
         stack(x).square().sum().backward()

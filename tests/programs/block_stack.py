@@ -56,7 +56,7 @@ def solve(network, x, **kwargs):
 
 def gradients(network):
     """By layer and name, of either kind of stack."""
-    blocks = network.local_layers.values() or network.stacked.to_blocks()
+    blocks = network.stacked.to_blocks() if hasattr(network, "stacked") else network.local_layers.values()
     return {
         (n, name): p.grad
         for n, block in zip(network.layout.local_indices(network.comm.rank), blocks, strict=True)
@@ -70,7 +70,7 @@ def compare_solves(comm, stack, x, options, tolerance=1e-12, key=None, work=True
     networks = [LayerParallel(s, options, comm=comm, **kwargs) for s in (stack.to_blocks(), stack)]
     results = []
     for network in networks:
-        network.random.seed = 11
+        network.layer_random.seed = 11
         if key:
             network.dropout_key(*key)
         results.append(solve(network, x, **call))
@@ -225,7 +225,7 @@ def training_and_checkpoints(comm):
         model = Model(LayerParallel(make(6) if stacked else make(6).to_blocks(), options, comm=comm))
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-    found, norms = [], []
+    states, norms = [], []
     for before, after in ((False, False), (True, True), (True, False), (False, True)):
         model, optimizer = fresh(before)
         for i in range(5):
@@ -238,11 +238,11 @@ def training_and_checkpoints(comm):
             model(batch()).square().sum().backward()
             norms.append(mlpint.clip_grad_norm_(model, 0.5))
             optimizer.step()
-        found.append(model.state_dict())
-    for other in found[1:]:
-        assert list(other) == list(found[0])
+        states.append(model.state_dict())
+    for other in states[1:]:
+        assert list(other) == list(states[0])
         for name, tensor in other.items():
-            assert_close(tensor, found[0][name], 1e-9, name)
+            assert_close(tensor, states[0][name], 1e-9, name)
     for i, norm in enumerate(norms):
         assert abs(norm - norms[i % 5]) <= 1e-10 * norm
 

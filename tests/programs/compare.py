@@ -70,10 +70,10 @@ def check(comm, reference, changed, call, what=""):
     results = []
     for model in (reference, changed):
         torch.manual_seed(3)
-        found = call(model)
+        result = call(model)
         if torch.is_grad_enabled():
-            found.get("loss", sum((t**3).sum() for t in found.values())).backward()
-        results.append(found)
+            result.get("loss", sum((t**3).sum() for t in result.values())).backward()
+        results.append(result)
     assert results[0].keys() == results[1].keys()
     for name, expected in results[0].items():
         assert_close(results[1][name], expected, TOLERANCE, f"{name} {what}")

@@ -493,8 +493,8 @@ def idle_ranks_are_reported(comm):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stack = LayerParallel([Residual() for _ in range(5)], MGRIT(cfactor=4), comm=comm)
-    told = [str(w.message) for w in caught if "own none of the 5 layers" in str(w.message)]
-    assert len(told) == (comm.rank == 0 and comm.size > 2), told
+    warned = [str(w.message) for w in caught if "own none of the 5 layers" in str(w.message)]
+    assert len(warned) == (comm.rank == 0 and comm.size > 2), warned
     assert stack.layout.idle_ranks == list(range(2, comm.size))
     owners = sorted(n for r in range(comm.size) for n in range(5) if stack.rank_of(n) == r)
     assert owners == list(range(5)), "each layer exactly once"

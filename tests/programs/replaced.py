@@ -202,9 +202,9 @@ def differences_are_found_and_mended(comm):
             weight[3, 2] = torch.nextafter(weight[3, 2], torch.tensor(math.inf))  # a difference of one bit
             model.scale += 1
             next(iter(model.blocks.local_layers.values())).outer.weight[1, 1] += 1e-6
-    found = check_replicas(model, comm)
+    differing = check_replicas(model, comm)
     planted = ["embedding.weight", "scale", "blocks.0.outer.weight"] if comm.size > 1 else []
-    assert sorted(found) == sorted(planted), found
+    assert sorted(differing) == sorted(planted), differing
     sync_replicas(model)
     assert check_replicas(model) == []
     other = tensors_outside(model)

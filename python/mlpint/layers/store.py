@@ -21,13 +21,11 @@ Look = Callable[[int, str, Iterable[torch.Tensor], Any, Any], None]
 
 
 class LayerStore(Protocol):
-    """A rank's own layers, by their index in the network.
+    """A rank's own layers, by their index in the network."""
 
-    Attributes:
-        modules: the layers that are modules of their own.
-    """
-
-    modules: Mapping[int, nn.Module]
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        """The layers that are modules of their own; none where their parameters are stacked."""
 
     @property
     def example(self) -> nn.Module | None:

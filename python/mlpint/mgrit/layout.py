@@ -41,7 +41,6 @@ class Layout:
         layers: int,
         ranks: int,
         options: MGRIT,
-        *,
         open_layers: int = 0,
         close_layers: int = 0,
         step_size: float = 1.0,

@@ -44,12 +44,13 @@ class LearntOperators:
 
     def load(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up what :meth:`tensors` gave on all ranks, in place of what was learnt on the layers of a layout."""
-        self._operators = {key: operator for key, operator in self._operators.items() if key[0] != layout}
+        operators = {key: operator for key, operator in self._operators.items() if key[0] != layout}
         for direction, kind in {tuple(name.split(".")[:2]) for name in tensors}:
             prefix = f"{direction}.{kind}."
             owners = layout.owners if direction == "forward" else layout.owners[::-1]
-            operator = self._operators[layout, direction, kind] = LearntOperator(kind, affine=direction == "forward")
+            operator = operators[layout, direction, kind] = LearntOperator(kind, affine=direction == "forward")
             operator.load(
                 {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
                 lambda position, owners=owners: owners[position] == self._rank,
             )
+        self._operators = operators

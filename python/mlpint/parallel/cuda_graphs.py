@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from ..layers.random_keys import LayerRandom
+from ..mgrit.learnt_operators import LEARNT
 from .layer_parallel import LayerParallel
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -293,7 +294,7 @@ def _check(stack: nn.Module, x: torch.Tensor, others: Any, recorder: Recorder | 
         why = f"tolerance = {o.tolerance} decides by a norm on the host; set tolerance=0 and fix the iterations"
     elif stack.watch_residuals:
         why = "watch_residuals brings norms to the host; switch it off"
-    elif o.coarse in ("scaled", "fitted") and not o.exact:
+    elif o.coarse in LEARNT and not o.exact:
         why = f"coarse = {o.coarse!r} learns on the way; use injection, sum or identity"
     if why:
         raise ValueError(f"capture: {why}")

@@ -22,7 +22,6 @@ from ..mgrit.options import MGRIT
 from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
 from ..nn import BlockStack
-from ..state import State
 from .conditions import Conditions, PassSetup
 from .pass_keys import PassKeys
 from .plain_pass import is_plain, plain_pass
@@ -81,27 +80,23 @@ class LayerParallel(nn.Module):
         layers = layers if isinstance(layers, BlockStack) else list(layers)
         modules = [layers] if isinstance(layers, BlockStack) else layers
         options = MGRIT() if options is None else options
-        _check(layers, modules, options)
+        _check(modules, options)
         self.comm = comm = Comm.of(comm)
-        ends = {"open_layers": open_layers, "close_layers": close_layers}
-        dealt = Layout.deal(layout, len(layers), comm.size, options, step_size=step_size, **ends)
+        dealt = Layout.deal(layout, len(layers), comm.size, options, open_layers, close_layers, step_size)
         self._store = make_store(layers, dealt.local_indices(comm.rank))
-        self._layer_random = LayerRandom(_common_seed(comm))
-        self.conditions = Conditions(
-            dealt, self._store, self._layer_random, options, recompute, serial_microbatches=serial_microbatches
-        )
-        comm.vote(
-            {
-                "layers": f"{len(layers)} with {fingerprint(modules)}",
-                "options": str(options),
-                "step size": str(step_size),
-                "open and close layers": f"{open_layers} and {close_layers}",
-                "layout": layout,
-                "recompute": str(recompute),
-                "serial microbatches": str(serial_microbatches),
-            },
-            "LayerParallel",
-        )
+        seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)]))  # rank 0's
+        self._layer_random = LayerRandom(int(seed))
+        self.conditions = Conditions(dealt, self._store, self._layer_random, options, recompute, serial_microbatches)
+        alike = {
+            "layers": f"{len(layers)} with {fingerprint(modules)}",
+            "options": options,
+            "step size": step_size,
+            "open and close layers": f"{open_layers} and {close_layers}",
+            "layout": layout,
+            "recompute": recompute,
+            "serial microbatches": serial_microbatches,
+        }
+        comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         for name, module in self._store.children().items():
             self.add_module(name, module)
         if dealt.idle_ranks and comm.rank == 0:
@@ -206,11 +201,7 @@ class LayerParallel(nn.Module):
     # --- solvers and what they learn ---------------------------------------------------------------------------------
 
     def solver(self, direction: str) -> AnySolver:
-        """The solver of a direction under the present conditions; raises what the next pass would raise for want of it.
-
-        Args:
-            direction: "forward" or "backward".
-        """
+        """The solver of a direction ("forward" or "backward") as things are; raises what the next pass would raise."""
         return self._solvers.solver(self.layout, self.options, direction, norms=self.watch_residuals)
 
     def learnt_tensors(self, layout: Layout | None = None) -> dict[str, torch.Tensor]:
@@ -295,19 +286,11 @@ class LayerParallel(nn.Module):
         self.store.load(state_dict, prefix, missing, errors)
 
 
-def _check(layers: list[nn.Module] | BlockStack, modules: list[nn.Module], options: MGRIT) -> None:
-    if not len(layers):
+def _check(modules: list[nn.Module], options: MGRIT) -> None:
+    if not modules:
         raise ValueError("LayerParallel got no layers")
     for n, module in enumerate(modules):
         if not isinstance(module, nn.Module):
             raise TypeError(f"layer {n} is a {type(module).__name__}, not a torch.nn.Module")
     if not isinstance(options, MGRIT):
         raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
-
-
-def _common_seed(comm: Comm) -> int:
-    """Rank 0's seed of torch's random numbers. Collective."""
-    seed = torch.tensor([torch.initial_seed() & (2**63 - 1)])
-    if comm.size > 1:
-        comm.transport.control.broadcast(State([seed]), 0)
-    return int(seed)
