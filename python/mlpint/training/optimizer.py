@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The rate in step 0, 1, ..., steps - 1: a linear warm-up, then half a cosine to ``final_lr`` of the highest."""
+    """The rate in step 0, 1, ..., steps - 1: a linear warm-up, then half a cosine down to ``final_lr`` times ``lr``."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
