@@ -199,3 +199,7 @@ kernels.explain("mlp", d=64, batch=1, sequence=8, device="cpu")
 assert "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_shapes_without_rows_or_layers_have_a_distance():
+    assert entry(m=4, j=1).distance(256, 0, 0) < entry(m=4, j=4).distance(256, 0, 0) < float("inf")

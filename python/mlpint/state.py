@@ -33,3 +33,8 @@ def describe(tensors: Iterable[torch.Tensor]) -> str:
         f"{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')} {t.device.type}"
         for t in tensors
     )
+
+
+def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """What torch counts changes in place by; 0 in inference mode, which does not count."""
+    return [0 if t.is_inference() else t._version for t in tensors]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..mgrit import vectors
-from ..state import State
+from ..state import State, versions
 from .arguments import arguments_of, has_arguments_by_layer
 from .evaluator import LayerCall
 from .layer_output import output_tensors
@@ -101,11 +101,11 @@ class ModuleEvaluator:
         """The state after a layer's step, under the layer's dropout key and in the present mode of autograd."""
         # The state is needed again: a layer that works in place gets a copy, and so does one that may be such a layer.
         x = tensors if self.in_place.get(n) is False else tuple(t.clone() for t in tensors)
-        versions = [t._version for t in x]
+        before = versions(x)
         with self._autocast(tensors[0].device):
             output = self._keyed(n, x[0] if self.single else x, self.layers[n])
-        if n not in self.in_place:
-            self.in_place[n] = versions != [t._version for t in x]
+        if n not in self.in_place and not torch.is_inference_mode_enabled():
+            self.in_place[n] = before != versions(x)
         return self._moved(n, tensors, output_tensors(n, output, tensors, self.single))
 
     def _keyed(self, n: int, x: Any, function: Callable[..., Any]) -> Any:

@@ -16,7 +16,7 @@ from ..comm.agreement import agree
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..mgrit import vectors
-from ..state import State, describe
+from ..state import State, describe, versions
 from .conditions import PassSetup
 
 _CHECKED_PASSES = 3  # that compare what the ranks were given
@@ -235,7 +235,7 @@ class SolvePass:
             )
 
     def _present_versions(self) -> list[int]:
-        return [t._version for t in (*self.state.tensors, *self.weights)]
+        return versions((*self.state.tensors, *self.weights))
 
     def _share_overflow(
         self, gradients: dict[torch.Tensor, torch.Tensor], result: Sequence[torch.Tensor | None]
