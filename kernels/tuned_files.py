@@ -55,7 +55,7 @@ class Entry:
     microseconds: Mapping[str, float]
 
     def factors(self, d: int, m: int, j: int) -> dict[str, float]:
-        """How far a shape is from this entry's, each at least 1. A shape without rows or layers counts as one of one."""
+        """How far a shape is from this entry's, each at least 1; no rows or layers count as one."""
         d, m, j = max(d, 1), max(m, 1), max(j, 1)
         pairs = {"d": (d, self.d), "rows": (m * j, self.m * self.j), "j": (j, self.j)}
         return {name: max(a / b, b / a) for name, (a, b) in pairs.items()}
