@@ -21,6 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .nn import Block, BlockStack
 from .parallel.layer_parallel import LayerParallel
 
+# A stack of residual blocks as users have it; nn.Sequential and nn.ModuleList are sequences, too, without saying so.
+Blocks = Sequence[nn.Module] | nn.Sequential | nn.ModuleList | BlockStack | LayerParallel
+
 _TRAINING = 3
 
 
@@ -65,13 +68,13 @@ class FlopMeter:
         steps: those taken, by name of the network.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module] | nn.Module, model: nn.Module | None = None) -> None:
+    def __init__(self, blocks: Blocks, model: nn.Module | None = None) -> None:
         self.linear = self.attention = self.outside = self.tokens = 0
         self.seconds = 0.0
         self.steps: Counter[str] = Counter()
         self._running = 0  # blocks that run now
         self._measured: dict[tuple, int] = {}
-        entrances = [blocks] if isinstance(blocks, BlockStack | LayerParallel) else blocks
+        entrances: list[nn.Module] = [blocks] if isinstance(blocks, BlockStack | LayerParallel) else list(blocks)
         self.layers = len(blocks)
         self._example = blocks.store.example if isinstance(blocks, LayerParallel) else entrances[0]
         entrances[0].register_forward_pre_hook(self._block_called, with_kwargs=True)

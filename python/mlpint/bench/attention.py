@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..nn import attention as attn
-from .cases import BACKWARD, FORWARD, FULL, Case, Inputs, Key, Random, Tensors
+from .cases import BACKWARD, FORWARD, FULL, Inputs, Key, Operation, Random, Tensors
 from .shapes import Shape
 from .timing import Call
 
@@ -24,7 +24,7 @@ def plain_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * inside[:, None, :, None].to(q.dtype)
 
 
-class Attention(Case):
+class Attention(Operation):
     """Attention on strided views of QKV's output."""
 
     name, op, modes, masked = "attention", "attention", (FORWARD, BACKWARD, FULL), True
@@ -48,7 +48,7 @@ class Attention(Case):
         o = plain_attention(q, k, v, layer_inputs["causal"], layer_inputs["lengths"])
         return (o.transpose(1, 2).reshape(m, width // 3),)
 
-    def _shape(self, inputs: Inputs) -> tuple:
+    def _shape(self, inputs: Inputs) -> tuple[int, int, bool, attn.Padding | None, float]:
         qkv, lengths = inputs["qkv"], inputs["lengths"]
         padding = None if lengths is None else attn.Padding(lengths[0], qkv.shape[1] // inputs["batch"])
         scale = (qkv.shape[-1] // 3 // inputs["heads"]) ** -0.5
@@ -59,13 +59,13 @@ class Attention(Case):
         if mode == FORWARD:
             return lambda: (attn.attention(qkv, *shape),)
 
-        def backward(saved: Tensors) -> Tensors:
-            return (attn.attention_backward(grad, qkv, *saved, *shape),)
+        def backward(o: torch.Tensor, saved: torch.Tensor) -> Tensors:
+            return (attn.attention_backward(grad, qkv, o, saved, *shape),)
 
         if mode == FULL:
-            return lambda: backward(attn.attention_train(qkv, *shape))
-        saved = attn.attention_train(qkv, *shape)
-        return lambda: backward(saved)
+            return lambda: backward(*attn.attention_train(qkv, *shape))
+        outputs = attn.attention_train(qkv, *shape)
+        return lambda: backward(*outputs)
 
     def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.attention import attention, attention_train

@@ -77,9 +77,6 @@ class BlockCase(Case):
 
     kernel = batched
 
-    def key(self, shape: Shape, mode: str) -> None:
-        return None
-
     def flops(self, shape: Shape, mode: str) -> float:
         m, d = shape.m, shape.d
         products = 2.0 * m * (4 * d**2 + 2 * d * shape.ffn)

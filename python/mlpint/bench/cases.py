@@ -31,20 +31,18 @@ class Key:
 
 
 class Case:
-    """One operation that is timed.
+    """What is timed.
 
     Its inputs are dictionaries of tensors [J, ...]; other values in them are the same for all layers.
 
     Attributes:
         name: the case's own name.
-        op: operation that the kernel asks dispatch for.
         modes: modes that it can be timed in.
         masked: whether the mask matters.
         wanted: names of the inputs that a backward gives gradients for.
     """
 
     name: ClassVar[str]
-    op: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = (FORWARD,)
     masked: ClassVar[bool] = False
     wanted: ClassVar[tuple[str, ...]] = ()
@@ -76,8 +74,18 @@ class Case:
     def flops(self, shape: Shape, mode: str) -> float:
         raise NotImplementedError
 
-    def key(self, shape: Shape, mode: str) -> Key | None:
-        """What the kernel asks dispatch with; None for what is made of several operations."""
+
+class Operation(Case):
+    """A case that is one operation of dispatch's, with a kernel to be tuned.
+
+    Attributes:
+        op: operation that the kernel asks dispatch for.
+    """
+
+    op: ClassVar[str]
+
+    def key(self, shape: Shape, mode: str) -> Key:
+        """What the kernel asks dispatch with."""
         return Key(self.op, shape.d, shape.m, shape.j)
 
     def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:

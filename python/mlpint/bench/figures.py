@@ -6,6 +6,7 @@ On a GPU the clock is that of graph replays from a cold L2 cache; the ratio from
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ from torch import nn
 
 from .. import MGRIT, LayerParallel, capture
 from ..errors import UserError
-from ..nn import BlockStack, differentiable
+from ..nn import Block, BlockStack, differentiable
 from ..nn.settings import Weights
 from . import providers, timing
 from .accuracy import Judge
@@ -216,6 +217,7 @@ class _Serial(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
+            assert isinstance(block, Block)
             x = self.step(tuple(block.weights()), x)
         return x
 
@@ -298,7 +300,7 @@ def _figure(
 
 def _failure(name: str, shape: str, against: str, target: float, error: Exception) -> Figure:
     cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    return Figure(name, shape, against, target, *[float("nan")] * 4, f"FAILED: {cause}")
+    return Figure(name, shape, against, target, math.nan, math.nan, math.nan, math.nan, f"FAILED: {cause}")
 
 
 _HEADER = f"{'figure':<28}{'target':>7}{'reached':>9}{'warm L2':>9}{'ours ms':>10}{'base ms':>10}  against; shape; path"

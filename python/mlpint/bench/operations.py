@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..nn import ops
-from .cases import BACKWARD, Case, Inputs, Key, Random, Tensors
+from .cases import BACKWARD, Inputs, Key, Operation, Random, Tensors
 from .shapes import Shape
 from .timing import Call
 
@@ -14,7 +14,7 @@ EPS = 1e-5
 H = 0.5  # a step size that no kernel can leave out
 
 
-class LnLinear(Case):
+class LnLinear(Operation):
     """LayerNorm and the FFN's way up with its GELU."""
 
     name = op = "ln_linear"
@@ -30,7 +30,8 @@ class LnLinear(Case):
         return (F.gelu(F.linear(n, weight, bias), approximate="tanh"),)
 
     def batched(self, inputs: Inputs, mode: str) -> Call:
-        return lambda: (ops.ln_linear(*inputs.values(), EPS, "gelu_tanh"),)
+        x, ln_weight, ln_bias, weight, bias = inputs.values()
+        return lambda: (ops.ln_linear(x, ln_weight, ln_bias, weight, bias, EPS, "gelu_tanh"),)
 
     def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.ln_linear import ln_linear
@@ -58,7 +59,8 @@ class LnLinearTrain(LnLinear):
         return F.gelu(pre, approximate="tanh"), mean.squeeze(-1), rstd.squeeze(-1), pre
 
     def batched(self, inputs: Inputs, mode: str) -> Call:
-        return lambda: ops.ln_linear_train(*inputs.values(), EPS, "gelu_tanh")
+        x, ln_weight, ln_bias, weight, bias = inputs.values()
+        return lambda: ops.ln_linear_train(x, ln_weight, ln_bias, weight, bias, EPS, "gelu_tanh")
 
     def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.ln_linear import ln_linear_train
@@ -66,7 +68,7 @@ class LnLinearTrain(LnLinear):
         return lambda: ln_linear_train(*inputs.values(), EPS, "gelu_tanh")
 
 
-class LinearAxpy(Case):
+class LinearAxpy(Operation):
     """The FFN's way down onto the residual stream."""
 
     name = op = "linear_axpy"
@@ -82,7 +84,8 @@ class LinearAxpy(Case):
         return (torch.lerp(x, y + F.linear(a, weight, bias), H),)
 
     def batched(self, inputs: Inputs, mode: str) -> Call:
-        return lambda: (ops.linear_axpy(*inputs.values(), H),)
+        a, weight, bias, y, x = inputs.values()
+        return lambda: (ops.linear_axpy(a, weight, bias, y, x, H),)
 
     def kernel(self, inputs: Inputs, mode: str) -> Call:
         from ..kernels.linear_axpy import linear_axpy
@@ -124,7 +127,7 @@ class Projection(LinearAxpy):
         return configs(shape.d, shape.dtype)
 
 
-class Mlp(Case):
+class Mlp(Operation):
     """The whole second half of the step; forward only."""
 
     name = op = "mlp"
@@ -166,7 +169,7 @@ class Mlp(Case):
         return configs(shape.d, shape.dtype) if shape.d <= 256 else []
 
 
-class LnBackward(Case):
+class LnBackward(Operation):
     """Backward of a LayerNorm plus the residual path's gradient."""
 
     name, op, modes = "ln_backward", "ln_backward_add", (BACKWARD,)
@@ -217,7 +220,7 @@ class LnBackward(Case):
         return configs(shape.d, shape.m, shape.j)
 
 
-class AxpbyNorm(Case):
+class AxpbyNorm(Operation):
     """Sum of two scaled states and its squared norm."""
 
     name = op = "axpby_norm"
@@ -251,7 +254,7 @@ class AxpbyNorm(Case):
         return configs()
 
 
-class Average(Case):
+class Average(Operation):
     """Prolongation of all parameters of J blocks; M does not matter."""
 
     name = op = "average"

@@ -9,7 +9,7 @@ from torch._functorch import config as functorch_config
 
 from ..kernels import dispatch
 from ..kernels.dispatch import Choice
-from .cases import FORWARD, Case, Inputs, Tensors, differentiated, layer_of, tensors
+from .cases import FORWARD, Case, Inputs, Operation, Tensors, differentiated, layer_of, tensors
 from .shapes import Shape
 from .timing import Call
 
@@ -78,9 +78,9 @@ def taking(path: str) -> AbstractContextManager[None]:
 
 def takes_kernel(case: Case, shape: Shape, device: torch.device, mode: str) -> bool:
     """Whether dispatch chooses the Triton kernel; true for a block, whose operations ask for themselves."""
-    key = case.key(shape, mode)
-    if key is None:
+    if not isinstance(case, Operation):
         return True
+    key = case.key(shape, mode)
     choice = dispatch.choose(key.op, d=key.d, m=key.m, j=key.j, dtype=shape.dtype, device=device)
     return choice.path == "triton"
 
@@ -110,4 +110,5 @@ def joined(results: object) -> Tensors:
     """The results of a call: J tuples stacked, or a tuple of tensors [J, ...] as it is."""
     if isinstance(results, list):
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return tuple(results)
+    assert isinstance(results, tuple)
+    return results

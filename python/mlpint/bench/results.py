@@ -130,7 +130,8 @@ def read_rows(path: Path) -> list[Row]:
     numbers = {f.name for f in fields(Row) if f.type == "float"}
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [Row(**{k: float(v) if k in numbers else v for k, v in raw.items()}) for raw in csv.DictReader(file)]
+            rows: Iterable[dict[str, Any]] = csv.DictReader(file)
+            return [Row(**raw | {k: float(v) for k, v in raw.items() if k in numbers}) for raw in rows]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (TypeError, ValueError) as error:

@@ -12,16 +12,16 @@ from . import providers, timing
 from .accuracy import Inaccurate, Judge
 from .attention import Attention
 from .block import BlockCase
-from .cases import Case
+from .cases import Case, Operation
 from .operations import Average, AxpbyNorm, LinearAxpy, LnBackward, LnLinear, LnLinearTrain, Mlp, Projection
 from .results import About, Row
 from .roofline import Roofline
 from .shapes import Grid, Shape
 from .timing import Effort, Timing
 
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
         LnLinear(),
         LnLinearTrain(),
         Projection(),
@@ -31,9 +31,9 @@ CASES: dict[str, Case] = {
         LnBackward(),
         AxpbyNorm(),
         Average(),
-        BlockCase(),
     )
 }
+CASES: dict[str, Case] = {**OPERATIONS, BlockCase.name: BlockCase()}
 
 
 @dataclass

@@ -28,10 +28,10 @@ from ..kernels.dispatch import Choice
 from ..kernels.tuned_files import Entry
 from . import providers, timing
 from .accuracy import Inaccurate, Judge
-from .cases import FORWARD, Case
+from .cases import FORWARD, Operation
 from .results import commit, device_name, installed
 from .shapes import DTYPES, Grid, Shape
-from .suite import CASES
+from .suite import OPERATIONS
 
 # Kernels in an order in which what the later ones are held against is tuned already; forward before backward.
 KERNELS = (
@@ -96,13 +96,13 @@ def run(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"jobs = {options.jobs}: must be an integer of at least 1")
     shapes_of = {
-        kernel: list(tuned_shapes(kernel) if options.suite == "figures" else grid.shapes(CASES[kernel].masked))
+        kernel: list(tuned_shapes(kernel) if options.suite == "figures" else grid.shapes(OPERATIONS[kernel].masked))
         for kernel in kernels
     }
     if device.type == "cuda" and options.jobs > 1:
         print(compile_ahead(tuner, shapes_of, options.jobs), flush=True)
     for kernel, shapes in shapes_of.items():
-        for line in tuner.tune(CASES[kernel], shapes):
+        for line in tuner.tune(OPERATIONS[kernel], shapes):
             print(line, flush=True)
         # The newer of two entries of the same shape holds.
         merged = {_identity(e): e for e in (*known, *tuner.entries)}
@@ -119,8 +119,8 @@ def compile_ahead(tuner: Tuner, shapes_of: dict[str, list[Shape]], jobs: int) ->
     """
     tasks = []
     for kernel, shapes in shapes_of.items():
-        for shape, mode in tuner.untuned(CASES[kernel], shapes):
-            tasks += [(kernel, shape, mode, config) for config in tuner.candidates(CASES[kernel], shape, mode)]
+        for shape, mode in tuner.untuned(OPERATIONS[kernel], shapes):
+            tasks += [(kernel, shape, mode, config) for config in tuner.candidates(OPERATIONS[kernel], shape, mode)]
     # A process that has initialised CUDA must not be forked.
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     started = time.perf_counter()
@@ -136,7 +136,7 @@ def _run_once(device: torch.device, task: tuple[str, Shape, str, dict[str, int]]
     kernel, shape, mode, config = task
     torch.set_num_threads(1)
     with suppress(Exception):
-        Tuner(device, timing.Effort()).call(CASES[kernel], shape, mode, providers.TRITON, config)()
+        Tuner(device, timing.Effort()).call(OPERATIONS[kernel], shape, mode, providers.TRITON, config)()
 
 
 def _identity(entry: Entry) -> tuple:
@@ -178,7 +178,7 @@ class Tuner:
     effort: timing.Effort
     entries: list[Entry] = field(default_factory=list)
 
-    def tune(self, case: Case, shapes: Iterable[Shape]) -> Iterator[str]:
+    def tune(self, case: Operation, shapes: Iterable[Shape]) -> Iterator[str]:
         """One kernel in all its modes; lines for people on the way. What is the same to dispatch is tuned once."""
         for shape, mode in self.untuned(case, shapes):
             yield f"{case.name} {mode}: {shape}"
@@ -187,7 +187,7 @@ class Tuner:
             if entry is not None:
                 self.entries.append(entry)
 
-    def untuned(self, case: Case, shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str]]:
+    def untuned(self, case: Operation, shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str]]:
         """Shapes and modes that have no entry yet; of what is the same to dispatch, the first."""
         done = {_identity(entry) for entry in self.entries}
         for shape in shapes:
@@ -199,7 +199,7 @@ class Tuner:
                     done.add(identity)
                     yield shape, mode
 
-    def best(self, case: Case, shape: Shape, mode: str) -> tuple[Entry | None, list[str]]:
+    def best(self, case: Operation, shape: Shape, mode: str) -> tuple[Entry | None, list[str]]:
         """The entry of one shape, and lines for people about it."""
         key = case.key(shape, mode)
         notes: list[str] = []
@@ -226,14 +226,14 @@ class Tuner:
         times_text = ", ".join(f"{name} {us:.1f} us" for name, us in entry.microseconds.items())
         return entry, [*notes, f"  {path}: {times_text}" + (f" with {fastest}" if fastest else "")]
 
-    def candidates(self, case: Case, shape: Shape, mode: str) -> list[dict[str, int]]:
+    def candidates(self, case: Operation, shape: Shape, mode: str) -> list[dict[str, int]]:
         """Launch configurations to be tried; none where no kernel runs."""
         if providers.left_out(providers.TRITON, self.device):
             return []
         return case.configs(shape, mode)
 
     def _time(
-        self, case: Case, shape: Shape, mode: str, judge: Judge, provider: str, config: dict[str, int] | None
+        self, case: Operation, shape: Shape, mode: str, judge: Judge, provider: str, config: dict[str, int] | None
     ) -> float:
         """Median seconds of a graph's replays from a cold cache; on a CPU, of calls. Checks accuracy first."""
 
@@ -248,7 +248,7 @@ class Tuner:
         return statistics.median(timing.replays(graph, self.effort, timing.Flush(self.device)))
 
     def call(
-        self, case: Case, shape: Shape, mode: str, provider: str, config: dict[str, int] | None
+        self, case: Operation, shape: Shape, mode: str, provider: str, config: dict[str, int] | None
     ) -> Callable[[], object]:
         """The call that is timed: one provider's, on inputs of its own."""
         inputs = case.inputs(shape, self.device)
@@ -268,13 +268,13 @@ class Tuner:
 
         return call
 
-    def _rivals(self, case: Case, shape: Shape) -> dict[str, Choice]:
+    def _rivals(self, case: Operation, shape: Shape) -> dict[str, Choice]:
         """The choices for the torch path of a case: torch, but for the one-kernel MLP the kernels it stands for."""
         plain = {op: Choice("torch", None, "it is being tuned") for op in dispatch.OPERATIONS}
         if case.name != "mlp":
             return plain
         for name in ("ln_linear", "linear_axpy"):
-            key = CASES[name].key(shape, FORWARD)
+            key = OPERATIONS[name].key(shape, FORWARD)
             for entry in self.entries:
                 if entry.op == key.op and entry.distance(key.d, key.m, key.j) == 0:
                     plain[key.op] = Choice(entry.path, entry.config, "tuned before")

@@ -76,8 +76,8 @@ def _rank() -> int:
 class _Parser(argparse.ArgumentParser):
     """Its errors are one line, and only rank 0 shows its help."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")

@@ -11,8 +11,15 @@ from ..planning.cost_model import plan
 from ..training.config import KEYS, SolverConfig, TrainConfig
 from .flags import add_flag, flag_values
 
-_NOT_PLANNED = ("tolerance", "step_size", "serial_microbatches", "recompute")
-_NOT_PLANNED += ("control", "control_target", "control_every")
+_NOT_PLANNED = (
+    "tolerance",
+    "step_size",
+    "serial_microbatches",
+    "recompute",
+    "control",
+    "control_target",
+    "control_every",
+)
 _PLAN_KEYS = tuple(f.name for f in dataclasses.fields(SolverConfig) if f.name not in _NOT_PLANNED)
 
 

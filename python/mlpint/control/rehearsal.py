@@ -127,10 +127,10 @@ def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tup
     """
     sums = torch.zeros(len(blocks), 4, dtype=torch.float64)
     for n, ours in a.by_layer.items():
-        for p, q in zip(ours, b.by_layer[n], strict=True):
-            if p is not None or q is not None:
-                p = (torch.zeros_like(q) if p is None else p).double()
-                q = (torch.zeros_like(p) if q is None else q).double()
+        for pair in zip(ours, b.by_layer[n], strict=True):
+            present = next((g for g in pair if g is not None), None)
+            if present is not None:
+                p, q = ((torch.zeros_like(present) if g is None else g).double() for g in pair)
                 products = (p * p).sum(), (q * q).sum(), (p * q).sum(), (p - q).square().sum()
                 sums[n] += torch.stack(products).cpu()
     blocks.comm.sum_ordered([sums])

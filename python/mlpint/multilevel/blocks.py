@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 from torch import nn
 
+from ..flops import Blocks
 from ..layers.stack_store import StackStore
 from ..nn import BlockStack
 from ..parallel.layer_parallel import LayerParallel
@@ -22,16 +20,17 @@ _REMEDY = (
 )
 
 
-def runner_of(blocks: Sequence[nn.Module] | nn.Module) -> Runner:
+def runner_of(blocks: Blocks) -> Runner:
     """What runs the blocks of a model as its coarse networks."""
     if isinstance(blocks, LayerParallel):
-        return ParallelStackRunner(blocks) if isinstance(blocks.store, StackStore) else ParallelRunner(blocks)
+        store = blocks.store
+        return ParallelStackRunner(blocks, store.stack) if isinstance(store, StackStore) else ParallelRunner(blocks)
     if isinstance(blocks, BlockStack):
         return StackRunner(blocks)
-    return ModuleRunner(cast("Sequence[nn.Module]", blocks))  # as nn.Sequential and nn.ModuleList are, undeclared
+    return ModuleRunner(blocks)
 
 
-def check_blocks(blocks: Sequence[nn.Module] | nn.Module, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
+def check_blocks(blocks: Blocks, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
     """Raises a ValueError for blocks that differ or share parameters, or that the optimiser does not own."""
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     if not runner.parameters and isinstance(blocks, nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError
-from ..flops import FlopMeter
+from ..flops import Blocks, FlopMeter
 from . import saved
 from .blocks import check_blocks, runner_of
 from .copies import Copies
@@ -87,7 +87,7 @@ class Multilevel:
 
     def __init__(
         self,
-        blocks: Sequence[nn.Module] | nn.Module,
+        blocks: Blocks,
         optimizer: torch.optim.Optimizer,
         *,
         model: nn.Module | None = None,
@@ -146,7 +146,7 @@ class Multilevel:
     @classmethod
     def cascade(
         cls,
-        blocks: Sequence[nn.Module] | nn.Module,
+        blocks: Blocks,
         optimizer: torch.optim.Optimizer,
         *,
         coarse_steps: int | Sequence[int] = 100,

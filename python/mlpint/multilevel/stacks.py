@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 
 from ..mgrit.layout import Layout
+from ..nn import BlockStack
 from ..parallel.layer_parallel import LayerParallel
 from .copies import NamedParameters, trainable
 from .hierarchy import Network
@@ -109,12 +110,17 @@ class ParallelRunner(Runner):
 class ParallelStackRunner(ParallelRunner):
     """A LayerParallel stack whose parameters are stacked.
 
+    Args:
+        stack: the LayerParallel stack.
+        own_layers: what holds the parameters of this rank's layers.
+
     Raises:
         ValueError: a layout or open layers that coarse networks cannot have.
     """
 
-    def __init__(self, stack: LayerParallel) -> None:
+    def __init__(self, stack: LayerParallel, own_layers: BlockStack) -> None:
         super().__init__(stack)
+        self.own_layers = own_layers
         if self.common_layers:
             raise ValueError(
                 f"open_layers = {self._layout.open_layers}, close_layers = {self._layout.close_layers}: must be 0 for "
@@ -125,4 +131,4 @@ class ParallelStackRunner(ParallelRunner):
         self, network: Network, parent: Network, optimizer: torch.optim.Optimizer, options: MultilevelOptions
     ) -> StackCopies:
         layers = [n for n in parent.layers if n in self.local_indices]
-        return StackCopies(network, layers, self.stack.store.example, optimizer, options, self.ahead)
+        return StackCopies(network, layers, self.own_layers, optimizer, options, self.ahead)

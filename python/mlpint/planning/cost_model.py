@@ -7,8 +7,13 @@ step over N layers costs 3 N. Communication, and what small slices of a batch lo
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from ..mgrit.options import MGRIT
+
+_Direction = Literal["forward", "backward"]
+# What one exact sweep costs per layer: the forward, or the input-vjp and the parameter-vjp.
+_LEAST_SWEEPS: dict[_Direction, int] = {"forward": 1, "backward": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ def plan(
     pipeline = 3 * layers * ((1 - 1 / p) / microbatches + 1 / p)
     depth = layers - buffers
     cost = 3.0 * buffers
-    for direction, least in (("forward", 1), ("backward", 2)):
+    for direction, least in _LEAST_SWEEPS.items():
         if options.iterations(direction) == 0:
             cost += least * depth
         elif layout == "cyclic":
@@ -72,7 +77,7 @@ def plan(
     return Plan(3.0 * layers, pipeline, cost)
 
 
-def _block(depth: int, ranks: int, options: MGRIT, direction: str, least: int) -> float:
+def _block(depth: int, ranks: int, options: MGRIT, direction: _Direction, least: int) -> float:
     p = min(ranks, -(-depth // options.cfactor) if options.levels > 1 else depth)
     iterations, fcf = options.iterations(direction), options.relaxation == "FCF"
     sweeps = iterations + least - 1 + (iterations - 1 if fcf else 0)
@@ -88,7 +93,7 @@ def _block(depth: int, ranks: int, options: MGRIT, direction: str, least: int) -
     return cost
 
 
-def _cyclic(depth: int, ranks: int, options: MGRIT, direction: str, least: int) -> float:
+def _cyclic(depth: int, ranks: int, options: MGRIT, direction: _Direction, least: int) -> float:
     """The coarse chain at one layer a step, then the fine sweep as a pipeline over the group that has to fill."""
     group = min(ranks, options.cfactor)
     fill = ((group - 1) * least - 0.5) * options.cfactor / group

@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, blocks: LayerParallel, pass_: Callable[[int], None], count: int, comm: Comm
+    model: nn.Module, blocks: LayerParallel, pass_: Callable[[int], object], count: int, comm: Comm
 ) -> Comparison:
     """Takes turns between both ways over the same batches. Collective. Weights are left as they are, gradients cleared.
 

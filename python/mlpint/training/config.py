@@ -9,7 +9,7 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from ..mgrit.options import MGRIT
@@ -70,11 +70,12 @@ class SolverConfig(Section):
             raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
 
     @property
-    def measure(self) -> str | None:
+    def measure(self) -> Literal["gradient", "residual"] | None:
         """What error control measures; None where there is none."""
-        if self.control == "auto":
-            return None if self.mgrit().exact else "gradient"
-        return None if self.control == "off" else self.control
+        if self.control == "residual":
+            return "residual"
+        gradient = self.control == "gradient" or (self.control == "auto" and not self.mgrit().exact)
+        return "gradient" if gradient else None
 
     def mgrit(self) -> MGRIT:
         """The solver's options."""
@@ -231,19 +232,18 @@ class TrainConfig:
                 raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
         if values.get("preset") == "cascade":
             values = CASCADE | dict(values)
-        return cls(
-            **{
-                name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
-                for name, section in SECTIONS.items()
-            }
-        )
+        sections: dict[str, Any] = {
+            name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+            for name, section in SECTIONS.items()
+        }
+        return cls(**sections)
 
     def flat(self) -> dict[str, Any]:
         """Key -> value over all sections."""
         return {name: value for section in vars(self).values() for name, value in vars(section).items()}
 
 
-SECTIONS: dict[str, type[Section]] = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+SECTIONS: dict[str, type[Section]] = get_type_hints(TrainConfig)
 KEYS: dict[str, dataclasses.Field[Any]] = {
     f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)
 }

@@ -76,16 +76,16 @@ def _draw_losses(axes: Axes, label: str, lines: Sequence[Mapping[str, Any]], col
         axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
     for place, mode in _changes(lines):
         axes.axvline(place, color=color, linestyle=":", linewidth=0.8)
-        look = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
-        axes.text(place, 0.98, mode, color=color, fontsize=7, **look)
+        at = axes.get_xaxis_transform()
+        axes.text(place, 0.98, mode, transform=at, color=color, fontsize=7, rotation=90, ha="right", va="top")
 
 
 def _draw_checks(axes: Axes, points: Sequence[Check], color: str) -> None:
     axes.plot([p.place for p in points], [p.value for p in points], color=color)
     for estimated in (False, True):
         some = [p for p in points if p.estimated == estimated]
-        look = {"color": color, "markerfacecolor": "white" if estimated else color, "markersize": 4}
-        axes.plot([p.place for p in some], [p.value for p in some], "o", **look)
+        places, values, face = [p.place for p in some], [p.value for p in some], "white" if estimated else color
+        axes.plot(places, values, "o", color=color, markerfacecolor=face, markersize=4)
 
 
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:

@@ -34,21 +34,20 @@ class Report:
 
     def __init__(self, trainer: Trainer, directory: Path) -> None:
         self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm
-        self.leads = self.comm.rank == 0
         self.started, self.first = time.perf_counter(), trainer.step
         self.interval: list[float] = []
         self.exact_steps = 0
         self.per_step = self.config.data.accumulate * trainer.task.per_batch
         self.bar: Any = None
-        self.metrics: Metrics | None = None
+        self.metrics: Metrics | None = None  # None on all ranks but the first, which alone reports
         collectively(self.comm, self._open)
-        if self.leads and sys.stderr.isatty():
+        if self.metrics is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False)
 
     def _open(self) -> None:
-        if not self.leads:
+        if self.comm.rank:
             return
         trainer = self.trainer
         header = {
@@ -94,13 +93,13 @@ class Report:
 
     def step(self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float) -> None:
         """Reports a step that is done; ``measures`` are those of a validation after it, by name."""
-        if not self.leads:
+        if self.metrics is None:
             return
         run, decision = self.config.run, self.trainer.decision
         measured = {"val_loss": None} if measures is None else {f"val_{k}": v for k, v in measures.items()}
-        watched = decision is not None and decision.action != "none"
-        if watched and decision.skip:  # without a loss: curves pass over it
-            self.metrics.write({"step": done, **measured, "control": decision.as_dict()})
+        control = None if decision is None or decision.action == "none" else decision.as_dict()
+        if decision is not None and decision.skip:  # without a loss: curves pass over it
+            self.metrics.write({"step": done, **measured, "control": control})
             if self.bar is not None:
                 self.bar.update()
             return
@@ -121,8 +120,8 @@ class Report:
             line["network"], line["fine_step"] = phase.name, phase.fine_step + 1
         if flops is not None:
             line["flops"], line["flops_all"] = flops.blocks, flops.all
-        if watched:
-            line["control"] = decision.as_dict()
+        if control is not None:
+            line["control"] = control
         self.metrics.write(line)
         self.interval.append(seconds)
         self.exact_steps += self.trainer.mode == "exact"
@@ -144,9 +143,11 @@ class Report:
             self.interval.clear()
 
     def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
-        collectively(self.comm, lambda: self._close(sample, comparison) if self.leads else None)
+        collectively(self.comm, lambda: self._close(sample, comparison))
 
     def _close(self, sample: Sample | None, comparison: Comparison | None) -> None:
+        if self.metrics is None:
+            return
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -62,16 +62,17 @@ class Trainer:
         solver = config.solver
         torch.manual_seed(config.run.seed)  # every rank builds the same model
         self.model = task.model()
-        self.model.blocks = self.blocks = _layer_parallel(self.model.blocks, solver, comm)
+        self.model.blocks = self.blocks = _layer_parallel(self.model.get_submodule("blocks"), solver, comm)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.multilevel: Multilevel | None = None
+        self.flops: FlopMeter | None = None
         if config.multilevel.multilevel:
             options = config.multilevel.options()
             self.multilevel = Multilevel(self.blocks, self.optimizer, model=self.model, **options)
             self.flops = self.multilevel.flops
-        else:
-            self.flops = FlopMeter(self.blocks, self.model) if _all_alike(self.blocks) else None
+        elif _all_alike(self.blocks):
+            self.flops = FlopMeter(self.blocks, self.model)
         self.initial_weights = ""
         self.step = self.position = 0
         self.phase: Phase | None = None
@@ -209,7 +210,7 @@ class Trainer:
         if self.multilevel is not None:
             state = self.multilevel.state_dict()
             info["multilevel"], extra = state["info"], state["tensors"]
-            info["fine_steps"] = self.flops.steps["fine"]
+            info["fine_steps"] = self.multilevel.flops.steps["fine"]
         keep = self.config.run.checkpoint_keep
         checkpoints.save(
             directory, self.step, self.model, self.optimizer, info=info, extra=extra, keep=keep, comm=self.comm
@@ -234,11 +235,12 @@ class Trainer:
         self.step, self.position = checkpoint.step, checkpoint.info["position"]
         if self.flops is not None and "flops" in checkpoint.info:
             self.flops.load(checkpoint.info["flops"])
-        if self.multilevel is not None:
+        multilevel = self.multilevel
+        if multilevel is not None:
             tensors: dict[str, torch.Tensor] = {}
-            collectively(self.comm, lambda: tensors.update(checkpoint.extra(self.multilevel.wants)))
+            collectively(self.comm, lambda: tensors.update(checkpoint.extra(multilevel.wants)))
             try:
-                self.multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
+                multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
             except ValueError as error:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
         if self.control is None:
@@ -253,7 +255,8 @@ class Trainer:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
 
 
-def _layer_parallel(layers: nn.Module, solver: SolverConfig, comm: Comm) -> LayerParallel:
+def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> LayerParallel:
+    layers = list(blocks.children())
     stack = LayerParallel(
         layers,
         solver.mgrit(),

@@ -123,13 +123,11 @@ def _read(path: str) -> np.ndarray:
 
 
 def _from_hub(name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    def text(part: hub.Dataset | None) -> np.ndarray | None:
-        if part is None:
-            return None
+    def text(part: hub.Dataset) -> np.ndarray:
         return np.frombuffer("\n".join(part[hub.column(part, name, "text")]).encode(), np.uint8)
 
     train, held_out = hub.splits(name)
-    return text(train), text(held_out)
+    return text(train), None if held_out is None else text(held_out)
 
 
 def _split(tokens: np.ndarray, sequence: int) -> tuple[np.ndarray, np.ndarray]:

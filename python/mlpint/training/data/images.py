@@ -143,7 +143,7 @@ def _npz(path: Path) -> tuple[Images, Images | None]:
     for part, choices in _NAMES.items():
         names = next((pair for pair in choices if all(name in arrays for name in pair)), None)
         if names:
-            parts.append(_of_arrays(f"{path}", *(arrays[name] for name in names), names))
+            parts.append(_of_arrays(str(path), arrays[names[0]], arrays[names[1]], names))
         elif part == "train":
             raise DataError(f"{path}: holds {', '.join(arrays) or 'nothing'}; must hold images and labels")
     return parts[0], parts[1] if len(parts) > 1 else None
@@ -169,7 +169,8 @@ def _from_hub(name: str, part: hub.Dataset, size: int) -> Images:
     """All images of a part, decoded."""
     images, labels = hub.column(part, name, "image", "img"), hub.column(part, name, "label", "labels", "fine_label")
     classes = hub.class_names(part, labels)
-    pixels, first = [], None
+    pixels: list[np.ndarray] = []
+    first: tuple[int, int, int] | None = None
     for n, image in enumerate(part[images]):
         shape = (size or image.height, size or image.width, _channels(image))
         first = first or shape
@@ -179,7 +180,7 @@ def _from_hub(name: str, part: hub.Dataset, size: int) -> Images:
                 "must be of one size, or give --image-size"
             )
         pixels.append(_fitted(image, shape))
-    if not pixels:
+    if first is None:
         raise DataError(f"{name}: holds no images")
     numbers = np.array(part[labels], np.int64)
     return Images(name, np.stack(pixels), numbers, classes or [str(n) for n in range(int(numbers.max()) + 1)], first)
@@ -206,19 +207,20 @@ def _folders(path: Path, size: int, known: list[str] | None = None) -> Images:
 
 def _common_size(files: list[Path], size: int) -> tuple[int, int, int]:
     """(height, width, channels) of image files; only their heads are read."""
-    first: tuple[int, int, int] | None = None
-    for path in files:
-        with _opened(path) as image:
-            shape = (image.height, image.width, _channels(image))
-        if size:
-            shape = (size, size, shape[2])
-        first = first or shape
+    first = _size_of(files[0], size)
+    for path in files[1:]:
+        shape = _size_of(path, size)
         if shape != first:
             raise DataError(
                 f"{path}: is {shape[0]} x {shape[1]} x {shape[2]}, {files[0]} is {first[0]} x {first[1]} x {first[2]}; "
                 "must be of one size, or give --image-size"
             )
     return first
+
+
+def _size_of(path: Path, size: int) -> tuple[int, int, int]:
+    with _opened(path) as image:
+        return size or image.height, size or image.width, _channels(image)
 
 
 def _opened(path: Path) -> Image:

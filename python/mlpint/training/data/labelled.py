@@ -60,8 +60,8 @@ def _read(path: str, label: str) -> tuple[list[LabelledText], list[LabelledText]
     """A file's texts and None, or those of a data set to train on and to validate on."""
     if path.startswith(hub.PREFIX):
         train, held_out = hub.splits(path)
-        parts = [None if part is None else _from_hub(path, part, label or TABLE_LABEL) for part in (train, held_out)]
-        return parts[0], parts[1]
+        label = label or TABLE_LABEL
+        return _from_hub(path, train, label), None if held_out is None else _from_hub(path, held_out, label)
     where, name = Path(path), Path(path).name.removesuffix(".gz")
     if name.endswith(".tsv") and not where.is_dir():
         return _from_table(where, label or TABLE_LABEL), None

@@ -113,7 +113,8 @@ def _splits(data: str, source: str, target: str) -> dict[str, Sentences]:
 
 
 def _of_files(paths: tuple[Path, Path]) -> Sentences:
-    return _pairs(*(read_lines(path) for path in paths), (str(paths[0]), str(paths[1])))
+    source, target = paths
+    return _pairs(read_lines(source), read_lines(target), (str(source), str(target)))
 
 
 def _of_data_set(data: str, split: str, part: hub.Dataset, languages: tuple[str, str]) -> Sentences:

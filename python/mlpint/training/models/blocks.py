@@ -22,7 +22,7 @@ class Blocks(nn.ModuleList):
 
 def decoder_blocks(shape: Shape) -> Blocks:
     """Pre-LN blocks with causal attention and GPT-2's initialisation."""
-    return _blocks(shape, "causal")
+    return Blocks(_blocks(shape, "causal"))
 
 
 def encoder_blocks(shape: Shape) -> Blocks:
@@ -32,12 +32,12 @@ def encoder_blocks(shape: Shape) -> Blocks:
         for block in blocks:
             for linear in (block.qkv, block.proj, block.up, block.down):
                 linear.weight.mul_(initial_deviation(shape.dim) / initial_deviation(768))
-    return blocks
+    return Blocks(blocks)
 
 
-def _blocks(shape: Shape, attention: str) -> Blocks:
-    settings = {"ffn": shape.ffn_width, "dropout": shape.dropout, "depth": shape.layers}
-    return Blocks(Block(shape.dim, shape.heads, attention=attention, **settings) for _ in range(shape.layers))
+def _blocks(shape: Shape, attention: str) -> list[Block]:
+    dim, heads, ffn, depth = shape.dim, shape.heads, shape.ffn_width, shape.layers
+    return [Block(dim, heads, ffn=ffn, attention=attention, dropout=shape.dropout, depth=depth) for _ in range(depth)]
 
 
 def initial_deviation(dim: int) -> float:
@@ -50,12 +50,13 @@ def initial_deviation(dim: int) -> float:
     return 0.02 * math.sqrt(768 / dim)
 
 
-def normal_(*modules: nn.Module) -> None:
-    """GPT-2's initialisation of embeddings and linear maps: normal with deviation 0.02, biases 0."""
+def normal_(*modules: nn.Embedding | nn.EmbeddingBag | nn.Linear | nn.Conv2d, std: float = 0.02) -> None:
+    """GPT-2's initialisation of embeddings and linear maps: normal with its deviation unless told, biases 0."""
     for module in modules:
-        nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.normal_(module.weight, std=std)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ class CrossAttention(Part):
         self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, y: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.increment(y, *self.source(x), mask))
+        keys, values = self.source(x)
+        return self.drop(self.increment(y, keys, values, mask))
 
     def source(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Keys and values of the other stream, [B, H, S, hd]."""

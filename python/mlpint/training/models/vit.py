@@ -43,8 +43,7 @@ class ViT(nn.Module):
         # Patches of pixels of deviation 1 come out as large as positions: otherwise where a patch is gets lost next to
         # what is in it.
         nn.init.normal_(self.positions, std=0.02)
-        nn.init.normal_(self.patches.weight, std=0.02 / math.sqrt(channels * patch**2))
-        nn.init.zeros_(self.patches.bias)
+        normal_(self.patches, std=0.02 / math.sqrt(channels * patch**2))
         normal_(self.head)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def model(self) -> nn.Module:
-        """A new model, drawn from torch's generator. Its attribute ``blocks`` is the stack to be solved in parallel."""
+        """A new model, drawn from torch's generator. Its ``nn.ModuleList`` ``blocks`` is to be solved in parallel."""
 
     @abc.abstractmethod
     def train(self, position: int) -> Batch:

@@ -46,10 +46,10 @@ class BERTTask(TextTask):
     def _mask(self, tokens: torch.Tensor, seed: int, part: int, position: int) -> Batch:
         """(inputs [batch, sequence], places [batch, n], targets [batch, n])."""
         generator = draws(seed, position, 1 + part)
-        places = np.sort(generator.random(tokens.shape).argpartition(self.masked - 1)[:, : self.masked])
+        drawn = generator.random(tokens.shape).argpartition(self.masked - 1)[:, : self.masked]
+        places = torch.from_numpy(np.sort(drawn))
         lot = generator.random(places.shape)
         any_token = generator.integers(self.corpus.vocabulary, size=places.shape)
-        places = torch.from_numpy(places)
         targets = tokens.gather(1, places)
         replaced = torch.from_numpy(np.where(lot < 0.8, self.mask_token, np.where(lot < 0.9, any_token, -1)))
         inputs = tokens.scatter(1, places, torch.where(replaced < 0, targets, replaced))

@@ -26,6 +26,8 @@ class ClassificationTask(ExamplesTask):
     """An encoder that names the class of a text. Its tokens are those of ``task = "bert"`` on text: bytes."""
 
     unit = "texts"
+    training: list[LabelledText]
+    held_out: list[LabelledText]
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

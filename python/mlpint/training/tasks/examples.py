@@ -14,7 +14,7 @@ class ExamplesTask(Task):
     """A task on images, sentences, texts: each is trained on once an epoch.
 
     Attributes:
-        training, held_out: the examples; to be set before :meth:`_deal`.
+        training, held_out: the examples, of a type that each task declares; to be set before :meth:`_deal`.
         order: number of a training batch -> its examples.
     """
 

@@ -23,6 +23,8 @@ class TaggingTask(ExamplesTask):
     """An encoder that tags the words of a sentence. What it knows of words comes from the training sentences alone."""
 
     unit = "sentences"
+    training: list[Sentence]
+    held_out: list[Sentence]
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

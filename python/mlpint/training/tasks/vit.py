@@ -22,6 +22,8 @@ class ViTTask(ExamplesTask):
     """An encoder on patches that names an image's class."""
 
     unit = "images"
+    training: Images
+    held_out: Images
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
