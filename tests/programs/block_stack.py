@@ -56,7 +56,7 @@ def solve(network, x, **kwargs):
 
 def gradients(network):
     """By layer and name, of either kind of stack."""
-    blocks = network.local_layers.values() or network.stacked.to_blocks()
+    blocks = network.stacked.to_blocks() if hasattr(network, "stacked") else network.local_layers.values()
     return {
         (n, name): p.grad
         for n, block in zip(network.layout.local_indices(network.comm.rank), blocks, strict=True)
@@ -70,7 +70,7 @@ def compare_solves(comm, stack, x, options, tolerance=1e-12, key=None, work=True
     networks = [LayerParallel(s, options, comm=comm, **kwargs) for s in (stack.to_blocks(), stack)]
     results = []
     for network in networks:
-        network.random.seed = 11
+        network.layer_random.seed = 11
         if key:
             network.dropout_key(*key)
         results.append(solve(network, x, **call))
