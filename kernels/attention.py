@@ -201,7 +201,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | N
     Raises:
         ValueError: shapes, dtypes or layouts that do not fit.
     """
-    return _forward(q, k, v, causal, lengths, scale, save=False)[0]
+    return _forward(q, k, v, None, causal, lengths, scale)
 
 
 @library.custom_op("mlpint::attention_train", mutates_args=())
@@ -213,7 +213,8 @@ def attention_train(
     `lse` [J, B, H, T], float32 (float64 where q is): logarithm of the sum of exponentials of a query's scores, zero
     where there is no token.
     """
-    return _forward(q, k, v, causal, lengths, scale, save=True)
+    lse = _empty_lse(q)
+    return _forward(q, k, v, lse, causal, lengths, scale), lse
 
 
 @attention.register_fake
@@ -223,16 +224,20 @@ def _(q, k, v, causal, lengths, scale):
 
 @attention_train.register_fake
 def _(q, k, v, causal, lengths, scale):
-    return empty_heads(q), q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+    return empty_heads(q), _empty_lse(q)
 
 
-def _forward(q, k, v, causal, lengths, scale, save) -> tuple[Tensor, Tensor | None]:
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _forward(q, k, v, lse, causal, lengths, scale) -> Tensor:
+    """The output; the log-sum-exp is written to ``lse``, where it is not None."""
     check_heads(q, k, v, lengths)
     o = empty_heads(q)
-    lse = q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32)) if save else None
     if q.numel():
         launch_of(q, k, v, o, lse, causal, lengths, scale, config_of("attention", q, default_config)).run()
-    return o, lse
+    return o
 
 
 def launch_of(

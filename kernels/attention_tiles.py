@@ -117,7 +117,7 @@ def length_strides(lengths: Tensor | None) -> tuple[int, int]:
     """The strides (J, B); sequences of all layers are equally long where `lengths` is [B]."""
     if lengths is None:
         return 0, 0
-    return (0, *lengths.stride())[-2:]
+    return lengths.stride(0) if lengths.dim() == 2 else 0, lengths.stride(-1)
 
 
 def config_of(op: str, q: Tensor, default: Callable[[int, int, torch.dtype], dict[str, int]]) -> dict[str, int]:

@@ -184,13 +184,13 @@ def _check(name: str, tensors: Sequence[Tensor], fine: Sequence[Tensor], count: 
     if len(tensors) != len(fine):
         raise ValueError(f"{name} has {len(tensors)} tensors, fine has {len(fine)}: pass one for each")
     for i, (tensor, like) in enumerate(zip(tensors, fine, strict=True)):
-        expected = (fine[0].shape[0] if count is None else count, *like.shape[1:])
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {expected}")
+        shape = (fine[0].shape[0] if count is None else count, *like.shape[1:])
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype != tensors[0].dtype or tensor.device != fine[0].device:
             got, expected = f"{tensor.dtype} on {tensor.device}", f"{tensors[0].dtype} on {fine[0].device}"
             raise ValueError(f"{name}[{i}] is {got}, expected {expected}: average the tensors of one dtype at a time")
-        if expected[0] and not tensor[0].is_contiguous():
+        if shape[0] and not tensor[0].is_contiguous():
             raise ValueError(
                 f"{name}[{i}] has strides {tensor.stride()}, expected dense layers: store it [L, ...] dense"
             )

@@ -90,7 +90,7 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 class Launch:
     """One kernel launch: what `run` starts on a device, and what `mlpint.kernels.aot` compiles without one."""
 
-    kernel: object
+    kernel: triton.JITFunction  # in the interpreter what Triton has in its place
     grid: tuple[int, ...]
     arguments: tuple  # tensors, integers, floats and tuples of these, in the kernel's order
     constexprs: dict  # the kernel's constexpr parameters, and num_warps and num_stages

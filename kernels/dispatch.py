@@ -81,7 +81,7 @@ def config(op: str, d: int, m: int, j: int, dtype: torch.dtype, device: torch.de
 
 # Under torch.compile a choice is a constant of the graph, not code to be traced. torch.compiler.assume_constant_result
 # sets this very mark, but importing it costs seconds and imports Triton.
-choose._dynamo_marked_constant = config._dynamo_marked_constant = True
+vars(choose)["_dynamo_marked_constant"] = vars(config)["_dynamo_marked_constant"] = True
 
 
 @contextmanager

@@ -58,13 +58,13 @@ def explain(
             raise ValueError(f"op = {what!r}: must be of {', '.join(OPERATIONS)}, or a block")
         if d is None:
             raise ValueError(f"explain({what!r}) needs d, the width of the operation's input")
-        shape = {"dtype": dtype or torch.bfloat16, "device": device or here}
-        return Explanation(((what, choose(what, d=d, m=batch * sequence, j=j, **shape)),))
+        dtype, device = dtype or torch.bfloat16, device or here
+        return Explanation(((what, choose(what, d=d, m=batch * sequence, j=j, dtype=dtype, device=device)),))
     settings = getattr(what, "settings", None)
     if settings is None:
         raise ValueError(f"explain takes an operation's name or an mlpint.nn.Block, not a {type(what).__name__}")
     parameter = next(what.parameters())
-    shape = {"dtype": dtype or parameter.dtype, "device": device or parameter.device}
+    dtype, device = dtype or parameter.dtype, device or parameter.device
     d, ffn, m = settings.dim, settings.ffn, batch * sequence
     head = max(16, 1 << (settings.head_dim - 1).bit_length())
     heads = j * batch * settings.heads
@@ -79,7 +79,7 @@ def explain(
     )
     return Explanation(
         tuple(
-            (f"{op} ({part})" if part else op, choose(op, d=width, m=rows, j=layers, **shape))
+            (f"{op} ({part})" if part else op, choose(op, d=width, m=rows, j=layers, dtype=dtype, device=device))
             for op, part, width, rows, layers in parts
         )
     )

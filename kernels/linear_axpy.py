@@ -103,7 +103,7 @@ def launch_of(
     """The launch that fills `out` [J, M, N]; y is None where it is x, which is then read once."""
     (layers, m, k), n = a.shape, weight.shape[1]
     same = y is None
-    y = x if same else y
+    y = x if y is None else y
     return Launch(
         linear_axpy_fwd_kernel,
         (layers * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),),

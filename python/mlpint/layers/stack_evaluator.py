@@ -31,16 +31,13 @@ class Slice(State):
 
 def stacked_states(states: Sequence[State]) -> torch.Tensor:
     """The tensors of several states as one [J, B, T, D]: a view where they lie so already, else a copy."""
-    first = states[0]
     if len(states) == 1:
-        return first.tensors[0].unsqueeze(0)
-    if isinstance(first, Slice) and isinstance(states[1], Slice):
-        start, step = first.index, states[1].index - first.index
-        if step > 0 and all(
-            isinstance(s, Slice) and s.stacked is first.stacked and s.index == start + i * step
-            for i, s in enumerate(states)
-        ):
-            return first.stacked[start : states[-1].index + 1 : step]
+        return states[0].tensors[0].unsqueeze(0)
+    slices = [s for s in states if isinstance(s, Slice)]
+    if len(slices) == len(states):
+        stacked, start, step = slices[0].stacked, slices[0].index, slices[1].index - slices[0].index
+        if step > 0 and all(s.stacked is stacked and s.index == start + i * step for i, s in enumerate(slices)):
+            return stacked[start : slices[-1].index + 1 : step]
     return torch.stack([s.tensors[0] for s in states])
 
 
@@ -76,7 +73,7 @@ class StackEvaluator:
         self._indices = stack.indices
         self._rows = {n: i for i, n in enumerate(stack.indices)}
         self._parameters = stack.weights()
-        self._weights: dict[range, Weights] = {}
+        self._weights: dict[range, Weights[torch.Tensor]] = {}
         self._keys: dict[int, int] = {}
         self._padding: Padding | None = None
         self._saved, self._inner = SavedRows(), SavedRows()
@@ -113,9 +110,9 @@ class StackEvaluator:
     def finish(
         self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
     ) -> list[State]:
-        results = list(known)
-        if self.recompute:  # the gradients inside that an earlier product had were not kept
-            known = [None] * len(layers)
+        # With recompute the gradients inside that an earlier product had were not kept.
+        inner_is_kept = [gradient is not None and not self.recompute for gradient in known]
+        computed: dict[int, State] = {}
 
         def finish(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved, weights = self._saved_of(call, rows, level), self._weights_of(rows)
@@ -132,17 +129,16 @@ class StackEvaluator:
             self._inner.drop(rows)
             return grad
 
-        for is_known, step in ((False, finish), (True, finish_known)):
-            which = [i for i, gradient in enumerate(known) if (gradient is not None) == is_known]
+        for is_kept, step in ((False, finish), (True, finish_known)):
+            which = [i for i in range(len(layers)) if inner_is_kept[i] == is_kept]
             if not which:
                 continue
-            if not is_known:
+            if not is_kept:
                 self._count("input_vjp", level, len(which))
             self._count("parameter_vjp", level, len(which))
             gradients = self._batched([layers[i] for i in which], [states[i] for i in which], step)
-            for i, gradient in zip(which, gradients, strict=True):
-                results[i] = results[i] or gradient
-        return results
+            computed.update(zip(which, gradients, strict=True))
+        return [gradient or computed[i] for i, gradient in enumerate(known)]
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +175,7 @@ class StackEvaluator:
         self._dtype = self.call.autocast_dtype  # the steps cast for themselves
         return torch.autocast(device.type, enabled=False)
 
-    def _weights_of(self, rows: range) -> Weights:
+    def _weights_of(self, rows: range) -> Weights[torch.Tensor]:
         """Views of the stacked parameters, cast where autocast is on."""
         if rows not in self._weights:
             views = Weights(*(p.detach()[as_slice(rows)] for p in self._parameters))
@@ -188,7 +184,7 @@ class StackEvaluator:
             self._weights[rows] = views
         return self._weights[rows]
 
-    def _into(self, rows: range) -> Weights:
+    def _into(self, rows: range) -> Weights[torch.Tensor | None]:
         """Where the gradients of these rows go."""
         for p in self._parameters:
             if p.requires_grad and p not in self.gradients:

@@ -25,7 +25,7 @@ class StackStore:
 
     def __init__(self, stack: BlockStack) -> None:
         self.stack, self._indices = stack, stack.indices
-        self.modules: dict[int, nn.Module] = {}
+        self.modules: Mapping[int, nn.Module] = {}
         stack.saved_by_owner = True
 
     @property

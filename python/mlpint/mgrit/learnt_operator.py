@@ -15,7 +15,7 @@ The state itself is no feature: that would ruin the Jacobian of the step, and wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -141,13 +141,16 @@ class LearntOperator:
                 if fit.solution is not None:
                     yield f"{name}.solution", fit.solution
 
-    def load(self, tensors: dict[str, torch.Tensor], mine: Callable[[int], bool]) -> None:
-        """Takes up what :meth:`tensors` gave on all ranks for the intervals from the positions that are ``mine``."""
+    def load(self, tensors: dict[str, torch.Tensor], owners: Sequence[int], rank: int) -> None:
+        """Takes up what :meth:`tensors` gave on all ranks, for the intervals that begin at this rank's positions.
+
+        ``owners`` are the ranks by position.
+        """
         self._fits.clear()
         self._passes = int(tensors["passes"])
         for name in sorted(n.removesuffix(".gram") for n in tensors if n.endswith(".gram")):
             position, length, _ = map(int, name.split("."))
-            if not mine(position):
+            if owners[position] != rank:
                 continue
             fit = _Fit(tensors[f"{name}.gram"].clone(), tensors[f"{name}.cross"].clone(), int(tensors[f"{name}.count"]))
             if f"{name}.solution" in tensors:

@@ -49,8 +49,6 @@ class LearntOperators:
             prefix = f"{direction}.{kind}."
             owners = layout.owners if direction == "forward" else layout.owners[::-1]
             operator = operators[layout, direction, kind] = LearntOperator(kind, affine=direction == "forward")
-            operator.load(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
-                lambda position, owners=owners: owners[position] == self._rank,
-            )
+            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            operator.load(named, owners, self._rank)
         self._operators = operators

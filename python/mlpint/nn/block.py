@@ -96,7 +96,7 @@ class Block(nn.Module):
         self.ln1, self.qkv, self.proj = nn.LayerNorm(dim, eps), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.ln2, self.up, self.down = nn.LayerNorm(dim, eps), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
 
-    def weights(self) -> Weights:
+    def weights(self) -> Weights[torch.Tensor]:
         """The parameters themselves."""
         parts = (self.ln1, self.qkv, self.proj, self.ln2, self.up, self.down)
         return Weights(*(p for part in parts for p in (part.weight, part.bias)))
@@ -139,7 +139,11 @@ class BlockTape:
     """What one evaluation of a block has saved, with its backward in two halves."""
 
     def __init__(
-        self, context: StepContext, parameters: Weights, weights: Weights, saved: tuple[torch.Tensor, ...]
+        self,
+        context: StepContext,
+        parameters: Weights[torch.Tensor],
+        weights: Weights[torch.Tensor],
+        saved: tuple[torch.Tensor, ...],
     ) -> None:
         self._context, self._parameters, self._weights, self._saved = context, parameters, weights, saved
         self._step = BATCHED_STEPS[context.settings.norm]
@@ -161,7 +165,7 @@ class BlockTape:
 
 
 @torch.no_grad()
-def initialize(w: Weights, depth: int) -> None:
+def initialize(w: Weights[torch.Tensor], depth: int) -> None:
     """Fills the weights as GPT-2's: normal with deviation 0.02, smaller onto the stream; LayerNorms the identity."""
     for name, p in zip(Weights._fields, w, strict=True):
         if name.endswith("bias"):

@@ -12,7 +12,7 @@ from .settings import BlockSettings, Weights
 from .stack import BlockStack
 
 # The submodules of a layer that are each linear map or LayerNorm, by the names of either version of the library.
-_SUBMODULES = {
+_SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "GPT2Block": {
         "ln1": ("ln_1",),
         "qkv": ("attn.c_attn",),
@@ -66,7 +66,7 @@ def from_transformers(model: nn.Module) -> BlockStack:
                 for theirs, ours in _pairs(layer, name, stacked[i]):
                     ours.copy_(theirs) if theirs is not None else ours.zero_()
     if not getattr(model.config, "qkv_bias", True):
-        stack.qkv_bias.requires_grad_(False)  # zero, and stays so
+        stack.weights().qkv_bias.requires_grad_(False)  # zero, and stays so
     return stack
 
 
@@ -81,7 +81,7 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
         raise ValueError(
             f"the model has {len(layers)} layers with {settings}, the stack {len(stack)} with {stack.settings}"
         )
-    if not getattr(model.config, "qkv_bias", True) and bool(stack.qkv_bias.detach().any()):
+    if not getattr(model.config, "qkv_bias", True) and bool(stack.weights().qkv_bias.detach().any()):
         raise ValueError("the stack has learnt a qkv_bias and the model has none: make the model with qkv_bias=True")
     with torch.no_grad():
         for i, layer in enumerate(layers):
@@ -102,8 +102,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _settings_of(model: nn.Module) -> BlockSettings:
-    config, kind = model.config, type(_layers(model)[0]).__name__
-    refused = {"add_cross_attention": False, "position_embedding_type": "absolute"}
+    config: Any = model.config
+    kind = type(_layers(model)[0]).__name__
+    refused: dict[str, object] = {"add_cross_attention": False, "position_embedding_type": "absolute"}
     if kind == "GPT2Block":
         refused |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for name, needed in refused.items():

@@ -12,7 +12,12 @@ from .settings import BlockSettings, Weights
 
 
 def step(
-    settings: BlockSettings, w: Weights, x: torch.Tensor, lengths: torch.Tensor | None, key: int | None, h: float
+    settings: BlockSettings,
+    w: Weights[torch.Tensor],
+    x: torch.Tensor,
+    lengths: torch.Tensor | None,
+    key: int | None,
+    h: float,
 ) -> torch.Tensor:
     """One step x [B, T, D] -> [B, T, D]; h is the whole step size, ``key`` that of dropout."""
     padding = None if lengths is None else attn.Padding(lengths, x.shape[1])

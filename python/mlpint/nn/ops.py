@@ -212,7 +212,9 @@ def linear_axpy(
     return total if h == 1 else torch.lerp(x, total, h)
 
 
-def mlp(y: torch.Tensor, x: torch.Tensor, w: Weights, h: float, eps: float, activation: str) -> torch.Tensor:
+def mlp(
+    y: torch.Tensor, x: torch.Tensor, w: Weights[torch.Tensor], h: float, eps: float, activation: str
+) -> torch.Tensor:
     """Returns x + h ((y - x) + W2 activation(W1 LN2(y))), with nothing saved."""
     module = kernel("mlp", y.shape[2], y.shape[1], len(y), y, w.ln2_weight, w.up_weight)
     if module:

@@ -20,13 +20,13 @@ Tensors = tuple[torch.Tensor, ...]
 Attend = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def forward(context: StepContext, w: Weights, x: torch.Tensor) -> torch.Tensor:
+def forward(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """One step, with nothing saved."""
     return forward_train(context, w, x, attend=lambda qkv: (context.attention(qkv), qkv))[0]
 
 
 def forward_train(
-    context: StepContext, w: Weights, x: torch.Tensor, attend: Attend | None = None
+    context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor, attend: Attend | None = None
 ) -> tuple[torch.Tensor, Tensors]:
     """One step, and what its backward needs; every tensor of it has the leading dimension J."""
     qkv = ops.linear(x, w.qkv_weight, w.qkv_bias)
@@ -41,7 +41,9 @@ def forward_train(
     return out, (x, qkv, o, attended, s, mean1, rstd1, y, pre, a, t, mean2, rstd2)
 
 
-def input_vjp(context: StepContext, w: Weights, saved: Tensors, grad: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+def input_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, grad: torch.Tensor
+) -> tuple[torch.Tensor, Tensors]:
     """The gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
     _, qkv, o, attended, s, mean1, rstd1, _, pre, _, t, mean2, rstd2 = saved
     dz = grad if context.h == 1 else grad * context.h
@@ -58,7 +60,9 @@ def input_vjp(context: StepContext, w: Weights, saved: Tensors, grad: torch.Tens
     return dx, (dz, sums2, d_down, d_pre, dy, sums1, d_proj, d_qkv)
 
 
-def weight_vjp(context: StepContext, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
+def weight_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, inner: Tensors, into: Weights[torch.Tensor | None]
+) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None stands for one not wanted."""
     x, _, o, _, s, mean1, rstd1, y, _, a, t, mean2, rstd2 = saved
     dz, sums2, d_down, d_pre, dy, sums1, d_proj, d_qkv = inner

@@ -18,7 +18,7 @@ from .step_context import StepContext
 Tensors = tuple[torch.Tensor, ...]
 
 
-def forward(context: StepContext, w: Weights, x: torch.Tensor) -> torch.Tensor:
+def forward(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """One step, with nothing saved."""
     qkv = ops.ln_linear(x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, context.eps, "none")
     y = context.onto_stream(context.attention(qkv), w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
@@ -28,7 +28,7 @@ def forward(context: StepContext, w: Weights, x: torch.Tensor) -> torch.Tensor:
     return context.onto_stream(a, w.down_weight, w.down_bias, y, x, context.h, FFN)
 
 
-def forward_train(context: StepContext, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+def forward_train(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
     """One step, and what its backward needs; every tensor of it has the leading dimension J."""
     qkv, mean1, rstd1, _ = ops.ln_linear_train(
         x, w.ln1_weight, w.ln1_bias, w.qkv_weight, w.qkv_bias, context.eps, "none"
@@ -42,7 +42,9 @@ def forward_train(context: StepContext, w: Weights, x: torch.Tensor) -> tuple[to
     return out, (x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre, a)
 
 
-def input_vjp(context: StepContext, w: Weights, saved: Tensors, grad: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+def input_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, grad: torch.Tensor
+) -> tuple[torch.Tensor, Tensors]:
     """The gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
     x, mean1, rstd1, qkv, o, attended, y, mean2, rstd2, pre, _ = saved
     h = context.h
@@ -60,7 +62,9 @@ def input_vjp(context: StepContext, w: Weights, saved: Tensors, grad: torch.Tens
     return dx, (d_down, d_pre, d_n2, sums2, d_proj, d_qkv, d_n1, sums1)
 
 
-def weight_vjp(context: StepContext, w: Weights, saved: Tensors, inner: Tensors, into: Weights) -> None:
+def weight_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, inner: Tensors, into: Weights[torch.Tensor | None]
+) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None stands for one not wanted."""
     x, mean1, rstd1, _, o, _, y, mean2, rstd2, _, a = saved
     d_down, d_pre, d_n2, sums2, d_proj, d_qkv, d_n1, sums1 = inner

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+T_co = TypeVar("T_co", covariant=True)
 
-class Weights(NamedTuple):
-    """The parameters of one block, or of J of them with a leading dimension J. Linear weights are [out, in]."""
 
-    ln1_weight: torch.Tensor  # [D]
-    ln1_bias: torch.Tensor  # [D]
-    qkv_weight: torch.Tensor  # [3 D, D]: queries, keys, values, each head after head
-    qkv_bias: torch.Tensor  # [3 D]
-    proj_weight: torch.Tensor  # [D, D]
-    proj_bias: torch.Tensor  # [D]
-    ln2_weight: torch.Tensor  # [D]
-    ln2_bias: torch.Tensor  # [D]
-    up_weight: torch.Tensor  # [F, D]
-    up_bias: torch.Tensor  # [F]
-    down_weight: torch.Tensor  # [D, F]
-    down_bias: torch.Tensor  # [D]
+class Weights(NamedTuple, Generic[T_co]):
+    """The parameters of one block, or of J of them with a leading dimension J. Linear weights are [out, in].
+
+    ``Weights[torch.Tensor]`` are the parameters themselves; other types stand for something about each of them.
+    """
+
+    ln1_weight: T_co  # [D]
+    ln1_bias: T_co  # [D]
+    qkv_weight: T_co  # [3 D, D]: queries, keys, values, each head after head
+    qkv_bias: T_co  # [3 D]
+    proj_weight: T_co  # [D, D]
+    proj_bias: T_co  # [D]
+    ln2_weight: T_co  # [D]
+    ln2_bias: T_co  # [D]
+    up_weight: T_co  # [F, D]
+    up_bias: T_co  # [F]
+    down_weight: T_co  # [D, F]
+    down_bias: T_co  # [D]
 
 
 # These are the names of the same parameters in a block, which has them in submodules: "ln1.weight" for ln1_weight.
@@ -78,7 +83,7 @@ class BlockSettings:
         """The factor of the attention scores before the softmax."""
         return 1 / math.sqrt(self.head_dim)
 
-    def shapes(self) -> Weights:
+    def shapes(self) -> Weights[tuple[int, ...]]:
         """The shapes of one block's parameters."""
         d, f = self.dim, self.ffn
         return Weights((d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (f, d), (f,), (d, f), (d,))

@@ -38,20 +38,20 @@ class BlockStack(nn.Module):
         for row in zip(*(p.detach().unbind(0) for p in self.weights()), strict=True):
             initialize(Weights(*row), depth or layers)
 
-    def _build(self, indices: Sequence[int], like: Weights | None = None) -> None:
+    def _build(self, indices: Sequence[int], like: Weights[torch.Tensor] | None = None) -> None:
         """Registers parameters for so many rows, not filled, with the dtypes, devices and requires_grad of others."""
         self.indices = tuple(indices)  # of the rows in the whole stack
         self.saved_by_owner = False  # a LayerParallel saves and loads the rows under its own prefix
         self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
-        others = like or [None] * len(Weights._fields)
+        others: Sequence[torch.Tensor | None] = like or [None] * len(Weights._fields)
         for name, shape, p in zip(Weights._fields, self.settings.shapes(), others, strict=True):
-            options = {} if p is None else {"dtype": p.dtype, "device": p.device}
-            rows = torch.empty(len(self.indices), *shape, **options)
+            dtype, device = (None, None) if p is None else (p.dtype, p.device)
+            rows = torch.empty(len(self.indices), *shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(rows, p is None or p.requires_grad))
 
     @classmethod
     def _not_filled(
-        cls, settings: BlockSettings, indices: Sequence[int], like: Weights | None, training: bool
+        cls, settings: BlockSettings, indices: Sequence[int], like: Weights[torch.Tensor] | None, training: bool
     ) -> BlockStack:
         """A stack with memory for so many rows, and nothing in it yet; ``like`` as :meth:`_build` takes it."""
         new = cls.__new__(cls)
@@ -108,11 +108,11 @@ class BlockStack(nn.Module):
                 p.copy_(q[list(indices)])
         return part
 
-    def weights(self) -> Weights:
+    def weights(self) -> Weights[nn.Parameter]:
         """The stacked parameters themselves."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
-    def row(self, n: int) -> Weights:
+    def row(self, n: int) -> Weights[torch.Tensor]:
         """Views of the parameters of layer n."""
         i = self.indices.index(n)
         return Weights(*(p.detach()[i] for p in self.weights()))

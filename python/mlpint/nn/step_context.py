@@ -35,7 +35,7 @@ class StepContext:
         self.eps = settings.eps
         self.activation = "gelu_tanh" if settings.gelu == "tanh" else "gelu"
         self.drops = keys is not None and settings.dropout > 0
-        self._drops_attention = keys is not None and settings.attention_dropout > 0
+        self._attention_keys = keys if settings.attention_dropout > 0 else None
         self._shape = (batch, settings.heads, settings.causal, padding, settings.scale)
 
     def dropped(self, x: torch.Tensor, place: int) -> torch.Tensor:
@@ -59,24 +59,24 @@ class StepContext:
 
     def attention(self, qkv: torch.Tensor) -> torch.Tensor:
         """The attention of [J, M, 3 D], with nothing kept for a backward."""
-        if self._drops_attention:
+        if self._attention_keys is not None:
             return self.attention_train(qkv)[0]
         return attn.attention(qkv, *self._shape)
 
     def attention_train(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention, and what :meth:`attention_backward` takes as ``attended``."""
-        if self._drops_attention:
-            return attn.dropout_attention(qkv, *self._shape, self.keys, self.settings.attention_dropout)
+        if self._attention_keys is not None:
+            return attn.dropout_attention(qkv, *self._shape, self._attention_keys, self.settings.attention_dropout)
         return attn.attention_train(qkv, *self._shape)
 
     def attention_backward(
         self, grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
         """The gradient for qkv."""
-        if self._drops_attention:
-            s = self.settings
+        if self._attention_keys is not None:
+            s, keys = self.settings, self._attention_keys
             return attn.dropout_attention_backward(
-                grad, qkv, attended, self.batch, s.heads, self.padding, s.scale, self.keys, s.attention_dropout
+                grad, qkv, attended, self.batch, s.heads, self.padding, s.scale, keys, s.attention_dropout
             )
         return attn.attention_backward(grad, qkv, o, attended, *self._shape)
 
@@ -87,7 +87,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def for_products(w: Weights, dtype: torch.dtype | None) -> Weights:
+def for_products(w: Weights[torch.Tensor], dtype: torch.dtype | None) -> Weights[torch.Tensor]:
     """The weights, with the matrices and their biases in the dtype that products are taken in."""
     if dtype is None:
         return w

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,19 +19,19 @@ from ..layers.random_keys import LayerRandom
 from ..mgrit.learnt_operators import LEARNT
 from .layer_parallel import LayerParallel
 
-Tensors = tuple[torch.Tensor | None, ...]
-Work = Callable[[], Tensors]
+Gradients = tuple[torch.Tensor | None, ...]
+Outputs = TypeVar("Outputs", bound=Gradients)
 _WARM_UP = 3  # calls before a capture, in which libraries, kernels and autograd set themselves up
 
 
-class Graph(Protocol):
+class Graph(Protocol[Outputs]):
     """Work on tensors that stay where they are, recorded.
 
     Attributes:
         outputs: the tensors that every replay writes its results to.
     """
 
-    outputs: Tensors
+    outputs: Outputs
 
     def replay(self) -> None: ...
 
@@ -42,12 +42,12 @@ class Recorder(Protocol):
     def warm_up(self, work: Callable[[], object]) -> None:
         """Does the work a few times, as it will be recorded."""
 
-    def record(self, work: Work) -> Graph:
+    def record(self, work: Callable[[], Outputs]) -> Graph[Outputs]:
         """Does the work once, recording it."""
 
 
-class _CudaGraph:
-    def __init__(self, work: Work, stream: torch.cuda.Stream, pool: Any) -> None:
+class _CudaGraph(Generic[Outputs]):
+    def __init__(self, work: Callable[[], Outputs], stream: torch.cuda.Stream, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream, pool=pool):
             self.outputs = work()
@@ -71,12 +71,14 @@ class CudaRecorder:
                 work()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def record(self, work: Work) -> Graph:
+    def record(self, work: Callable[[], Outputs]) -> Graph[Outputs]:
         return _CudaGraph(work, self._stream, self._pool)
 
 
 class Captured:
     """A stack whose forward pass and backward pass are replayed; called like the stack. See :func:`capture`."""
+
+    _result: torch.Tensor  # of the forward pass done last, with its graph of autograd, until the backward pass
 
     def __init__(
         self, stack: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict[str, Any], recorder: Recorder | None
@@ -89,7 +91,6 @@ class Captured:
         self._inputs[0].requires_grad_(x.is_floating_point() and torch.is_grad_enabled())
         self._weights = tuple(p for p in stack.parameters() if p.requires_grad and torch.is_grad_enabled())
         self._made_for = self._conditions()
-        self._result: torch.Tensor | None = None  # of the pass recorded last, with its graph of autograd
         self._wanted = tuple(t for t in (self._inputs[0], *self._weights) if t.requires_grad)
         self._pass = 0
         recorder = CudaRecorder(x.device) if recorder is None else recorder
@@ -108,20 +109,22 @@ class Captured:
 
     # --- the work that is recorded -----------------------------------------------------------------------------------
 
-    def _run_forward(self) -> Tensors:
+    def _run_forward(self) -> tuple[torch.Tensor]:
         (x, *args), kwargs = pytree.tree_unflatten(self._inputs, self._structure)
         with torch.set_grad_enabled(bool(self._wanted)):
-            self._result = self._stack_forward(x, *args, **kwargs)
-        if not isinstance(self._result, torch.Tensor):
-            raise ValueError(f"capture: the stack returned a {type(self._result).__name__}, not one tensor")
-        return (self._result.detach(),)
+            result = self._stack_forward(x, *args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            raise ValueError(f"capture: the stack returned a {type(result).__name__}, not one tensor")
+        self._result = result
+        return (result.detach(),)
 
     def _stack_forward(self, *args: Any, **kwargs: Any) -> Any:
         # The class's own: an installed capture stands in the instance.
         return type(self._stack).forward(self._stack, *args, **kwargs)
 
-    def _run_backward(self) -> Tensors:
-        result, self._result = self._result, None
+    def _run_backward(self) -> Gradients:
+        result = self._result
+        del self._result
         return torch.autograd.grad(result, self._wanted, self._grad, allow_unused=True)
 
     def _both(self) -> None:
@@ -156,6 +159,7 @@ class Captured:
                 "backward through a captured stack after another forward pass, which has overwritten what was saved: "
                 "call backward before the next forward pass, or call the stack without capture"
             )
+        assert self._backward is not None, "autograd comes here only where x or a weight wants a gradient"
         self._pass += 1  # its states are used up
         self._grad.copy_(grad)
         outputs = iter(self._backward.outputs)

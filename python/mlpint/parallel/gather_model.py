@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ def gather_model(model: nn.Module, make: Callable[[], Model]) -> tuple[Model, li
         model: what ``make`` made, its ``blocks`` perhaps replaced by a :class:`LayerParallel` of them.
         make: builds the model anew.
     """
-    state, blocks = model.state_dict(), model.blocks
+    state = model.state_dict()
+    blocks: Any = model.blocks
     with torch.device("meta"):  # neither memory nor random numbers
         copy = make()
     copy.load_state_dict(state, assign=True)

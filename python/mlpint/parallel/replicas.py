@@ -95,7 +95,7 @@ def _comm(model: nn.Module, comm: Any) -> Comm:
 
 def _digest(tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(data.numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
 
 
 def _shared(model: nn.Module) -> dict[str, tuple[str, nn.Parameter, tuple[LayerParallel, list[int]]]]:

@@ -28,7 +28,7 @@ def check_block(block: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], *a
     """
     name = type(block).__name__
     single = isinstance(x, torch.Tensor)
-    state = tuple(t.detach() for t in ((x,) if single else x))
+    state = tuple(t.detach() for t in ((x,) if isinstance(x, torch.Tensor) else x))
     random = LayerRandom(0)
     before = {k: v.clone() for k, v in block.state_dict().items()}
 
