@@ -70,13 +70,15 @@ def nccl_transport(
         OtherRankError: a RuntimeError; so it is on another rank.
         ValueError: the device is no GPU of this machine.
     """
-    nccl, index, error = None, -1, None
+    nccl: _core.NcclLibrary | None = None
+    index, error = -1, None
     try:
         index = -1 if host_memory else _device_index(device, control)
         nccl = _core.NcclLibrary(_candidates(library))
     except (RuntimeError, ValueError) as e:
         error = e
     _vote(control, error, "NCCL cannot be used")
+    assert nccl is not None, "the vote has raised where there is none"
 
     header = bytearray(_ID_BYTES + 8)
     if control.rank == 0:
@@ -110,7 +112,7 @@ def _candidates(library: str | os.PathLike[str] | None) -> list[str]:
     if chosen:
         return [os.fspath(chosen)]
     wheel = importlib.util.find_spec("nvidia")
-    places = wheel.submodule_search_locations if wheel else ()
+    places = (wheel.submodule_search_locations if wheel else None) or ()
     return [_NAME, *(str(Path(place, "nccl", "lib", _NAME)) for place in places)]
 
 

@@ -62,6 +62,7 @@ def _start(stall_limit: float, backend: str | None) -> Comm:
             comm = _over_mpi(mpi.world(launch), stall_limit)
     else:
         store = process_group.start(launch, stall_limit)
+        assert dist.group.WORLD is not None, "the group has just been started"
         comm = _over_group(dist.group.WORLD, stall_limit, launch.local_rank, store)
     return _over_gpus(comm, with_nccl=backend is None)
 
@@ -114,17 +115,18 @@ def _over_gpus(comm: Comm, with_nccl: bool = True) -> Comm:
     if comm.size == 1:
         return comm
     if nccl.own_gpu_each(comm) and with_nccl:
-        transport = nccl.nccl_transport(comm.transport, comm.device)
-        return Comm(transport, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
+        over_nccl = nccl.nccl_transport(comm.transport, comm.device)
+        return Comm(over_nccl, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
     if comm.device.type == "cuda":
         torch.cuda.set_device(comm.device)
-        transport = _core.PythonTransport(StagedTransport(comm.transport))
-        return Comm(transport, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
+        over_host = _core.PythonTransport(StagedTransport(comm.transport))
+        return Comm(over_host, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
     return comm
 
 
 def _checked_stall_limit(stall_limit: float | None) -> float:
-    name, value = "stall_limit", stall_limit
+    name = "stall_limit"
+    value: Any = stall_limit
     if stall_limit is None:
         name, value = "MLPINT_STALL_LIMIT", os.environ.get("MLPINT_STALL_LIMIT", _DEFAULT_STALL_LIMIT)
     try:

@@ -22,6 +22,7 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
 
 def encoder_and_decoder(model: nn.Module) -> list[str]:
     """The names of both parts of an encoder-decoder model; empty for others."""
+    part: Any
     for part in pretrained_models(model).values():
         if getattr(part.config, "is_encoder_decoder", False):
             parts = part.get_encoder(), part.get_decoder()
@@ -36,7 +37,7 @@ def stack_type(model: nn.Module, path: str) -> type[LoopedStack]:
     Raises:
         ValueError: nothing can.
     """
-    layer = model.get_submodule(path)[0]
+    layer = next(model.get_submodule(path).children())
     biased = "position_bias" in inspect.signature(layer.forward).parameters
     for prefix, part in model.named_modules():
         if _within(path, prefix):
@@ -49,8 +50,10 @@ def stack_type(model: nn.Module, path: str) -> type[LoopedStack]:
 
 def prepare(model: nn.Module, paths: list[str]) -> None:
     """After the stacks were replaced: no caches by default, and a clear word where one asks for what lies inside it."""
+    part: Any
     for prefix, part in pretrained_models(model).items():
-        for config in (part.config, getattr(part, "generation_config", None)):
+        configs: tuple[Any, ...] = part.config, getattr(part, "generation_config", None)
+        for config in configs:
             if getattr(config, "use_cache", False):
                 config.use_cache = False
         if any(_within(path, prefix) for path in paths):

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ class LoopedStack(LayerParallel):
         layer = self.local_layers.get(n)
         return LayerInLoop(self._outlines[n] if layer is None else layer, functools.partial(self._called, n))
 
-    def train(self, mode: bool = True) -> LoopedStack:
+    def train(self, mode: bool = True) -> Self:
         for layer in self._outlines.values():
             layer.train(mode)
         return super().train(mode)

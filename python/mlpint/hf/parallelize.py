@@ -70,7 +70,7 @@ def parallelize(
     trial = Trial(model, comm) if check else None
     replacements: dict[str, nn.Module] = {}
     for path in paths:
-        layers = model.get_submodule(path)
+        layers: Any = model.get_submodule(path)
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layers]
         _check_ties(model, layers, places)
         kind = LayerParallel if isinstance(layers, BlockStack) else huggingface.stack_type(model, path)
@@ -118,13 +118,14 @@ def _choose(model: nn.Module, candidates: dict[str, int]) -> list[str]:
         best = [_best(model, part) for part in parts]
     else:
         best = [_best(model, candidates)]
-    if None in best:
+    chosen = [name for name in best if name is not None]
+    if len(chosen) < len(best):
         raise ValueError(f"{kind} has several stacks of layers; {_name_one(candidates)}")
-    if "" in best:
+    if "" in chosen:
         raise ValueError(
             f"the {kind} is itself the stack and cannot be replaced in itself; use model = LayerParallel(model, ...)"
         )
-    return best
+    return chosen
 
 
 def _best(model: nn.Module, candidates: dict[str, int]) -> str | None:
@@ -166,6 +167,7 @@ def _is_elementary(layer: nn.Module) -> bool:
 
 
 def _named(model: nn.Module, stack: str, candidates: dict[str, int]) -> str:
+    module: Any
     try:
         module = model.get_submodule(stack)
     except AttributeError:

@@ -39,8 +39,8 @@ class BiasedStack(LoopedStack):
 
     def __init__(self, layers: Iterable[nn.Module], options: MGRIT | None = None, **kwargs: Any) -> None:
         layers = list(layers)
-        attention = _attention(layers[0])
-        self_made = outline(attention)  # makes the bias without being anyone's layer
+        attention: Any = _attention(layers[0])
+        self_made: Any = outline(attention)  # makes the bias without being anyone's layer
         table = self_made._modules["relative_attention_bias"] = attention.relative_attention_bias
         super().__init__(layers, options, **kwargs)
         self._maker = (self_made,)  # in a tuple, so as not to be a submodule

@@ -100,7 +100,7 @@ class LayerInLoop:
 
     forward = __call__
 
-    @property
+    @property  # type: ignore[misc]  # as unittest.mock does, so that isinstance sees the layer's class
     def __class__(self) -> type:
         return type(self._layer)
 

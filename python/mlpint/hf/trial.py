@@ -95,7 +95,8 @@ def _same_on_all_ranks(model: nn.Module, comm: Comm) -> bool:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model evaluates without gradients and caches; its modes and the random numbers are put back."""
-    configs = [part.config for part in pretrained_models(model).values() if getattr(part.config, "use_cache", False)]
+    configs: list[Any] = [part.config for part in pretrained_models(model).values()]
+    configs = [config for config in configs if getattr(config, "use_cache", False)]
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()

@@ -131,7 +131,7 @@ class ModuleEvaluator:
         return new if h == 1 else vectors.extrapolate(State(old), State(new), h).tensors
 
     def _taped(self, n: int, tensors: Tensors) -> tuple[Tensors, Tape]:
-        layer = self.layers[n]
+        layer: Any = self.layers[n]
         if self.single and not self.call.extras and hasattr(layer, "split_forward"):
             with torch.no_grad(), self._autocast(tensors[0].device):
                 output, tape = self._keyed(n, tensors[0], layer.split_forward)

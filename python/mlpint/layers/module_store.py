@@ -47,7 +47,7 @@ class ModuleStore:
         for n, module in self.modules.items():
             held = [p for p in module.parameters() if p.grad is not None and p not in counted]
             counted.update(held)
-            gradients[n] = [p.grad for p in held]
+            gradients[n] = [p.grad for p in held if p.grad is not None]
         return gradients
 
     def evaluator(self, call: LayerCall) -> ModuleEvaluator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from .._core import Sweep
 from ..mgrit import vectors
@@ -36,7 +37,9 @@ class Propagator:
         learning: bool = False,
     ) -> None:
         self.evaluator, self.template, self.rank, self.first_layer = evaluator, template, rank, first_layer
-        self.operator, self.learning = operator, learning
+        # The solver asks for one only where its coarse operator is one that learns.
+        self.operator: Any = operator
+        self.learning = learning and operator is not None
 
     extrapolate = staticmethod(vectors.extrapolate)
     axpy = staticmethod(vectors.axpy)
@@ -94,14 +97,14 @@ class ForwardPropagator(Propagator):
     ) -> list[State]:
         # Whatever the coarse sweep evaluated for good was recorded there and then.
         lacking = [i for i, known in enumerate(outputs) if known is None]
-        results = list(outputs)
-        if lacking:
-            states = self.evaluator.forward(
+        if not lacking:
+            return [known for known in outputs if known is not None]
+        states = iter(
+            self.evaluator.forward(
                 [layers[i] for i in lacking], [inputs[i] for i in lacking], level, is_final=sweep != Sweep.intermediate
             )
-            for i, state in zip(lacking, states, strict=True):
-                results[i] = state
-        return results
+        )
+        return [next(states) if known is None else known for known in outputs]
 
 
 class AdjointPropagator(Propagator):

@@ -51,8 +51,8 @@ class MGRIT:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"MGRIT.tolerance = {value!r}: must be a number in [0, 1)")
 
-    def iterations(self, direction: Literal["forward", "backward"]) -> int:
-        """Iterations in a direction; 0 where the sweep is exact."""
+    def iterations(self, direction: str) -> int:
+        """Iterations in a direction, "forward" or "backward"; 0 where the sweep is exact."""
         if self.levels == 1:
             return 0
         return self.forward_iters if direction == "forward" else self.backward_iters

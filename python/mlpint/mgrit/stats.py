@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 
 KINDS = ("forward", "input_vjp", "parameter_vjp", "combined_vjp")
 
@@ -23,7 +23,7 @@ class Stats:
     iterations: dict[str, int] = dataclasses.field(default_factory=dict)
     residual_norms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     evaluations: dict[str, Counter[int]] = dataclasses.field(default_factory=lambda: {k: Counter() for k in KINDS})
-    seconds: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
     def total(self, kind: str) -> int:
         """Evaluations of a kind over all levels."""

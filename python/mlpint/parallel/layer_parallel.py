@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ class LayerParallel(nn.Module):
     ) -> None:
         super().__init__()
         layers = layers if isinstance(layers, BlockStack) else list(layers)
-        modules = [layers] if isinstance(layers, BlockStack) else layers
+        modules: list[nn.Module] = [layers] if isinstance(layers, BlockStack) else layers
         options = MGRIT() if options is None else options
         _check(modules, options)
         self.comm = comm = Comm.of(comm)
@@ -256,7 +256,7 @@ class LayerParallel(nn.Module):
         """Keys the random numbers of the next pass; without it passes are counted. Same on every rank."""
         self.pass_keys.choose(step, microbatch)
 
-    def train(self, mode: bool = True) -> LayerParallel:
+    def train(self, mode: bool = True) -> Self:
         self.layer_random.forget()
         return super().train(mode)
 
