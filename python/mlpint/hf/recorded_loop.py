@@ -45,9 +45,7 @@ class PendingState(torch.Tensor):
         return pending
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = func.__self__.__name__
@@ -60,7 +58,7 @@ class PendingState(torch.Tensor):
             f"stack's last layer; {_ADVICE}"
         )
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"<the state after layer {self.after}, not computed yet>"
 
 
