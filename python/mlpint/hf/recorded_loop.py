@@ -58,7 +58,7 @@ class PendingState(torch.Tensor):
             f"stack's last layer; {_ADVICE}"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<the state after layer {self.after}, not computed yet>"
 
 
