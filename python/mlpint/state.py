@@ -35,6 +35,6 @@ def describe(tensors: Iterable[torch.Tensor]) -> str:
     )
 
 
-def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """What torch counts changes in place by; 0 in inference mode, which does not count."""
-    return [0 if t.is_inference() else t._version for t in tensors]
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed in place, as far as torch counts it: not in inference mode."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -35,7 +35,7 @@ def agree(comm, statement: dict[str, str]) -> None:
         padded = bytearray(message.ljust(_BYTES))
         transport.post(comm.rank + 1, _TAG, State([torch.frombuffer(padded, dtype=torch.uint8)]))
     if comm.rank > 0:
-        arrived = torch.empty(_BYTES, dtype=torch.uint8)
+        arrived = torch.empty(_BYTES, dtype=torch.uint8, device="cpu")
         transport.receive(comm.rank - 1, _TAG, State([arrived])).wait(transport.stall_limit)
         theirs = arrived.numpy().tobytes().rstrip()
         if theirs != message:

@@ -117,7 +117,7 @@ class Comm:
         if self.size == 1:
             return [message]
         control = self.transport.control
-        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         lengths[self.rank] = len(message)
         if self.rank > 0:
             control.post(0, _GATHER, State([lengths[self.rank : self.rank + 1].clone()]))
@@ -126,11 +126,13 @@ class Comm:
             parts = [message]
             for r in range(1, self.size):
                 control.receive(r, _GATHER, State([lengths[r : r + 1]])).wait(control.stall_limit)
-                part = torch.empty(int(lengths[r]), dtype=torch.uint8)
+                part = torch.empty(int(lengths[r]), dtype=torch.uint8, device="cpu")
                 control.receive(r, _GATHER, State([part])).wait(control.stall_limit)
                 parts.append(part.numpy().tobytes())
         control.broadcast(State([lengths]), 0)
-        total = _bytes_tensor(b"".join(parts)) if self.rank == 0 else torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        total = torch.empty(int(lengths.sum()), dtype=torch.uint8, device="cpu")
+        if self.rank == 0:
+            total = _bytes_tensor(b"".join(parts))
         control.broadcast(State([total]), 0)
         everything, result = total.numpy().tobytes(), []
         for n in lengths.tolist():
@@ -181,7 +183,8 @@ def _assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _bytes_tensor(message: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else empty
 
 
 def _opinion(value: str | None, ranks: list[int]) -> str:

@@ -21,7 +21,7 @@ class StagedTransport:
 
     def receive(self, source: int, tag: int, state) -> _Arriving:
         tensors = _tensors(state)
-        staged = State(torch.empty(t.shape, dtype=t.dtype) for t in tensors)
+        staged = State(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in tensors)
         return _Arriving(self.host.receive(source, tag, staged), staged, tensors)
 
 

@@ -125,7 +125,7 @@ def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tup
 
     Added up layer by layer in the order of the layers: the same to the last bit on every rank, for any number of ranks.
     """
-    sums = torch.zeros(len(blocks), 4, dtype=torch.float64)
+    sums = torch.zeros(len(blocks), 4, dtype=torch.float64, device="cpu")
     for n, ours in a.by_layer.items():
         for pair in zip(ours, b.by_layer[n], strict=True):
             present = next((g for g in pair if g is not None), None)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..mgrit import vectors
-from ..state import State, versions
+from ..state import State, version
 from .arguments import arguments_of, has_arguments_by_layer
 from .evaluator import LayerCall
 from .layer_output import output_tensors
+from .side_effects import refuse_gradient
 from .tapes import GraphTape, RecomputeTape, Tape, TwoPartTape
 
 Tensors = tuple[torch.Tensor, ...]
@@ -100,20 +101,22 @@ class ModuleEvaluator:
     def evaluate(self, n: int, tensors: Tensors) -> Tensors:
         """The state after a layer's step, under the layer's dropout key and in the present mode of autograd."""
         # The state is needed again: a layer that works in place gets a copy, and so does one that may be such a layer.
-        x = tensors if self.in_place.get(n) is False else tuple(t.clone() for t in tensors)
-        before = versions(x)
+        spared = self.in_place.get(n) is False
+        x = tensors if spared else tuple(t.clone() for t in tensors)
+        before = [version(t) for t in x]
         with self._autocast(tensors[0].device):
             output = self._keyed(n, x[0] if self.single else x, self.layers[n])
-        if n not in self.in_place and not torch.is_inference_mode_enabled():
-            self.in_place[n] = before != versions(x)
+        changed = before != [version(t) for t in x]
+        if spared and changed:
+            raise RuntimeError(f"layer {n} changes its state in place in some evaluations alone: let it do so in none")
+        if not torch.is_inference_mode_enabled():  # which does not count changes
+            self.in_place[n] = self.in_place.get(n, False) or changed
         return self._moved(n, tensors, output_tensors(n, output, tensors, self.single))
 
     def _keyed(self, n: int, x: Any, function: Callable[..., Any]) -> Any:
         """A layer's forward or split_forward under the layer's dropout key."""
         random, training = self.call.random, self.layers[n].training
         args, kwargs = self._same_for_all or arguments_of(*self.call.arguments, n)
-        if not random.draws(n, training):
-            return function(x, *args, **kwargs)
         device = (x if self.single else x[0]).device
         with random.keyed(*self.call.key, n, training, device):
             return function(x, *args, **kwargs)
@@ -138,6 +141,8 @@ class ModuleEvaluator:
                 outputs = self._moved(n, tensors, output_tensors(n, output, tensors, True))
             return outputs, TwoPartTape(tape, self.call.step_size_of(n))
         inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors)
+        for leaf in _differentiable(inputs):
+            leaf.register_post_accumulate_grad_hook(refuse_gradient)
         with torch.enable_grad():
             outputs = self.evaluate(n, inputs)
         return outputs, GraphTape(_differentiable(inputs), _differentiable(outputs), self._weights(n))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,21 +23,37 @@ class ModuleStore:
     """
 
     def __init__(self, modules: Mapping[int, nn.Module]) -> None:
-        self.modules = dict(modules)
+        self._indices = tuple(modules)
+        self._registered: dict[str, nn.Module | None] = {str(n): module for n, module in modules.items()}
         self._in_place: dict[int, bool] = {}
-        self._submodules = {n: list(module.modules()) for n, module in modules.items()}  # to be quick in every pass
+
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        layers: dict[int, nn.Module] = {}
+        for n in self._indices:
+            layer = self._registered.get(str(n))
+            if layer is None:
+                raise RuntimeError(f"layer {n} has been taken out of its layer-parallel stack")
+            layers[n] = layer
+        return MappingProxyType(layers)  # a layer is replaced in the stack: setattr(stack, "3", layer)
 
     @property
     def example(self) -> nn.Module | None:
         return next(iter(self.modules.values()), None)
 
-    def children(self) -> dict[str, nn.Module]:
-        return {str(n): module for n, module in self.modules.items()}
+    def register(self, owner: nn.Module) -> None:
+        for name, module in self._registered.items():
+            owner.add_module(name, module)
+        self._registered = owner._modules  # so that a layer that is replaced there is replaced here
 
     def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
         return {
-            n: tuple(dict.fromkeys(p for m in ms for p in m._parameters.values() if p is not None and p.requires_grad))
-            for n, ms in self._submodules.items()
+            n: tuple(
+                dict.fromkeys(
+                    p for m in _submodules(layer) for p in m._parameters.values() if p is not None and p.requires_grad
+                )
+            )
+            for n, layer in self.modules.items()
         }
 
     def by_layer(self, tensors: Mapping[int, tuple[torch.Tensor | None, ...]]) -> dict[int, tuple]:
@@ -54,10 +71,9 @@ class ModuleStore:
         return ModuleEvaluator(self.modules, call, self._in_place)
 
     def run(self, call: LayerCall, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        evaluator, random = self.evaluator(call), call.random
-        draws = any(random.draws(n, module.training) for n, module in self.modules.items())
-        with random.preserved(state[0].device) if draws else nullcontext():
-            for n in self.modules:
+        evaluator = self.evaluator(call)
+        with call.random.preserved(state[0].device):
+            for n in evaluator.layers:
                 state = evaluator.evaluate(n, state)
         return state
 
@@ -79,7 +95,8 @@ class ModuleStore:
 
     @contextmanager
     def select(self, layers: Sequence[int]) -> Iterator[ModuleStore]:
-        yield ModuleStore({i: self.modules[n] for i, n in enumerate(layers) if n in self.modules})
+        own = self.modules
+        yield ModuleStore({i: own[n] for i, n in enumerate(layers) if n in own})
 
     def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The modules add all themselves."""
@@ -89,3 +106,15 @@ class ModuleStore:
 
     def may_have(self, entry: str) -> bool:
         return True
+
+
+def _submodules(module: nn.Module) -> Iterable[nn.Module]:
+    """As ``module.modules()``, quicker: every pass asks, because a layer may get or lose parts at any time."""
+    visited: dict[nn.Module, None] = {}
+    pending = [module]
+    while pending:
+        current = pending.pop()
+        if current not in visited:
+            visited[current] = None
+            pending.extend(child for child in reversed(current._modules.values()) if child is not None)
+    return visited

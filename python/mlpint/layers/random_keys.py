@@ -17,14 +17,19 @@ from ..nn.random_keys import draw_key, key
 
 def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
-    if device.type == "cuda":
+    # While a CUDA graph is captured nobody may touch the GPU's generator.
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
     return generators
 
 
 class LayerRandom:
-    """Seeds the generators of a device layer by layer and learns which layers use them at all."""
+    """Seeds the generators of a device layer by layer, and notes which layers used them.
+
+    Every evaluation is seeded, also that of a layer which has not drawn so far: it may draw only for some batches, or
+    its dropout may be switched on later.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -53,7 +58,7 @@ class LayerRandom:
                 g.set_state(s)
 
     def draws(self, layer: int, training: bool) -> bool:
-        """Whether the layer has to be keyed; true until an evaluation has shown otherwise."""
+        """Whether the layer drew random numbers in its first evaluation in that mode; true before it."""
         return self._draws.get(self._place(layer, training), True)
 
     def _place(self, layer: int, training: bool) -> tuple[int, bool]:

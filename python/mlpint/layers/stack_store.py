@@ -32,8 +32,8 @@ class StackStore:
     def example(self) -> BlockStack:
         return self.stack
 
-    def children(self) -> dict[str, nn.Module]:
-        return {"stacked": self.stack}
+    def register(self, owner: nn.Module) -> None:
+        owner.add_module("stacked", self.stack)
 
     def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
         indices = self.stack.indices

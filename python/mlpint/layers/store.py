@@ -31,8 +31,8 @@ class LayerStore(Protocol):
     def example(self) -> nn.Module | None:
         """A module from which to tell what any layer computes; None on a rank without layers."""
 
-    def children(self) -> dict[str, nn.Module]:
-        """What holds the parameters, by the name to register it under."""
+    def register(self, owner: nn.Module) -> None:
+        """Makes what holds the parameters children of a module; called once."""
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
@@ -65,10 +65,10 @@ class LayerStore(Protocol):
     # --- state dict --------------------------------------------------------------------------------------------------
 
     def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Adds the entries that the :meth:`children` do not add themselves."""
+        """Adds the entries that the children do not add themselves."""
 
     def load(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
-        """Takes up the entries that the :meth:`children` do not take up themselves."""
+        """Takes up the entries that the children do not take up themselves."""
 
     def may_have(self, entry: str) -> bool:
         """Whether a layer's state dict may have an entry; the children refuse what they can tell themselves."""

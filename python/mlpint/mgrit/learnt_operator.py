@@ -131,13 +131,13 @@ class LearntOperator:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What has been learnt, by name; the names do not depend on the number of ranks."""
-        yield "passes", torch.tensor(self._passes)
+        yield "passes", torch.tensor(self._passes, device="cpu")
         for (position, length), fits in sorted(self._fits.items()):
             for i, fit in enumerate(fits):
                 name = f"{position}.{length}.{i}"
                 yield f"{name}.gram", fit.gram
                 yield f"{name}.cross", fit.cross
-                yield f"{name}.count", torch.tensor(fit.count)
+                yield f"{name}.count", torch.tensor(fit.count, device="cpu")
                 if fit.solution is not None:
                     yield f"{name}.solution", fit.solution
 

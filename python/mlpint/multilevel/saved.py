@@ -22,7 +22,7 @@ def copies_tensors(network: str, copies: Copies) -> Iterator[tuple[str, torch.Te
     for (n, name), state in copies.states().items():
         for key, value in state.items():
             if value is not None:
-                yield f"state/{network}/{n}/{name}/{key}", torch.as_tensor(value)
+                yield f"state/{network}/{n}/{name}/{key}", torch.as_tensor(value, device="cpu")
 
 
 def saved_copies(tensors: Mapping[str, torch.Tensor], networks: Sequence[str]) -> dict[str, SavedCopies]:

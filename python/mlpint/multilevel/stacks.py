@@ -52,7 +52,7 @@ class ParallelRunner(Runner):
 
     def agreed(self, decision: bool) -> bool:
         """Rank 0's: FLOPs are not measured on a rank without layers."""
-        return bool(self.stack.comm.broadcast(torch.tensor([decision])))
+        return bool(self.stack.comm.broadcast(torch.tensor([decision], device="cpu")))
 
     def check(self, networks: Mapping[str, Network], options: MultilevelOptions) -> None:
         """Raises a ValueError if ranks have different options, or too few layers for these."""

@@ -23,4 +23,4 @@ def key(seed: int, step: int, microbatch: int, layer: int) -> int:
 
 def draw_key(generator: torch.Generator | None = None) -> int:
     """A key for one evaluation of a layer that makes its random numbers itself; from torch's generator by default."""
-    return int(torch.randint(2**63 - 1, (), generator=generator))
+    return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))

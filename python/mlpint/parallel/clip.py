@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -19,8 +20,14 @@ def stacks_of(model: nn.Module) -> Iterator[tuple[str, LayerParallel]]:
             yield name, module
 
 
-def _square(tensors: list[torch.Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors)
+def _squares(tensors: list[torch.Tensor]) -> list[float]:
+    """The square of the norm of each, brought to the host in one transfer a device."""
+    squares: dict[int, float] = {}
+    for device in dict.fromkeys(t.device for t in tensors):
+        places = [i for i, t in enumerate(tensors) if t.device == device]
+        norms = torch.stack(torch._foreach_norm([tensors[i] for i in places], 2, dtype=torch.float64)).tolist()
+        squares |= {i: norm**2 for i, norm in zip(places, norms, strict=True)}
+    return [squares[i] for i in range(len(tensors))]
 
 
 def squared_grad_norm(model: nn.Module) -> float:
@@ -35,15 +42,17 @@ def squared_grad_norm(model: nn.Module) -> float:
     for name, stack in stacks:
         agree(stack.comm, {"operation": "gradient norm", "stack": name})
         elsewhere = {p for p, ranks in stack.shared_parameters if ranks[0] != stack.comm.rank}
-        squares = torch.zeros(len(stack), dtype=torch.float64)
-        for n, gradients in stack.store.gradients(elsewhere | counted).items():
-            squares[n] = _square(gradients)
+        squares = torch.zeros(len(stack), dtype=torch.float64, device="cpu")
+        by_layer = stack.store.gradients(elsewhere | counted)
+        norms = iter(_squares([g for gradients in by_layer.values() for g in gradients]))
+        for n, gradients in by_layer.items():
+            squares[n] = sum(itertools.islice(norms, len(gradients)))
         counted.update(stack.parameters())
         if stack.comm.size > 1:
             stack.comm.sum_ordered([squares])
         total += sum(squares.tolist())
     rest = [p.grad for p in model.parameters() if p not in counted and p.grad is not None]
-    return total + _square(rest)
+    return total + sum(_squares(rest))
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:

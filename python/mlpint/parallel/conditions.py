@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..comm.communicator import Comm
 from ..layers.random_keys import LayerRandom
@@ -61,6 +61,8 @@ class PassSetup:
         number: of the pass.
         key: (step, microbatch) of the dropout keys.
         training: whether the stack is in training mode.
+        done: checks that the stack has made and warnings that it has given, of those that are due once.
+        tied_outside: names the layers' parameters that are used outside the stack too.
         stats: to be filled by the pass.
     """
 
@@ -72,4 +74,6 @@ class PassSetup:
     number: int
     key: tuple[int, int]
     training: bool
+    done: set[str]
+    tied_outside: Callable[[], list[str]]
     stats: Stats

@@ -327,8 +327,9 @@ class _NoGenerators(LayerRandom):
     def preserved(self, device: torch.device) -> Iterator[None]:
         yield
 
-    def draws(self, layer: int, training: bool) -> bool:
-        return False
+    @contextmanager
+    def keyed(self, step: int, microbatch: int, layer: int, training: bool, device: torch.device) -> Iterator[None]:
+        yield
 
 
 @contextmanager

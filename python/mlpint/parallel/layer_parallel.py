@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import nn
 
 from ..comm.communicator import Comm
-from ..comm.fingerprint import fingerprint
+from ..comm.fingerprint import checksum, fingerprint
 from ..layers.arguments import check_arguments, has_arguments_by_layer, selected
 from ..layers.random_keys import LayerRandom
 from ..layers.store import LayerStore, make_store
@@ -22,11 +24,14 @@ from ..mgrit.options import MGRIT
 from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
 from ..nn import BlockStack
+from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
-from .pass_keys import PassKeys
+from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
 from .solve_pass import SolveFunction, SolvePass
+from .ties import tied_outside
+from .wrappers import keep_layers_out_of_ddp
 
 
 class LayerParallel(nn.Module):
@@ -84,11 +89,12 @@ class LayerParallel(nn.Module):
         self.comm = comm = Comm.of(comm)
         dealt = Layout.deal(layout, len(layers), comm.size, options, open_layers, close_layers, step_size)
         self._store = make_store(layers, dealt.local_indices(comm.rank))
-        seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)]))  # rank 0's
+        seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)], device="cpu"))  # rank 0's
         self._layer_random = LayerRandom(int(seed))
         self.conditions = Conditions(dealt, self._store, self._layer_random, options, recompute, serial_microbatches)
         alike = {
             "layers": f"{len(layers)} with {fingerprint(modules)}",
+            "weights (seed all ranks alike before the layers are made)": checksum(modules),
             "options": options,
             "step size": step_size,
             "open and close layers": f"{open_layers} and {close_layers}",
@@ -97,8 +103,7 @@ class LayerParallel(nn.Module):
             "serial microbatches": serial_microbatches,
         }
         comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
-        for name, module in self._store.children().items():
-            self.add_module(name, module)
+        self._store.register(self)
         if dealt.idle_ranks and comm.rank == 0:
             warnings.warn(
                 f"ranks {dealt.idle_ranks} own none of the {len(layers)} layers: there are fewer intervals of "
@@ -106,12 +111,19 @@ class LayerParallel(nn.Module):
                 stacklevel=2,
             )
         self._layer_count = len(layers)
+        # Attention that takes (sequence, batch, features), torch's own by default.
+        self._sequence_first = any(
+            getattr(m, "batch_first", True) is False for module in modules for m in module.modules()
+        )
         self.stats = Stats()
-        self.pass_keys = PassKeys()
+        self.pass_keys, self._checkpointed = PassKeys(), CheckpointedPasses()
+        self._done: set[str] = set()
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
         self._shared = SharedParameters(modules, dealt.rank_of, comm)
         # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
-        self.anchor = torch.zeros((), requires_grad=comm.size > 1)
+        self.anchor = torch.zeros((), device="cpu", requires_grad=comm.size > 1)
+        if comm.size > 1:
+            keep_layers_out_of_ddp(LayerParallel)
 
     # --- what runs, and how ------------------------------------------------------------------------------------------
 
@@ -214,6 +226,7 @@ class LayerParallel(nn.Module):
 
     # --- the pass ----------------------------------------------------------------------------------------------------
 
+    @not_compiled
     def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], *args: Any, **kwargs: Any) -> Any:
         """The state after the last layer, in the form of x and the same on every rank.
 
@@ -232,8 +245,18 @@ class LayerParallel(nn.Module):
         if has_arguments_by_layer(args, kwargs):
             check_arguments(args, kwargs, self._layer_count)
             args, kwargs = selected(args, kwargs, self.layout.layers)
+        if self._sequence_first and self.conditions.serial_microbatches > 1:
+            raise ValueError(
+                f"serial_microbatches = {self.conditions.serial_microbatches} cuts along the first dimension, which is "
+                "the sequence for layers with batch_first=False: make them with batch_first=True"
+            )
         self.stats = Stats()
-        number, key = self.pass_keys.next(self.conditions.keys)
+        keys = self.conditions.keys
+        if keys is None and in_backward():  # a checkpoint around the stack runs an earlier pass again
+            keys = iter([self._checkpointed.repeated_key(state)])
+        number, key = self.pass_keys.next(keys, self.training)
+        if keys is None:
+            self._checkpointed.note(state, key)
         setup = PassSetup(
             self.conditions,
             self.comm,
@@ -243,6 +266,8 @@ class LayerParallel(nn.Module):
             number,
             key,
             self.training,
+            self._done,
+            functools.partial(tied_outside, self, LayerParallel),
             self.stats,
         )
         if is_plain(self.conditions):
@@ -259,6 +284,20 @@ class LayerParallel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         self.layer_random.forget()
         return super().train(mode)
+
+    # --- copies ------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerParallel:
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a LayerParallel stack cannot be pickled (pickle, torch.save of a module, processes that are sent a "
+            "model): it holds the layers of one rank alone and a connection to the others. Save its state_dict(), "
+            "which has the layers of all ranks, and load_state_dict() it into the model, parallelized or not"
+        )
 
     # --- state dict --------------------------------------------------------------------------------------------------
 

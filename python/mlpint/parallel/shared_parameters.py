@@ -90,9 +90,9 @@ def _broadcast_text(text: str, owner: int, comm: Comm) -> str:
         return text
     control = comm.transport.control
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    size = torch.tensor([len(data)])
+    size = torch.tensor([len(data)], device="cpu")
     control.broadcast(State([size]), owner)
     if comm.rank != owner:
-        data = torch.empty(int(size), dtype=torch.uint8)
+        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
     control.broadcast(State([data]), owner)
     return data.numpy().tobytes().decode()

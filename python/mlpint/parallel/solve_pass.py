@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
+from ..layers.side_effects import ArgumentWatch, BufferWatch, refuse_gradient
 from ..mgrit import vectors
-from ..state import State, describe, versions
+from ..state import State, describe, version
+from .compiled import graphs_kept
 from .conditions import PassSetup
+from .out_of_step import in_step
+from .pass_keys import in_checkpoint
 
 _CHECKED_PASSES = 3  # that compare what the ranks were given
 _SAME = 1e-3  # relative difference that unlike hardware may make
@@ -47,6 +52,7 @@ class SolvePass:
         self.layout, self.options = self.conditions.layout, self.conditions.options
         self.comm, self.stats = setup.comm, setup.stats
         self.state = State(t.detach() for t in state)
+        self._state_needs = any(t.requires_grad for t in state)
         device_type = state[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         # In the backward autocast is off, as it is in torch's own: only a layer's evaluation has it, a second one too.
@@ -55,7 +61,8 @@ class SolvePass:
         self.parameters = self.conditions.store.trainable_parameters() if record else {}
         self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
         self._versions = self._present_versions()
-        self.evaluators = self._make_evaluators()
+        self.evaluators: list[LayerEvaluator] = []
+        self._watches: list[ArgumentWatch] = []
         self.used = False
 
     # --- arguments ---------------------------------------------------------------------------------------------------
@@ -67,6 +74,8 @@ class SolvePass:
             dict.fromkeys(t for t in leaves if self.record and isinstance(t, torch.Tensor) and t.requires_grad)
         )
         self.extra_leaves = tuple(t.detach().requires_grad_() for t in self.extras)
+        for leaf in self.extra_leaves:
+            leaf.register_post_accumulate_grad_hook(refuse_gradient)
         substitute = dict(zip(self.extras, self.extra_leaves, strict=True))
         self._arguments = [substitute.get(t, t) if isinstance(t, torch.Tensor) else t for t in leaves]
 
@@ -74,6 +83,8 @@ class SolvePass:
         """One evaluator for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
         c, (step, microbatch), batch = self.conditions, self.setup.key, self.state.tensors[0].shape[:1]
         count = max(1, min(c.serial_microbatches, *batch)) if self.options.exact and batch else 1
+        if count > 1 and not self._is_divisible():
+            count = 1
         self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []
         evaluators = []
         for i in range(count):
@@ -95,7 +106,22 @@ class SolvePass:
                 self.autocast_dtype,
             )
             evaluators.append(c.store.evaluator(call))
+            self._watches.append(ArgumentWatch(call.arguments))
         return evaluators
+
+    def _is_divisible(self) -> bool:
+        """Whether it is clear which arguments go by the batch: not where its size is another dimension's too."""
+        batch = self.state.tensors[0].shape[0]
+        other_sizes = {size for t in self.state.tensors for size in t.shape[1:]}
+
+        def unclear(argument: Any) -> bool:
+            if isinstance(argument, torch.Tensor):
+                shape = argument.shape
+                return shape[:1] == (batch,) and (batch in other_sizes or batch in shape[1:])
+            return isinstance(argument, list | tuple) and len(argument) == batch
+
+        args, kwargs = pytree.tree_unflatten(self._arguments, self._spec)
+        return not any(map(unclear, (*args, *kwargs.values(), *self._arguments)))
 
     def _part(self, argument: Any, i: int) -> Any:
         """Microbatch i of an argument, if it is a tensor with the batch as its first dimension."""
@@ -110,16 +136,22 @@ class SolvePass:
         layout, owns_first = self.layout, self.comm.rank == self.layout.first_rank
         with self._phase("forward", self.state.tensors):
             self._check_replicas("the state before the stack", self.state)
+            self._check_ties()
+            self._find_need()
+            self.evaluators = self._make_evaluators()
             finals = []
-            for i, evaluator in enumerate(self.evaluators):
-                state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
-                if owns_first:
-                    state = self._serial_forward(evaluator, layout.open_indices, state)
-                propagator = self._propagator(ForwardPropagator, evaluator, state, layout.open_layers)
-                final = self._solve(propagator, state if owns_first else None)
-                if final is not None:
-                    finals.append(self._serial_forward(evaluator, layout.close_indices, final))
-            return self._share(finals, self.state, layout.last_rank)
+            with self._watched_buffers(), in_step(self.comm):
+                for i, evaluator in enumerate(self.evaluators):
+                    state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
+                    if owns_first:
+                        state = self._serial_forward(evaluator, layout.open_indices, state)
+                    propagator = self._propagator(ForwardPropagator, evaluator, state, layout.open_layers)
+                    final = self._solve(propagator, state if owns_first else None)
+                    if final is not None:
+                        finals.append(self._serial_forward(evaluator, layout.close_indices, final))
+                outputs = self._share(finals, self.state, layout.last_rank)
+            self._check_arguments()
+            return outputs
 
     def backward(self, grads: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
         """Gradients for the state, the extra tensors and this rank's parameters, in that order.
@@ -147,24 +179,25 @@ class SolvePass:
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
             self._check_replicas("the gradient for the state after the stack", incoming)
             finals = []
-            for i, evaluator in enumerate(self.evaluators):
-                lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
-                if owns_last:
-                    lam = self._serial_backward(evaluator, layout.close_indices, lam)
-                last_layer = layout.open_layers + layout.depth - 1
-                propagator = self._propagator(AdjointPropagator, evaluator, lam, last_layer)
-                final = self._solve(propagator, lam if owns_last else None)
-                if final is not None:
-                    finals.append(self._serial_backward(evaluator, layout.open_indices, final))
-            result: list[torch.Tensor | None] = [None] * len(floating)
-            if wants_state:
-                shared = iter(self._share(finals, template, layout.first_rank))
-                result = [next(shared) if f else None for f in floating]
-            gradients = merge_gradients(self.evaluators)
-            result += self._sum_extras(gradients)
-            self.setup.shared.sum(gradients)
-            self._share_overflow(gradients, result)
-            result += [gradients.get(p) for p in self.weights]
+            with in_step(self.comm):
+                for i, evaluator in enumerate(self.evaluators):
+                    lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
+                    if owns_last:
+                        lam = self._serial_backward(evaluator, layout.close_indices, lam)
+                    last_layer = layout.open_layers + layout.depth - 1
+                    propagator = self._propagator(AdjointPropagator, evaluator, lam, last_layer)
+                    final = self._solve(propagator, lam if owns_last else None)
+                    if final is not None:
+                        finals.append(self._serial_backward(evaluator, layout.open_indices, final))
+                result: list[torch.Tensor | None] = [None] * len(floating)
+                if wants_state:
+                    shared = iter(self._share(finals, template, layout.first_rank))
+                    result = [next(shared) if f else None for f in floating]
+                gradients = merge_gradients(self.evaluators)
+                result += self._sum_extras(gradients)
+                self.setup.shared.sum(gradients)
+                self._share_overflow(gradients, result)
+                result += [gradients.get(p) for p in self.weights]
         self.evaluators = []
         return result
 
@@ -234,20 +267,91 @@ class SolvePass:
                 "mlpint.sync_replicas(model, comm) and give all ranks the data of one"
             )
 
+    def _check_ties(self) -> None:
+        """Refuses parameters that the model uses outside the stack as well, in the first pass that records.
+
+        Raises:
+            ValueError: on all ranks; they would get a part of their gradient alone, and drift.
+        """
+        done = self.setup.done
+        if self.comm.size == 1 or not self.record or "ties" in done:
+            return
+        done.add("ties")
+        names = [
+            n
+            for m in self.comm.gather("\n".join(self.setup.tied_outside()).encode())
+            for n in m.decode().split("\n")
+            if n
+        ]
+        if names:
+            raise ValueError(
+                f"parameters of a LayerParallel stack are used outside it too: {', '.join(dict.fromkeys(names))}. Most "
+                "ranks would miss a part of their gradients; untie them before the stack is made"
+            )
+
+    def _find_need(self) -> None:
+        """Where nothing on any rank needs a gradient, the pass is one without a way back, as under no_grad."""
+        if self.record and not self._state_needs and not self.extras:
+            self.record = (
+                self.comm.transport.control.sum(float(bool(self.weights))) > 0
+                if self.comm.size > 1
+                else bool(self.weights)
+            )
+
+    def _check_arguments(self) -> None:
+        """Refuses layers that have changed their arguments, which not all of their evaluations should.
+
+        Raises:
+            RuntimeError: on all ranks, where arguments have containers in them.
+        """
+        changed = next(filter(None, (watch.changed() for watch in self._watches)), "")
+        collective = any(watch.has_containers for watch in self._watches)
+        self._watches = []
+        if self.comm.size > 1 and collective:
+            changed = next((m.decode() for m in self.comm.gather(changed.encode()) if m), "")
+        if changed:
+            with nullcontext() if collective else in_step(self.comm):
+                raise RuntimeError(
+                    f"[mlpint] a layer changes its argument {changed}: in a LayerParallel stack a layer is evaluated "
+                    "several times, on one rank, and what it leaves in a list, dictionary or tensor is lost or wrong. "
+                    "Return it as a part of the state, which may be a tuple of tensors"
+                )
+
+    @contextmanager
+    def _watched_buffers(self) -> Iterator[None]:
+        """Warns once of buffers that layers move where they are evaluated several times."""
+        several = not self.options.exact or self.conditions.recompute or len(self.evaluators) > 1
+        if not several or "buffers" in self.setup.done:
+            yield
+            return
+        watch = BufferWatch(self.conditions.store.modules)
+        yield
+        moved = watch.moved()
+        if moved:
+            self.setup.done.add("buffers")
+            layer, _, name = moved.partition(".")
+            warnings.warn(
+                f"layer {layer} moves its buffer {name} whenever it is evaluated (batch normalisation, spectral "
+                "norm), and a LayerParallel stack that is not exact, recomputes or takes microbatches evaluates a "
+                "layer several times a pass: its statistics, and so its results, differ from those of the plain loop",
+                stacklevel=2,
+            )
+
     def _present_versions(self) -> list[int]:
-        return versions((*self.state.tensors, *self.weights))
+        return [version(t) for t in (*self.state.tensors, *self.weights)]
 
     def _share_overflow(
         self, gradients: dict[torch.Tensor, torch.Tensor], result: Sequence[torch.Tensor | None]
     ) -> None:
         """Lets every rank see that one rank's gradients are not finite.
 
-        With float16 a scaler of losses skips a step where gradients overflow, and has to skip it on all ranks.
+        A scaler of losses (or a loop of the user's) skips a step where they are not, and has to skip it on all ranks.
         """
-        if self.autocast_dtype != torch.float16 or self.comm.size == 1:
+        if self.comm.size == 1:
             return
         own = [gradients[p] for p in self.weights if p in gradients]
-        finite = all(bool(g.isfinite().all()) for g in own)
+        largest = torch._foreach_norm([g for g in own if g.numel()], torch.inf)
+        finite = not largest or bool(torch.stack([t.to(largest[0]) for t in largest]).isfinite().all())
         if self.comm.transport.control.sum(float(not finite)):
             for gradient in (*own, *(g for g in result if g is not None)):
                 gradient.view(-1)[:1].fill_(torch.inf)
@@ -274,13 +378,24 @@ class SolvePass:
                 "training": str(self.setup.training),
                 "dropout key": str(self.setup.key),
                 "extra tensors": describe(self.extras),
+                "gradient for the state": str(self._state_needs),
                 "more": more,
             },
         )
-        with self.conditions.layer_random.preserved(tensors[0].device):
+        with self.conditions.layer_random.preserved(tensors[0].device), graphs_kept(), _own_graphs():
             yield
         self.comm.synchronize()  # the script may wait for the GPU next, and nothing limits that wait
         self.stats.seconds[direction] += time.perf_counter() - started
+
+
+def _own_graphs() -> AbstractContextManager[object]:
+    """Keeps what layers save for the stack's backward from a checkpoint around the stack.
+
+    It would run the whole part of the model again, with its exchanges, when one rank asks for it.
+    """
+    if not in_checkpoint():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class SolveFunction(torch.autograd.Function):
@@ -293,7 +408,7 @@ class SolveFunction(torch.autograd.Function):
         # A layer may hand an input through, or return a part of something; an output of this node has to be its own.
         inputs = {t.data_ptr() for t in solve_pass.state.tensors}
         outputs = tuple(t.clone() if t.data_ptr() in inputs or t._is_view() else t for t in outputs)
-        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point() or not solve_pass.record))
         return outputs
 
     @staticmethod
