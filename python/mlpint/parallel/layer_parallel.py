@@ -26,6 +26,7 @@ from ..mgrit.stats import Stats
 from ..nn import BlockStack
 from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
+from .loss_scaling import agree_on_overflows
 from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
@@ -124,6 +125,7 @@ class LayerParallel(nn.Module):
         self.anchor = torch.zeros((), device="cpu", requires_grad=comm.size > 1)
         if comm.size > 1:
             keep_layers_out_of_ddp(LayerParallel)
+            agree_on_overflows(self)
 
     # --- what runs, and how ------------------------------------------------------------------------------------------
 

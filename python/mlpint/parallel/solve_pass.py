@@ -196,7 +196,6 @@ class SolvePass:
                 gradients = merge_gradients(self.evaluators)
                 result += self._sum_extras(gradients)
                 self.setup.shared.sum(gradients)
-                self._share_overflow(gradients, result)
                 result += [gradients.get(p) for p in self.weights]
         self.evaluators = []
         return result
@@ -339,22 +338,6 @@ class SolvePass:
 
     def _present_versions(self) -> list[int]:
         return [version(t) for t in (*self.state.tensors, *self.weights)]
-
-    def _share_overflow(
-        self, gradients: dict[torch.Tensor, torch.Tensor], result: Sequence[torch.Tensor | None]
-    ) -> None:
-        """Lets every rank see that one rank's gradients are not finite.
-
-        A scaler of losses (or a loop of the user's) skips a step where they are not, and has to skip it on all ranks.
-        """
-        if self.comm.size == 1:
-            return
-        own = [gradients[p] for p in self.weights if p in gradients]
-        largest = torch._foreach_norm([g for g in own if g.numel()], torch.inf)
-        finite = not largest or bool(torch.stack([t.to(largest[0]) for t in largest]).isfinite().all())
-        if self.comm.transport.control.sum(float(not finite)):
-            for gradient in (*own, *(g for g in result if g is not None)):
-                gradient.view(-1)[:1].fill_(torch.inf)
 
     def _sum_extras(self, gradients: dict[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         pairs = [(leaf, gradients.get(leaf)) for leaf in self.extra_leaves]
