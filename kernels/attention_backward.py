@@ -60,24 +60,9 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
-def _probabilities(rows, columns, lse, seen, scale, MASK: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """exp(scale rows columns^T - lse) [R, C], with MASK zero where a query does not see a key.
-
-    The queries are the rows [R, BD] and the keys the columns [C, BD], or the other way round; lse is [R, 1] or [1, C].
-    As in the forward, scale and lse come with log2(e).
-    """
-    zeros = tl.zeros((rows.shape[0], columns.shape[0]), lse.dtype)
-    scores = dot(rows, tl.trans(columns), zeros, INPUT_PRECISION) * scale - lse
-    if MASK:
-        scores = tl.where(seen, scores, float("-inf"))
-    return tl.exp2(scores)
-
-
-@triton.jit
-def _score_grads(p, rows, columns, delta, INPUT_PRECISION: tl.constexpr):
-    """The softmax's backward, p (rows columns^T - delta) [R, C], of values and output gradients [R or C, BD]."""
-    zeros = tl.zeros(p.shape, p.dtype)
-    return p * (dot(rows, tl.trans(columns), zeros, INPUT_PRECISION) - delta)
+def _product(rows, columns, acc: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """rows columns^T [R, C] of rows [R, BD] and columns [C, BD], in the type `acc`."""
+    return dot(rows, tl.trans(columns), tl.zeros((rows.shape[0], columns.shape[0]), acc), INPUT_PRECISION)
 
 
 @triton.jit
@@ -129,12 +114,14 @@ def attention_bwd_dkdv_kernel(
         others = other + tl.arange(0, BLOCK_OTHER)  # [other]
         queries = load_tile(q_head, q_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
         dos = load_tile(do_head, do_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
-        sums = tl.load(lse + statistics + others, mask=others < n, other=0.0) * LOG2_E
+        sums = tl.load(lse + statistics + others, mask=others < n, other=0.0)
         deltas = tl.load(delta + statistics + others, mask=others < n, other=0.0)
-        seen = others[None, :] >= tokens[:, None]
-        p = _probabilities(keys, queries, sums[None, :], seen, scale * LOG2_E, CAUSAL, INPUT_PRECISION)  # [own, other]
+        scores = _product(keys, queries, acc, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[None, :]
+        if CAUSAL:
+            scores = tl.where(others[None, :] >= tokens[:, None], scores, float("-inf"))
+        p = tl.exp2(scores)  # [own, other]
         dvs = dot(round_to(p, dos.dtype), dos, dvs, INPUT_PRECISION)
-        ds = _score_grads(p, values, dos, deltas[None, :], INPUT_PRECISION)
+        ds = p * (_product(values, dos, acc, INPUT_PRECISION) - deltas[None, :])
         dks = dot(round_to(ds, queries.dtype), queries, dks, INPUT_PRECISION)
 
     real = (tokens < n)[:, None]
@@ -179,7 +166,7 @@ def attention_bwd_dq_kernel(
     dos = load_tile(do_head, do_strides[3], start, n, HEAD, BLOCK_OWN, BLOCK_D)
     tokens = start + tl.arange(0, BLOCK_OWN)
     statistics = head.to(tl.int64) * T + tokens
-    sums = tl.load(lse + statistics, mask=tokens < n, other=0.0) * LOG2_E
+    sums = tl.load(lse + statistics, mask=tokens < n, other=0.0)
     deltas = tl.load(delta + statistics, mask=tokens < n, other=0.0)
 
     acc: tl.constexpr = lse.dtype.element_ty
@@ -190,12 +177,13 @@ def attention_bwd_dq_kernel(
     for other in range(0, last, BLOCK_OTHER):
         keys = load_tile(k_head, k_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)  # [other, BD]
         values = load_tile(v_head, v_strides[3], other, n, HEAD, BLOCK_OTHER, BLOCK_D)
+        scores = _product(queries, keys, acc, INPUT_PRECISION) * (scale * LOG2_E) - (sums * LOG2_E)[:, None]
         others = other + tl.arange(0, BLOCK_OTHER)
         seen = (others < n)[None, :]  # 2^-lse of a key that does not exist may overflow
         if CAUSAL:
             seen = seen & (tokens[:, None] >= others[None, :])
-        p = _probabilities(queries, keys, sums[:, None], seen, scale * LOG2_E, True, INPUT_PRECISION)  # [own, other]
-        ds = _score_grads(p, dos, values, deltas[:, None], INPUT_PRECISION)
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))  # [own, other]
+        ds = p * (_product(dos, values, acc, INPUT_PRECISION) - deltas[:, None])
         dqs = dot(round_to(ds, keys.dtype), keys, dqs, INPUT_PRECISION)
 
     dqs = tl.where((tokens < n)[:, None], dqs * scale, 0.0)

@@ -60,17 +60,18 @@ def stream_statistics(x, row_mask, D, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def store_statistics(mean, rstd, mean_out, rstd_out, rows, mask):
-    """Store mean and 1/std [BM]; mean_out and rstd_out point to one layer's [M]."""
-    tl.store(mean_out + rows, mean, mask=mask)
-    tl.store(rstd_out + rows, rstd, mask=mask)
+def store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n):
+    """Store a layer's mean and 1/std [BM] to mean_out and rstd_out [J, M]; the programs of the first columns do."""
+    first = pid_n == 0
+    tl.store(mean_out + layer * M + rows, mean, mask=(rows < M) & first)
+    tl.store(rstd_out + layer * M + rows, rstd, mask=(rows < M) & first)
 
 
 @triton.jit
-def normalised(block, mean, rstd, ln_weight, ln_bias, columns, D):
-    """LayerNorm of a block [BM, BK] with known statistics; ln_weight and ln_bias point to one layer's [D]; float32."""
-    scale = to_float(tl.load(ln_weight + columns, mask=columns < D, other=0.0))
-    shift = to_float(tl.load(ln_bias + columns, mask=columns < D, other=0.0))
+def normalised(block, mean, rstd, ln_weight, ln_bias, weight_strides, bias_strides, layer, columns, D):
+    """LayerNorm of a block [BM, BK] with known statistics, by a layer's row of ln_weight and ln_bias [J, D]."""
+    scale = to_float(tl.load(ln_weight + layer * weight_strides[0] + columns, mask=columns < D, other=0.0))
+    shift = to_float(tl.load(ln_bias + layer * bias_strides[0] + columns, mask=columns < D, other=0.0))
     return (block - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
 
 
@@ -122,22 +123,20 @@ def ln_linear_fwd_kernel(
     weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
     mean, rstd = stream_statistics(x_rows, row_mask, D, eps, BLOCK_M, BLOCK_K)
     if TRAIN:
-        store_statistics(mean, rstd, mean_out + layer * M, rstd_out + layer * M, rows, row_mask & (pid_n == 0))
+        store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n)
 
-    ln_weight += layer * ln_weight_strides[0]
-    ln_bias += layer * ln_bias_strides[0]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < D
         a = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
-        a = normalised(a, mean, rstd, ln_weight, ln_bias, k, D)
+        a = normalised(a, mean, rstd, ln_weight, ln_bias, ln_weight_strides, ln_bias_strides, layer, k, D)
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(round_to(a, x.dtype.element_ty), w, acc, INPUT_PRECISION)
-    bias += layer * bias_strides[0]
-    y += layer * M * N
-    pre_activation += layer * M * N
-    store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION, TRAIN)
+    at = layer * M * N
+    store_activated(
+        acc, bias + layer * bias_strides[0], y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN
+    )
 
 
 @triton.jit
@@ -179,20 +178,19 @@ def ln_linear_rows_fwd_kernel(
     row = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
     mean, rstd = row_statistics(row, k, D, eps)
     if TRAIN:
-        store_statistics(mean, rstd, mean_out + layer * M, rstd_out + layer * M, rows, row_mask & (pid_n == 0))
-    ln_weight += layer * ln_weight_strides[0]
-    ln_bias += layer * ln_bias_strides[0]
-    a = round_to(normalised(row, mean, rstd, ln_weight, ln_bias, k, D), x.dtype.element_ty)
+        store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n)
+    a = normalised(row, mean, rstd, ln_weight, ln_bias, ln_weight_strides, ln_bias_strides, layer, k, D)
+    a = round_to(a, x.dtype.element_ty)
 
-    bias += layer * bias_strides[0]
-    y += layer * M * N
-    pre_activation += layer * M * N
+    at = layer * M * N
     for tile in range(0, TILES):
         columns = (pid_n * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(a, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
-        store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION, TRAIN)
+        store_activated(
+            acc, bias + layer * bias_strides[0], y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN
+        )
 
 
 def ln_linear_reference(

@@ -69,9 +69,8 @@ def mlp_fwd_kernel(
     y_at = y + layer * y_strides[0] + rows64 * y_strides[1] + d[None, :]
     row = to_float(tl.load(y_at, mask=mask, other=0.0))  # [BM, BD]
     mean, rstd = row_statistics(row, d, D, eps)
-    ln_weight += layer * ln_weight_strides[0]
-    ln_bias += layer * ln_bias_strides[0]
-    a = round_to(normalised(row, mean, rstd, ln_weight, ln_bias, d, D), y.dtype.element_ty)
+    a = normalised(row, mean, rstd, ln_weight, ln_bias, ln_weight_strides, ln_bias_strides, layer, d, D)
+    a = round_to(a, y.dtype.element_ty)
 
     w1_at = w1 + layer * w1_strides[0] + d[:, None]
     w2_at = w2 + layer * w2_strides[0] + d.to(tl.int64)[None, :] * w2_strides[1]
