@@ -18,6 +18,7 @@ from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, BufferWatch, refuse_gradient
 from ..mgrit import vectors
+from ..mgrit.solvers import AnySolver
 from ..state import State, describe, version
 from .compiled import graphs_kept
 from .conditions import PassSetup
@@ -139,6 +140,8 @@ class SolvePass:
             self._check_ties()
             self._find_need()
             self.evaluators = self._make_evaluators()
+            for direction in ("forward", "backward") if self.record else ("forward",):
+                self._solver(direction)  # raises on all ranks alike, before any of them is out of step
             finals = []
             with self._watched_buffers(), in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
@@ -206,9 +209,13 @@ class SolvePass:
         operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
         return kind(evaluator, template, self.comm.rank, first_layer, operator, self.conditions.learning)
 
+    def _solver(self, direction: str) -> AnySolver:
+        norms = self.conditions.watch_residuals
+        return self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
+
     def _solve(self, propagator: Propagator, initial: State | None) -> State | None:
-        direction, norms = propagator.direction, self.conditions.watch_residuals
-        solver = self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
+        direction = propagator.direction
+        solver = self._solver(direction)
         try:
             result = solver.solve(propagator, initial, self.options.iterations(direction))
         except BaseException as error:
