@@ -349,9 +349,9 @@ class SolvePass:
         """
         if self.comm.size == 1:
             return
-        own = [gradients[p] for p in self.weights if p in gradients]
-        largest = torch._foreach_norm([g for g in own if g.numel()], torch.inf)
-        finite = not largest or bool(torch.stack([t.to(largest[0]) for t in largest]).isfinite().all())
+        own = [g for g in (gradients.get(p) for p in self.weights) if g is not None and g.numel()]
+        largest = torch._foreach_norm(own, torch.inf) if own else [torch.zeros(1)]
+        finite = bool(torch.stack([t.to(largest[0]) for t in largest]).isfinite().all())
         if self.comm.transport.control.sum(float(not finite)):
             for gradient in (*own, *(g for g in result if g is not None)):
                 gradient.view(-1)[:1].fill_(torch.inf)
