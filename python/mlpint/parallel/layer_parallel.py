@@ -95,7 +95,6 @@ class LayerParallel(nn.Module):
         self.conditions = Conditions(dealt, self._store, self._layer_random, options, recompute, serial_microbatches)
         alike = {
             "layers": f"{len(layers)} with {fingerprint(modules)}",
-            "weights (seed all ranks alike before the layers are made)": checksum(modules),
             "options": options,
             "step size": step_size,
             "open and close layers": f"{open_layers} and {close_layers}",
@@ -104,6 +103,8 @@ class LayerParallel(nn.Module):
             "serial microbatches": serial_microbatches,
         }
         comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
+        # Unless a state dict is loaded the first pass refuses weights that were not alike.
+        self._first_weights = [digest.decode() for digest in comm.gather(checksum(modules).encode())]
         self._store.register(self)
         if dealt.idle_ranks and comm.rank == 0:
             warnings.warn(
@@ -247,6 +248,11 @@ class LayerParallel(nn.Module):
         if has_arguments_by_layer(args, kwargs):
             check_arguments(args, kwargs, self._layer_count)
             args, kwargs = selected(args, kwargs, self.layout.layers)
+        if len(set(self._first_weights)) > 1:
+            raise RuntimeError(
+                f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): seed "
+                "all ranks alike before the layers are made, or load one state dict on all of them"
+            )
         if self._sequence_first and self.conditions.serial_microbatches > 1:
             raise ValueError(
                 f"serial_microbatches = {self.conditions.serial_microbatches} cuts along the first dimension, which is "
@@ -318,6 +324,7 @@ class LayerParallel(nn.Module):
         self.store.save(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        self._first_weights = []
         # Layers of other ranks are no concern here; their keys must still be those of layers that exist.
         for name in state_dict:
             if name.startswith(prefix):
