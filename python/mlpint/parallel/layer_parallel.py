@@ -22,6 +22,7 @@ from ..mgrit.options import MGRIT
 from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
 from ..nn import BlockStack
+from . import spread_stacks
 from .conditions import Conditions, PassSetup
 from .pass_keys import PassKeys
 from .plain_pass import is_plain, plain_pass
@@ -232,6 +233,8 @@ class LayerParallel(nn.Module):
         if has_arguments_by_layer(args, kwargs):
             check_arguments(args, kwargs, self._layer_count)
             args, kwargs = selected(args, kwargs, self.layout.layers)
+        if self.comm.size > 1:
+            spread_stacks.register(self)
         self.stats = Stats()
         number, key = self.pass_keys.next(self.conditions.keys)
         setup = PassSetup(
