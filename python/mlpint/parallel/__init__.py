@@ -6,6 +6,7 @@ the conformance test of a user's block. May import :mod:`mlpint.layers` and what
 :mod:`mlpint.testing`.
 """
 
+from . import foreign_clipping, loss_scaling  # noqa: F401 (at work once a stack of several ranks is called)
 from .clip import clip_grad_norm_
 from .cuda_graphs import capture
 from .layer_parallel import LayerParallel

@@ -24,9 +24,9 @@ from ..mgrit.options import MGRIT
 from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
 from ..nn import BlockStack
+from . import spread_stacks
 from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
-from .loss_scaling import agree_on_overflows
 from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
@@ -126,7 +126,6 @@ class LayerParallel(nn.Module):
         self.anchor = torch.zeros((), device="cpu", requires_grad=comm.size > 1)
         if comm.size > 1:
             keep_layers_out_of_ddp(LayerParallel)
-            agree_on_overflows(self)
 
     # --- what runs, and how ------------------------------------------------------------------------------------------
 
@@ -248,10 +247,12 @@ class LayerParallel(nn.Module):
         if has_arguments_by_layer(args, kwargs):
             check_arguments(args, kwargs, self._layer_count)
             args, kwargs = selected(args, kwargs, self.layout.layers)
+        if self.comm.size > 1:
+            spread_stacks.register(self)
         if len(set(self._first_weights)) > 1:
             raise RuntimeError(
-                f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): seed "
-                "all ranks alike before the layers are made, or load one state dict on all of them"
+                f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): "
+                "seed all ranks alike before the layers are made, or load one state dict on all of them"
             )
         if self._sequence_first and self.conditions.serial_microbatches > 1:
             raise ValueError(

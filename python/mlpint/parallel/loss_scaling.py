@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-_stacks: weakref.WeakSet[Any] = weakref.WeakSet()
+from . import spread_stacks
 
 
-def agree_on_overflows(stack: nn.Module) -> None:
-    """From now on ``torch.amp.GradScaler`` skips the steps of this stack's parameters on all of its ranks alike.
+def install() -> None:
+    """Lets ``torch.amp.GradScaler`` skip steps of stacks of several ranks on all of these alike.
 
     A rank has gradients of its own layers alone, and torch's scaler looks at what its rank has: one rank would skip a
     step that the others take. So what it finds is added up over the ranks, by a wrapper around the method that finds
     it, where a stack's parameters are among the optimiser's. Nothing else changes, and nobody else pays for it.
-
-    Args:
-        stack: a LayerParallel of several ranks.
     """
-    _stacks.add(stack)
     if not hasattr(GradScaler._unscale_grads_, "__wrapped__"):
         GradScaler._unscale_grads_ = _agreed(GradScaler._unscale_grads_)  # type: ignore[method-assign]
 
@@ -34,7 +28,8 @@ def _agreed(unscale: Callable[..., dict[torch.device, torch.Tensor]]) -> Any:
     def agreed(scaler: GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
         overflows = unscale(scaler, optimizer, *args, **kwargs)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
-        for stack in list(_stacks):
+        stacks: Any = spread_stacks.registered()
+        for stack in stacks:
             own = set(stack.parameters())
             if own and own.isdisjoint(owned):  # a rank without layers takes part with the others
                 continue
@@ -47,3 +42,6 @@ def _agreed(unscale: Callable[..., dict[torch.device, torch.Tensor]]) -> Any:
         return overflows
 
     return agreed
+
+
+spread_stacks.at_first.append(install)
