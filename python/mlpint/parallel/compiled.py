@@ -21,6 +21,7 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return _without_compiler(function)(*args, **kwargs)
 
     plain._torchdynamo_disable = True  # type: ignore[attr-defined]
+    torch._C._dynamo.eval_frame.skip_code(plain.__code__)
     return plain
 
 

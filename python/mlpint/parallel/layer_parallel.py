@@ -248,8 +248,8 @@ class LayerParallel(nn.Module):
             args, kwargs = selected(args, kwargs, self.layout.layers)
         if len(set(self._first_weights)) > 1:
             raise RuntimeError(
-                f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): seed "
-                "all ranks alike before the layers are made, or load one state dict on all of them"
+                f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): "
+                "seed all ranks alike before the layers are made, or load one state dict on all of them"
             )
         if self._sequence_first and self.conditions.serial_microbatches > 1:
             raise ValueError(
