@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FunctionType
 
-import torch
+from torch._C._dynamo import eval_frame
 
 
-def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def not_compiled(function: FunctionType) -> FunctionType:
     """As ``torch.compiler.disable``: a compiled model breaks its graph here, and nothing inside is compiled."""
-
-    @functools.wraps(function)
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        return _without_compiler(function)(*args, **kwargs)
-
-    plain._torchdynamo_disable = True  # type: ignore[attr-defined]
-    torch._C._dynamo.eval_frame.skip_code(plain.__code__)
-    return plain
-
-
-@functools.cache
-def _without_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
+    function._torchdynamo_disable = function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "a LayerParallel stack solves with other ranks"  # type: ignore[attr-defined]
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 @contextmanager
