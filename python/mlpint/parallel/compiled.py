@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from typing import Any, TypeVar
 
 from torch._C._dynamo import eval_frame
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def not_compiled(function: FunctionType) -> FunctionType:
+
+def not_compiled(function: Function) -> Function:
     """As ``torch.compiler.disable``: a compiled model breaks its graph here, and nothing inside is compiled."""
-    function._torchdynamo_disable = function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "a LayerParallel stack solves with other ranks"  # type: ignore[attr-defined]
+    reason = "a LayerParallel stack solves with other ranks"
+    vars(function).update(
+        _torchdynamo_disable=True, _torchdynamo_disable_recursive=True, _torchdynamo_disable_msg=reason
+    )
     skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
     eval_frame.set_code_exec_strategy(function.__code__, skip)
     return function

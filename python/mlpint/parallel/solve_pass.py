@@ -18,6 +18,7 @@ from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, BufferWatch, host_generators, refuse_gradient, version
 from ..mgrit import vectors
+from ..mgrit.solvers import AnySolver
 from ..state import State, describe
 from .compiled import graphs_kept
 from .conditions import PassSetup
@@ -139,6 +140,7 @@ class SolvePass:
             self._check_replicas("the state before the stack", self.state)
             self._check_ties()
             self._find_need()
+            self._solver("forward")  # where options are refused, they are before data moves
             self.evaluators = self._make_evaluators()
             finals = []
             with self._watched_buffers(), self._watched_generators(), in_step(self.comm):
@@ -179,6 +181,7 @@ class SolvePass:
         wants_state = any(wanted[: len(floating)])
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
             self._check_replicas("the gradient for the state after the stack", incoming)
+            self._solver("backward")
             finals = []
             with in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
@@ -208,9 +211,12 @@ class SolvePass:
         operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
         return kind(evaluator, template, self.comm.rank, first_layer, operator, self.conditions.learning)
 
+    def _solver(self, direction: str) -> AnySolver:
+        norms = self.conditions.watch_residuals
+        return self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
+
     def _solve(self, propagator: Propagator, initial: State | None) -> State | None:
-        direction, norms = propagator.direction, self.conditions.watch_residuals
-        solver = self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
+        direction, solver = propagator.direction, self._solver(propagator.direction)
         try:
             result = solver.solve(propagator, initial, self.options.iterations(direction))
         except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,8 +33,9 @@ def _see(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     if not isinstance(owner, nn.parallel.DistributedDataParallel):
         return
     apart: set[str] = set()
-    for path, stack in module.named_modules():
-        if not isinstance(stack, _kinds[0]) or stack.comm.size == 1:
+    stacks: list[tuple[str, Any]] = [(path, m) for path, m in module.named_modules() if isinstance(m, _kinds[0])]
+    for path, stack in stacks:
+        if stack.comm.size == 1:
             continue
         held: list[list[int] | None] = [None] * torch.distributed.get_world_size(owner.process_group)
         torch.distributed.all_gather_object(
