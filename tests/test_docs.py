@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/benchmarks.md", "docs/experiments.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "docs/benchmarks.md",
+    "docs/experiments.md",
+    "docs/uses.md",
+]
 FOLDERS = ["benchmarks", "csrc", "docs", "examples", "experiments", "kernels", "python", "tests"]
 FILE = re.compile(r"[\w./-]*\w\.(?:py|pyi|cpp|hpp|toml|md|png)\b")
 FOLDER = re.compile(r"`([\w./-]+/)`")

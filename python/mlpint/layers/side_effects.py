@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -105,3 +107,12 @@ def refuse_gradient(_: torch.Tensor) -> None:
         "[mlpint] a loss was computed from a tensor that a layer of a LayerParallel stack has kept (in an attribute, "
         "say): its gradient ends inside the layer. Return what the loss needs as a part of the layers' state"
     )
+
+
+def host_generators() -> tuple[Any, ...]:
+    """The states of Python's generator and of NumPy's, where it is in use."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    _, words, position, *_ = numpy.random.get_state()
+    return random.getstate(), words.tobytes(), position

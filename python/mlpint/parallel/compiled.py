@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from torch._C._dynamo import eval_frame
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def not_compiled(function: Function) -> Function:
     """As ``torch.compiler.disable``: a compiled model breaks its graph here, and nothing inside is compiled."""
-
-    @functools.wraps(function)
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        return _without_compiler(function)(*args, **kwargs)
-
-    plain._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return plain
-
-
-@functools.cache
-def _without_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
+    reason = "a LayerParallel stack solves with other ranks"
+    vars(function).update(
+        _torchdynamo_disable=True, _torchdynamo_disable_recursive=True, _torchdynamo_disable_msg=reason
+    )
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 @contextmanager

@@ -33,10 +33,28 @@ class SharedParameters:
         for n, layer in enumerate(layers):
             for parameter in layer.parameters():
                 holders.setdefault(parameter, set()).add(rank_of(n))
+        modules: dict[nn.Module, set[int]] = {}
+        for n, layer in enumerate(layers):
+            for module in layer.modules():
+                modules.setdefault(module, set()).add(rank_of(n))
         self._comm = comm
+        self._modules = [
+            (module, [*module.parameters()])
+            for module, ranks in modules.items()
+            if len(ranks) > 1 and comm.rank in ranks
+        ]
         self.parameters = [
             (parameter, sorted(ranks)) for parameter, ranks in holders.items() if len(ranks) > 1 and comm.rank in ranks
         ]
+
+    def check(self) -> None:
+        """Refuses modules of several ranks' layers whose parameters have been added or replaced on each rank apart."""
+        for module, before in self._modules:
+            if {*map(id, before)} != {*map(id, module.parameters())}:
+                raise RuntimeError(
+                    f"parameters of a {type(module).__name__} that layers of several ranks share were added or "
+                    "replaced after the stack was made: each rank would train its own. Do it before"
+                )
 
     def sum(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
         transport, me = self._comm.transport, self._comm.rank

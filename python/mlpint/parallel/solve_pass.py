@@ -16,7 +16,7 @@ from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
-from ..layers.side_effects import ArgumentWatch, BufferWatch, refuse_gradient
+from ..layers.side_effects import ArgumentWatch, BufferWatch, host_generators, refuse_gradient
 from ..mgrit import vectors
 from ..mgrit.solvers import AnySolver
 from ..state import State, describe, version
@@ -59,6 +59,7 @@ class SolvePass:
         # In the backward autocast is off, as it is in torch's own: only a layer's evaluation has it, a second one too.
         self.autocast_dtype = torch.get_autocast_dtype(device_type) if autocast else None
         self._find_extras(args, kwargs)
+        setup.shared.check()
         self.parameters = self.conditions.store.trainable_parameters() if record else {}
         self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
         self._versions = self._present_versions()
@@ -139,11 +140,10 @@ class SolvePass:
             self._check_replicas("the state before the stack", self.state)
             self._check_ties()
             self._find_need()
+            self._solver("forward")  # where options are refused, they are before data moves
             self.evaluators = self._make_evaluators()
-            for direction in ("forward", "backward") if self.record else ("forward",):
-                self._solver(direction)  # raises on all ranks alike, before any of them is out of step
             finals = []
-            with self._watched_buffers(), in_step(self.comm):
+            with self._watched_buffers(), self._watched_generators(), in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
                     state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
                     if owns_first:
@@ -181,6 +181,7 @@ class SolvePass:
         wants_state = any(wanted[: len(floating)])
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
             self._check_replicas("the gradient for the state after the stack", incoming)
+            self._solver("backward")
             finals = []
             with in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
@@ -214,8 +215,7 @@ class SolvePass:
         return self.setup.solvers.solver(self.layout, self.options, direction, norms=norms)
 
     def _solve(self, propagator: Propagator, initial: State | None) -> State | None:
-        direction = propagator.direction
-        solver = self._solver(direction)
+        direction, solver = propagator.direction, self._solver(propagator.direction)
         try:
             result = solver.solve(propagator, initial, self.options.iterations(direction))
         except BaseException as error:
@@ -340,6 +340,22 @@ class SolvePass:
                 f"layer {layer} moves its buffer {name} whenever it is evaluated (batch normalisation, spectral "
                 "norm), and a LayerParallel stack that is not exact, recomputes or takes microbatches evaluates a "
                 "layer several times a pass: its statistics, and so its results, differ from those of the plain loop",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _watched_generators(self) -> Iterator[None]:
+        """Warns once of layers that draw from generators that belong to no layer."""
+        if not self.setup.training or "generators" in self.setup.done:
+            yield
+            return
+        before = host_generators()
+        yield
+        if host_generators() != before:
+            self.setup.done.add("generators")
+            warnings.warn(
+                "a layer draws random numbers from Python's random or NumPy: they differ between a layer's evaluations "
+                "and from rank to rank. Let it draw from torch, whose generator a stack seeds for each layer",
                 stacklevel=2,
             )
 

@@ -33,7 +33,7 @@ def _see(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     if not isinstance(owner, nn.parallel.DistributedDataParallel):
         return
     apart: set[str] = set()
-    stacks: list[tuple[str, Any]] = [(p, m) for p, m in module.named_modules() if isinstance(m, _kinds[0])]
+    stacks: list[tuple[str, Any]] = [(path, m) for path, m in module.named_modules() if isinstance(m, _kinds[0])]
     for path, stack in stacks:
         if stack.comm.size == 1:
             continue
