@@ -40,7 +40,7 @@ class Translator(nn.Module):
 
     def __init__(self, vocabulary: int, shape: Shape, encoder_layers: int, tied: bool = True) -> None:
         super().__init__()
-        decoder_layers = shape.layers - encoder_layers
+        self.dim, decoder_layers = shape.dim, shape.layers - encoder_layers
         self.tokens = nn.Embedding(vocabulary, shape.dim)
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = Layers(
@@ -69,8 +69,8 @@ class Translator(nn.Module):
 
     def embed(self, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
         """[B, T] tokens at the places from ``start`` on -> [B, T, dim]."""
-        x = self.tokens(tokens) * math.sqrt(self.tokens.embedding_dim)
-        return self.dropout(x + sinusoids(start, tokens.shape[1], x.shape[-1], x.device).to(x.dtype))
+        x = self.tokens(tokens) * math.sqrt(self.dim)
+        return self.dropout(x + sinusoids(start, tokens.shape[1], self.dim, x.device).to(x.dtype))
 
 
 def key_mask(lengths: torch.Tensor, count: int) -> torch.Tensor:
