@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,17 +14,14 @@ from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
-from ..layers.side_effects import ArgumentWatch, BufferWatch, host_generators, refuse_gradient
-from ..mgrit import vectors
+from ..layers.side_effects import ArgumentWatch, refuse_gradient
 from ..mgrit.solvers import AnySolver
 from ..state import State, describe, version
 from .compiled import graphs_kept
 from .conditions import PassSetup
 from .out_of_step import in_step
+from .pass_checks import check_replicas, check_ties, watched_buffers, watched_generators
 from .pass_keys import in_checkpoint
-
-_CHECKED_PASSES = 3  # that compare what the ranks were given
-_SAME = 1e-3  # relative difference that unlike hardware may make
 
 
 class SolvePass:
@@ -137,13 +132,14 @@ class SolvePass:
     def forward(self) -> tuple[torch.Tensor, ...]:
         layout, owns_first = self.layout, self.comm.rank == self.layout.first_rank
         with self._phase("forward", self.state.tensors):
-            self._check_replicas("the state before the stack", self.state)
-            self._check_ties()
+            check_replicas(self.setup, "the state before the stack", self.state)
+            if self.record:
+                check_ties(self.setup)
             self._find_need()
             self._solver("forward")  # where options are refused, they are before data moves
             self.evaluators = self._make_evaluators()
             finals = []
-            with self._watched_buffers(), self._watched_generators(), in_step(self.comm):
+            with watched_buffers(self.setup, len(self.evaluators)), watched_generators(self.setup), in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
                     state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
                     if owns_first:
@@ -180,7 +176,7 @@ class SolvePass:
         )
         wants_state = any(wanted[: len(floating)])
         with self._phase("backward", incoming.tensors, f"gradient for the input: {wants_state}"):
-            self._check_replicas("the gradient for the state after the stack", incoming)
+            check_replicas(self.setup, "the gradient for the state after the stack", incoming)
             self._solver("backward")
             finals = []
             with in_step(self.comm):
@@ -255,46 +251,6 @@ class SolvePass:
             self.stats.seconds["wait"] += time.perf_counter() - started
         return state.tensors
 
-    def _check_replicas(self, what: str, state: State) -> None:
-        """Compares what has to be alike on all ranks, by one number, in the first passes.
-
-        Raises:
-            RuntimeError: on all ranks; it differs by more than rounding.
-        """
-        if self.comm.size == 1 or self.setup.number > _CHECKED_PASSES:
-            return
-        norm = math.sqrt(vectors.squared_norm(state))
-        norms = [float(message) for message in self.comm.gather(repr(norm).encode())]
-        if any(abs(n - norms[0]) > _SAME * abs(norms[0]) for n in norms):
-            seen = ", ".join(f"{n:.6g} on rank {rank}" for rank, n in enumerate(norms))
-            raise RuntimeError(
-                f"{what} differs from rank to rank: its norm is {seen}. Every rank must run the same batch through the "
-                "same weights: seed all ranks alike before the model is made and the data is shuffled, or call "
-                "mlpint.sync_replicas(model, comm) and give all ranks the data of one"
-            )
-
-    def _check_ties(self) -> None:
-        """Refuses parameters that the model uses outside the stack as well, in the first pass that records.
-
-        Raises:
-            ValueError: on all ranks; they would get a part of their gradient alone, and drift.
-        """
-        done = self.setup.done
-        if self.comm.size == 1 or not self.record or "ties" in done:
-            return
-        done.add("ties")
-        names = [
-            n
-            for m in self.comm.gather("\n".join(self.setup.tied_outside()).encode())
-            for n in m.decode().split("\n")
-            if n
-        ]
-        if names:
-            raise ValueError(
-                f"parameters of a LayerParallel stack are used outside it too: {', '.join(dict.fromkeys(names))}. Most "
-                "ranks would miss a part of their gradients; untie them before the stack is made"
-            )
-
     def _find_need(self) -> None:
         """Where nothing on any rank needs a gradient, the pass is one without a way back, as under no_grad."""
         if self.record and not self._state_needs and not self.extras:
@@ -322,42 +278,6 @@ class SolvePass:
                     "several times, on one rank, and what it leaves in a list, dictionary or tensor is lost or wrong. "
                     "Return it as a part of the state, which may be a tuple of tensors"
                 )
-
-    @contextmanager
-    def _watched_buffers(self) -> Iterator[None]:
-        """Warns once of buffers that layers move where they are evaluated several times."""
-        several = not self.options.exact or self.conditions.recompute or len(self.evaluators) > 1
-        if not several or "buffers" in self.setup.done:
-            yield
-            return
-        watch = BufferWatch(self.conditions.store.modules)
-        yield
-        moved = watch.moved()
-        if moved:
-            self.setup.done.add("buffers")
-            layer, _, name = moved.partition(".")
-            warnings.warn(
-                f"layer {layer} moves its buffer {name} whenever it is evaluated (batch normalisation, spectral "
-                "norm), and a LayerParallel stack that is not exact, recomputes or takes microbatches evaluates a "
-                "layer several times a pass: its statistics, and so its results, differ from those of the plain loop",
-                stacklevel=2,
-            )
-
-    @contextmanager
-    def _watched_generators(self) -> Iterator[None]:
-        """Warns once of layers that draw from generators that belong to no layer."""
-        if not self.setup.training or "generators" in self.setup.done:
-            yield
-            return
-        before = host_generators()
-        yield
-        if host_generators() != before:
-            self.setup.done.add("generators")
-            warnings.warn(
-                "a layer draws random numbers from Python's random or NumPy: they differ between a layer's evaluations "
-                "and from rank to rank. Let it draw from torch, whose generator a stack seeds for each layer",
-                stacklevel=2,
-            )
 
     def _present_versions(self) -> list[int]:
         return [version(t) for t in (*self.state.tensors, *self.weights)]

@@ -1,0 +1,92 @@
+"""What a pass notices of uses that would make its numbers wrong: refused on all ranks, or warned of once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..layers.side_effects import BufferWatch, host_generators
+from ..mgrit import vectors
+from ..state import State
+from .conditions import PassSetup
+
+_CHECKED_PASSES = 3  # that compare what the ranks were given
+_SAME = 1e-3  # relative difference that unlike hardware may make
+
+
+def check_replicas(setup: PassSetup, what: str, state: State) -> None:
+    """Compares what has to be alike on all ranks, by one number, in the first passes.
+
+    Raises:
+        RuntimeError: on all ranks; it differs by more than rounding.
+    """
+    if setup.comm.size == 1 or setup.number > _CHECKED_PASSES:
+        return
+    norm = math.sqrt(vectors.squared_norm(state))
+    norms = [float(message) for message in setup.comm.gather(repr(norm).encode())]
+    if any(abs(n - norms[0]) > _SAME * abs(norms[0]) for n in norms):
+        seen = ", ".join(f"{n:.6g} on rank {rank}" for rank, n in enumerate(norms))
+        raise RuntimeError(
+            f"{what} differs from rank to rank: its norm is {seen}. Every rank must run the same batch through the "
+            "same weights: seed all ranks alike before the model is made and the data is shuffled, or call "
+            "mlpint.sync_replicas(model, comm) and give all ranks the data of one"
+        )
+
+
+def check_ties(setup: PassSetup) -> None:
+    """Refuses parameters that the model uses outside the stack as well, in the first pass that records.
+
+    Raises:
+        ValueError: on all ranks; they would get a part of their gradient alone, and drift.
+    """
+    if setup.comm.size == 1 or "ties" in setup.done:
+        return
+    setup.done.add("ties")
+    names = [
+        n for m in setup.comm.gather("\n".join(setup.tied_outside()).encode()) for n in m.decode().split("\n") if n
+    ]
+    if names:
+        raise ValueError(
+            f"parameters of a LayerParallel stack are used outside it too: {', '.join(dict.fromkeys(names))}. Most "
+            "ranks would miss a part of their gradients; untie them before the stack is made"
+        )
+
+
+@contextmanager
+def watched_buffers(setup: PassSetup, evaluators: int) -> Iterator[None]:
+    """Warns once of buffers that layers move where they are evaluated several times."""
+    several = not setup.conditions.options.exact or setup.conditions.recompute or evaluators > 1
+    if not several or "buffers" in setup.done:
+        yield
+        return
+    watch = BufferWatch(setup.conditions.store.modules)
+    yield
+    moved = watch.moved()
+    if moved:
+        setup.done.add("buffers")
+        layer, _, name = moved.partition(".")
+        warnings.warn(
+            f"layer {layer} moves its buffer {name} whenever it is evaluated (batch normalisation, spectral "
+            "norm), and a LayerParallel stack that is not exact, recomputes or takes microbatches evaluates a "
+            "layer several times a pass: its statistics, and so its results, differ from those of the plain loop",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def watched_generators(setup: PassSetup) -> Iterator[None]:
+    """Warns once of layers that draw from generators that belong to no layer."""
+    if not setup.training or "generators" in setup.done:
+        yield
+        return
+    before = host_generators()
+    yield
+    if host_generators() != before:
+        setup.done.add("generators")
+        warnings.warn(
+            "a layer draws random numbers from Python's random or NumPy: they differ between a layer's evaluations "
+            "and from rank to rank. Let it draw from torch, whose generator a stack seeds for each layer",
+            stacklevel=2,
+        )
