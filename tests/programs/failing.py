@@ -6,6 +6,7 @@ the last rank came to its end and when it was let go.
 """
 
 import atexit
+import os
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ def fail():
         raise ValueError("boom")
     if how.startswith("exit"):
         sys.exit(int(how[4:]))
+    if how.startswith("leave"):
+        os._exit(int(how[5:]))
     signal.raise_signal(signal.Signals[how])  # stopped, killed or interrupted; nothing else comes back from it
 
 

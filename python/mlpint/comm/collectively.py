@@ -33,8 +33,9 @@ def collectively(comm: Comm, action: Callable[[], Any]) -> list[Any]:
         error = UserError(f"{raised.filename or 'files'}: {raised.strerror or raised}")
     own = {"result": result} if error is None else {"error": str(error), "class": type(error).__name__}
     outcomes = [json.loads(message) for message in comm.gather(json.dumps(own).encode())]
-    classes = {c.__name__: c for c in (UserError, *UserError.__subclasses__())}
+    kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
     for outcome in outcomes:
         if "error" in outcome:
-            raise classes.get(outcome["class"], UserError)(outcome["error"]) from error
+            kind = next((kind for kind in kinds if kind.__name__ == outcome["class"]), UserError)
+            raise kind(outcome["error"]) from error
     return [outcome["result"] for outcome in outcomes]
