@@ -80,8 +80,8 @@ class MpiTransfer final : public Transfer {
     return true;
   }
   void wait(double seconds) override {
-    const auto watch = [this] {
-      if (*watch_) (*watch_)(peer_);
+    const auto watch = [this](double waited) {
+      if (*watch_) (*watch_)(peer_, waited);
     };
     if (!poll_until([this] { return test(); }, seconds, watch))
       throw TransferError(what_ + ": nothing moved for " + std::to_string(static_cast<int>(seconds)) +

@@ -48,6 +48,7 @@ class Transport {
   void progress() {
     while (!outbox_.empty() && outbox_.front()->test()) outbox_.pop_front();
     for (auto& t : outbox_) t->test();
+    if (&control() != this) control().progress();
   }
   // Waits until every posted message has left.
   void flush() {
@@ -59,9 +60,9 @@ class Transport {
 
   double stall_limit = 600.0;  // seconds a rank waits for another before it gives up
 
-  // A watch is called now and then while this rank waits for `peer`, and may throw, as when that rank has left.
-  // Transfers share it.
-  using Watch = std::function<void(int peer)>;
+  // A watch is called now and then while this rank waits for `peer`, with the seconds that it has waited, from 0 in
+  // each wait. It may throw, as when that rank has left. Transfers share it.
+  using Watch = std::function<void(int peer, double waited)>;
   const std::shared_ptr<Watch> watch = std::make_shared<Watch>();
 
  private:

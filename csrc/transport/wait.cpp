@@ -10,7 +10,7 @@ std::function<void()>& wait_hook() {
   return hook;
 }
 
-bool poll_until(const std::function<bool()>& done, double seconds, const std::function<void()>& watch) {
+bool poll_until(const std::function<bool()>& done, double seconds, const std::function<void(double waited)>& watch) {
   using Clock = std::chrono::steady_clock;
   constexpr int spins = 20000;
   constexpr auto nap = std::chrono::microseconds(20);
@@ -25,7 +25,7 @@ bool poll_until(const std::function<bool()>& done, double seconds, const std::fu
     if (now >= limit) return false;
     if (now >= next_hook) {
       if (wait_hook()) wait_hook()();
-      watch();
+      watch(std::chrono::duration<double>(now - start).count());
       next_hook = now + hook_interval;
     }
     std::this_thread::sleep_for(nap);

@@ -98,8 +98,11 @@ class Transport:
         """Lets messages under way move on."""
     def flush(self) -> None:
         """Waits until every posted message has left."""
-    def set_watch(self, watch: Callable[[int], None], /) -> None:
-        """Has ``watch(peer)`` called now and then while this rank waits for a peer; it may raise."""
+    def set_watch(self, watch: Callable[[int, float], None], /) -> None:
+        """Has ``watch(peer, waited)`` called now and then while this rank waits for a peer; it may raise.
+
+        ``waited``: seconds since this wait began.
+        """
 
 class SelfTransport(Transport):
     """One process alone."""

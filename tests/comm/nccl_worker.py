@@ -1,8 +1,10 @@
 """One rank of the tests of the NCCL transport: runs the checks named on the command line over the fake library."""
 
 import copy
+import gc
 import os
 import sys
+import warnings
 
 import torch
 
@@ -16,6 +18,7 @@ from mlpint.parallel.layer_parallel import LayerParallel
 from mlpint.state import State
 
 TAG = _core.USER_TAG + 20
+CANDIDATES = mlpint.comm.nccl._candidates
 
 
 class OnGPU(State):
@@ -175,6 +178,36 @@ def found(comm):
     over.sum_ordered([total])
     assert float(total) == comm.size * (comm.size + 1) / 2
     over.barrier()
+
+
+def missing(comm):
+    """Where a rank has no NCCL, all do without, and are told why."""
+    found, name = mlpint.comm.nccl.own_gpu_each, mlpint.comm.nccl._NAME
+    library = os.environ.pop("MLPINT_NCCL")
+    mlpint.comm.nccl.own_gpu_each = lambda comm: True
+    if comm.rank == comm.size - 1:
+        mlpint.comm.nccl._NAME = "libnccl-absent.so.2"
+    else:
+        mlpint.comm.nccl._candidates = lambda _: [library]
+    with warnings.catch_warnings(record=True) as caught:
+        assert mlpint.comm.start._over_gpus(comm) is comm
+    assert len(caught) == (comm.rank == 0), caught
+    if caught:
+        text = str(caught[0].message)
+        assert f"for want of NCCL on rank {comm.size - 1}: cannot load NCCL" in text and "libnccl-absent" in text, text
+    mlpint.comm.nccl.own_gpu_each, mlpint.comm.nccl._NAME, os.environ["MLPINT_NCCL"] = found, name, library
+    mlpint.comm.nccl._candidates = CANDIDATES
+
+
+def outbox(comm):
+    """What has left is not kept, also by gloo, which says so only to those who wait."""
+    over_nccl = Comm(nccl_transport(comm.transport, comm.device, host_memory=True), "nccl", 0, comm.stall_limit)
+    blocks = LayerParallel([torch.nn.Linear(2, 2) for _ in range(4)], MGRIT(levels=1), comm=over_nccl)
+    for _ in range(100):
+        blocks(torch.ones(1, 2)).sum().backward()
+    gc.collect()
+    alive = sum(type(thing).__name__ == "_Transfer" for thing in gc.get_objects())
+    assert alive < 70, alive
 
 
 class Layer(torch.nn.Module):

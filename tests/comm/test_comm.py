@@ -1,10 +1,15 @@
 """Comm does on real ranks what it says (programs/communication.py); init finds every launcher, or names the remedy."""
 
+import re
+
 import pytest
+import torch
 
 from launch import run
 from mlpint import Comm, init
+from mlpint.comm import process_group
 from mlpint.comm.launchers import Launch, detect, first_host
+from mlpint.errors import LaunchError
 from scenarios import check, names
 
 JOBS = [("alone", 1), *(("mpich", n) for n in (1, 2, 3, 4)), ("openmpi", 3), ("torchrun", 1), ("torchrun", 3)]
@@ -125,6 +130,84 @@ def test_missing_mpi():
     result = run("import mlpint; mlpint.init()", 2, "mpich", env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
     assert result.returncode != 0
     assert "there is no MPI library" in result.stderr and 'pip install "mlpint[mpich]"' in result.stderr, result.stderr
+
+
+def test_warn_after_must_be_a_positive_number(monkeypatch):
+    monkeypatch.setenv("MLPINT_WARN_AFTER", "soon")
+    with pytest.raises(ValueError, match="MLPINT_WARN_AFTER must be a positive number of seconds, got 'soon'"):
+        init()
+
+
+@pytest.mark.parametrize("launcher", ["mpich", "torchrun"])
+def test_long_waits_are_reported_once_each(launcher):
+    program = """
+        import time, torch, mlpint
+        comm = mlpint.init()
+        stack = mlpint.LayerParallel([torch.nn.Linear(4, 4) for _ in range(4)], comm=comm)
+        comm.barrier()
+        for late, call in (1, comm.barrier), (1, comm.barrier), (0, lambda: stack(torch.ones(2, 4))):
+            if comm.rank == late:
+                time.sleep(4)
+            call()
+        """
+    result = run(program, 2, launcher, env={"MLPINT_WARN_AFTER": "1.5"}).check()
+    warnings = re.findall(
+        r"^\[mlpint\] rank (\d) has waited \d+ s for rank (\d) in (\w+)\.", result.stderr, re.MULTILINE
+    )
+    assert warnings.count(("0", "1", "barrier")) == 2 and warnings.count(("1", "0", "forward")) == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "text"),
+    [
+        ("", "rank 1 of 2 could not connect to the others at 127.0.0.1:1"),  # where nobody listens
+        # As where hosts have 127.0.0.1 by their names: one rank fails, and gloo has the other try again and again.
+        (
+            "import torch.distributed as dist, time\n"
+            "dist.rendezvous = lambda *_, **__: iter([(None, 1, 2)])\n"
+            "dist.init_process_group = lambda *_, **__: time.sleep(50)\n",
+            "rank 1 of 2 could not connect to the others at 127.0.0.1:1 within 2 s",
+        ),
+    ],
+)
+def test_ranks_that_cannot_connect_end_in_time_and_say_what_to_set(program, text):
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    program += "import mlpint; mlpint.init(stall_limit=2)"
+    result = run(program, 1, "alone", env=environment)
+    assert result.returncode == 1 and result.seconds < 50, result.describe()
+    for part in (text, "MASTER_ADDR", "GLOO_SOCKET_IFNAME"):
+        assert part in result.stderr, result.stderr
+
+
+def test_rank_that_is_refused_says_what_to_set(monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", refused)
+    with pytest.raises(LaunchError, match=r"to the others at there:1: refused\. .* set GLOO_SOCKET_IFNAME"):
+        process_group.start(Launch("torch", "torchrun", 1, 2, address="there", port=1), 30)
+
+
+def test_group_without_host_memory_and_ranks_that_know_no_local_rank():
+    """Of three ranks two share a machine; their group serves GPUs only, as one of NCCL would."""
+    run(
+        """
+        import os, platform
+        import torch.distributed as dist
+        os.environ.pop("LOCAL_RANK")
+        dist.init_process_group("cuda:gloo")
+        import mlpint
+        platform.node = lambda: ["one", "two", "one"][dist.get_rank()]
+        comm = mlpint.init()
+        assert comm.gather(b"%d" % comm.rank) == [b"0", b"1", b"2"]
+        assert comm.local_rank == [0, 0, 1][comm.rank], comm.local_rank
+        part = dist.new_group([1, 2], backend="cuda:gloo")
+        if comm.rank:
+            assert mlpint.Comm.of(part).gather(b"%d" % comm.rank) == [b"1", b"2"]
+        """,
+        3,
+        "torchrun",
+    ).check()
 
 
 def test_script_that_has_connected_the_ranks_itself():

@@ -32,6 +32,8 @@ def cases():
     yield "torchrun", "exit0", "script"
     yield "mpich", "exit0", "end"
     yield "mpich", "SIGINT", "forward"
+    yield "mpich", "leave0", "forward"
+    yield "openmpi", "leave0", "script"
 
 
 @pytest.mark.parametrize(("launcher", "how", "where"), cases())
@@ -42,7 +44,7 @@ def test_failure_of_a_rank_ends_all(tmp_path, launcher, how, where):
     for text in expected(launcher, how):
         assert text in result.stderr, f"{text!r} is not in\n{result.stderr}"
     # What Python can tell of itself says which layer it was, at which level and doing what.
-    if where in ("forward", "backward") and how not in ("SIGKILL", "SIGSTOP"):
+    if where in ("forward", "backward") and how not in ("SIGKILL", "SIGSTOP", "leave0"):
         assert re.search(rf"\[mlpint\] rank 1, layer 7, level \d, {where} \w", result.stderr), result.stderr
 
 
@@ -113,6 +115,19 @@ def test_failure_before_the_ranks_have_met():
     )
     assert result.returncode != 0 and result.seconds < 20 and not result.orphans, result.describe()
     assert "too early" in result.stderr and "_meet_the_other_ranks" in result.stderr, result.stderr
+
+
+def test_ranks_that_all_leave_at_once():
+    program = """
+        import os, time, mlpint
+        comm = mlpint.init()
+        comm.barrier()
+        if comm.rank == 0:
+            time.sleep(1)
+            print("through", flush=True)
+        os._exit(0)
+        """
+    assert run(program, 2, "mpich").check().stdout == "through\n"
 
 
 def test_script_that_finalizes_mpi_itself():

@@ -33,7 +33,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "launcher", "checks"),
     [
-        (2, "torchrun", ("traffic", "order", "devices", "failures", "found", "stack")),
+        (2, "torchrun", ("traffic", "order", "devices", "failures", "found", "missing", "outbox", "stack")),
         (3, "mpich", ("traffic", "order", "devices", "found", "stack")),
         (4, "mpich", ("traffic",)),
     ],
@@ -85,6 +85,19 @@ def test_no_library(monkeypatch):
     monkeypatch.setattr(nccl, "_NAME", "libnccl-absent.so.2")
     with pytest.raises(RuntimeError, match=r"cannot load NCCL; install a CUDA build(.|\n)*libnccl-absent"):
         nccl.nccl_transport(_core.SelfTransport(), "cpu", host_memory=True)
+
+
+def test_a_start_that_hangs_ends_the_process(library):
+    program = """
+        from mlpint import _core
+        from mlpint.comm import nccl
+        alone = _core.SelfTransport()
+        alone.stall_limit = 1
+        nccl.nccl_transport(alone, "cpu", host_memory=True)
+        """
+    result = launch.run(program, 1, "alone", env={"MLPINT_NCCL": str(library), "FAKE_NCCL_START": "40"})
+    assert result.returncode == 1 and result.seconds < 40, result.describe()
+    assert "rank 0: NCCL has not connected the 1 ranks within 1 s" in result.stderr, result.stderr
 
 
 def test_device_must_be_a_gpu_of_this_machine(library, monkeypatch):

@@ -6,6 +6,7 @@ the last rank came to its end and when it was let go.
 """
 
 import atexit
+import os
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ def fail():
         raise ValueError("boom")
     if how.startswith("exit"):
         sys.exit(int(how[4:]))
+    if how.startswith("leave"):
+        os._exit(int(how[5:]))
     signal.raise_signal(signal.Signals[how])  # stopped, killed or interrupted; nothing else comes back from it
 
 
@@ -62,6 +65,7 @@ class Failing(Residual):
         return super().forward(x)
 
 
+torch.manual_seed(0)  # the same layers on every rank
 layers = [Residual() for _ in range(7)] + [Failing()]
 blocks = LayerParallel(layers, MGRIT(cfactor=2, forward_iters=1, backward_iters=1), comm=comm)
 for step in range(3):

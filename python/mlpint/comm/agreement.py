@@ -14,20 +14,32 @@ import torch
 
 from .._core import USER_TAG
 from ..state import State
+from .communicator import Comm
+from .waiting import begin_operation
 
 _TAG = USER_TAG
 _BYTES = 2048
+# Gloo says only to those who wait that a message has left. One that nobody waits for would be kept for ever.
+_FLUSH_EVERY = 32
 
 
-def agree(comm, statement: dict[str, str]) -> None:
+def agree(comm: Comm, statement: dict[str, str]) -> None:
     """Checks a statement against that of the rank before.
+
+    Args:
+        comm: the ranks.
+        statement: all that must be alike, by name; under "operation" what the rank is about to do.
 
     Raises:
         RuntimeError: naming both ranks and every entry that differs.
     """
     if comm.size == 1:
         return
+    begin_operation(statement["operation"])
     transport = comm.transport.control
+    comm.agreements += 1
+    if comm.agreements % _FLUSH_EVERY == 0:  # what is under way belongs to earlier operations, which need no more of us
+        comm.flush()
     message = json.dumps(statement).encode()
     if len(message) > _BYTES:
         message = json.dumps({k: v[:100] for k, v in statement.items()}).encode()[:_BYTES]

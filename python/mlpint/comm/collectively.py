@@ -34,8 +34,8 @@ def collectively(comm: Comm, action: Callable[[], Any]) -> list[Any]:
     own = {"result": result} if error is None else {"error": str(error), "class": type(error).__name__}
     outcomes = [json.loads(message) for message in comm.gather(json.dumps(own).encode())]
     kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
-    classes = {kind.__name__: kind for kind in kinds}
     for outcome in outcomes:
         if "error" in outcome:
-            raise classes.get(outcome["class"], UserError)(outcome["error"]) from error
+            kind = next((kind for kind in kinds if kind.__name__ == outcome["class"]), UserError)
+            raise kind(outcome["error"]) from error
     return [outcome["result"] for outcome in outcomes]

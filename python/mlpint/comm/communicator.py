@@ -10,6 +10,7 @@ import torch
 
 from .. import _core
 from ..state import State
+from .waiting import operation
 
 _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
 
@@ -41,6 +42,7 @@ class Comm:
         self.device = _device(local_rank)
         self.name = name
         self.transport = transport
+        self.agreements = 0  # how often the ranks have agreed on an operation
         self._keep = keep  # what the transport refers to and does not own
         self.stall_limit = stall_limit
 
@@ -77,10 +79,19 @@ class Comm:
         if self.name == "nccl":
             self.transport.synchronize()
 
+    def flush(self) -> None:
+        """Waits until all that this rank has posted has left; not collective."""
+        self.transport.flush()
+        self.transport.control.flush()
+        if isinstance(self._keep, Comm):
+            self._keep.flush()
+
+    @operation("barrier")
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         self.transport.control.sum(0.0)
 
+    @operation("broadcast")
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Overwrites `tensor` with that of rank `root`; any shape and dtype, alike on all ranks. Returns it."""
         self._check_root(root)
@@ -90,6 +101,7 @@ class Comm:
             _assign(tensor, moved)
         return tensor
 
+    @operation("sum_ordered")
     def sum_ordered(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over ranks, added in rank order, and so equal to the last bit everywhere."""
         if self.size == 1:
@@ -112,6 +124,7 @@ class Comm:
         for tensor, m in zip(tensors, moved, strict=True):
             _assign(tensor, m)
 
+    @operation("gather")
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all ranks, in rank order, on every rank; any lengths."""
         if self.size == 1:
@@ -140,6 +153,7 @@ class Comm:
             everything = everything[n:]
         return result
 
+    @operation("vote")
     def vote(self, values: dict[str, str], what: str) -> None:
         """Checks that all ranks pass the same values.
 

@@ -4,8 +4,9 @@ An mpirun takes no notice of a rank that ends with an exception while the others
 that leaves with exit code 0. So with several ranks `install` has
 
 - an uncaught exception print its traceback with the rank in front of every line, and end the job at once;
-- a rank that comes to the end of its script (or to sys.exit) tell the others and wait for them. A rank that waits for
-  one that has left raises an error that names it. When all have left, all end as they would have, without delay.
+- a rank that comes to the end of its script (or to sys.exit, or to os._exit(0), at which MPICH's mpirun would kill the
+  others and report success) tell the others and wait for them. A rank that waits for one that has left raises an error
+  that names it. When all have left, all end as they would have, without delay.
 
 A killed process is noticed by the launcher, a stopped one by the stall limit on every wait.
 """
@@ -17,6 +18,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from .. import _core
+from .waiting import LongWaits
 
 _LAST_WORDS = 0.2  # seconds for the launcher to read what was written: an aborted mpirun may drop it
 _GRACE = 1.0  # seconds a message sent before its sender left may still take
@@ -47,6 +50,7 @@ class Group(Protocol):
 
 _groups: list[Group] = []
 _process = 0  # the one that the hooks are for: a forked child leaves on its own
+_exit_at_once = os._exit
 
 
 def install(group: Group) -> None:
@@ -58,17 +62,32 @@ def install(group: Group) -> None:
         sys.excepthook = lambda *error: _fail(*error) if os.getpid() == _process else previous(*error)
         # The last one registered runs first: before mpi4py finalises MPI.
         atexit.register(_leave)
+        os._exit = _leave_and_exit
     _groups.append(group)
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Ends the process where the body takes longer. For MPI's own start, which holds Python's lock while it waits for
-    ranks that may have failed before they came that far."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with a message where the body takes longer: for the start of a library, which has no such limit.
+
+    MPI's start holds Python's lock while it waits for ranks that may have failed before they came that far: then there
+    is only a traceback, a moment later.
+    """
+
+    def expire() -> None:
+        sys.stderr.write(f"{message}\n")
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+        _exit_at_once(1)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + 1, exit=True, file=2)
     try:
         yield
     finally:
+        timer.cancel()
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -86,9 +105,17 @@ def _end(lines: list[str]) -> NoReturn:
     _groups[0].abort()
 
 
+def _leave_and_exit(status: int) -> NoReturn:
+    if status == 0:  # any other code ends all ranks
+        _leave()
+    _exit_at_once(status)
+
+
 def _leave() -> None:
+    global _process
     if os.getpid() != _process:
         return
+    _process = 0  # this happens once
     try:
         for group in _groups:
             group.announce()
@@ -123,6 +150,7 @@ class MpiGroup:
         self.rank, self._size = communicator.rank, communicator.size
         self._left: dict[int, float] = {}  # when it was seen to have left
         self._goodbyes: list = []
+        self._long_waits = LongWaits(self.rank)
         transport.set_watch(self._watch)
 
     def announce(self) -> None:
@@ -150,7 +178,7 @@ class MpiGroup:
         time.sleep(_LAST_WORDS)
         if not self._mpi.Is_finalized():
             self._mpi.COMM_WORLD.Abort(1)
-        os._exit(1)
+        _exit_at_once(1)
 
     def _listen(self) -> None:
         status = self._mpi.Status()
@@ -158,12 +186,13 @@ class MpiGroup:
             self._communicator.Recv([bytearray(), 0, self._mpi.BYTE], status.source)
             self._left[status.source] = time.monotonic()
 
-    def _watch(self, peer: int) -> None:
+    def _watch(self, peer: int, waited: float) -> None:
+        self._long_waits.note(peer, waited)
         self._listen()
         if time.monotonic() - self._left.get(peer, time.monotonic()) > _GRACE:
             raise _core.TransferError(
                 f"rank {self.rank} waits for rank {peer}, which has left: it came to the end of its script or called "
-                "sys.exit. Every rank must make the same calls"
+                "sys.exit or os._exit. Every rank must make the same calls"
             )
 
 
@@ -193,7 +222,7 @@ class TorchGroup:
     def abort(self) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _kill_stopped_workers()
-        os._exit(1)
+        _exit_at_once(1)
 
 
 def _kill_stopped_workers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ class Launch:
     launcher: str = "none"  # for messages
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int | None = None  # None: the launcher does not say
     address: str = "127.0.0.1"  # where a torch group meets
     port: int = 29500
 
@@ -58,11 +59,14 @@ class _Numbers:
         except ValueError:
             raise ValueError(f"{name}={text!r} in the environment is not a number") from None
 
+    def optional(self, name: str) -> int | None:
+        return self(name) if name in self.environment else None
+
 
 def _mpi(launcher: str, env: _Numbers, rank: str, size: str, local_rank: str) -> Launch:
     if env(size) == 1:
         return Launch("alone", launcher)
-    return Launch("mpi", launcher, env(rank), env(size), env(local_rank, 0))
+    return Launch("mpi", launcher, env(rank), env(size), env.optional(local_rank))
 
 
 def _torch(environment: Mapping[str, str], launcher: str) -> Launch:
@@ -74,7 +78,7 @@ def _torch(environment: Mapping[str, str], launcher: str) -> Launch:
         launcher,
         env("RANK"),
         env("WORLD_SIZE"),
-        env("LOCAL_RANK", env("RANK")),
+        env.optional("LOCAL_RANK"),
         environment.get("MASTER_ADDR", "127.0.0.1"),
         env("MASTER_PORT", 29500),
     )
@@ -94,7 +98,7 @@ def _slurm_torch(environment: Mapping[str, str], env: _Numbers) -> Launch:
         "srun without --mpi",
         env("SLURM_PROCID"),
         env("SLURM_STEP_NUM_TASKS"),
-        env("SLURM_LOCALID", 0),
+        env.optional("SLURM_LOCALID"),
         address,
         # Alike on all ranks, different for jobs that share a node.
         env("MASTER_PORT", 20000 + (env("SLURM_JOB_ID", 0) * 31 + env("SLURM_STEP_ID", 0)) % 20000),
@@ -105,3 +109,18 @@ def first_host(nodes: str) -> str:
     """The first host of a SLURM node list: ``node[003-007,9],other`` gives ``node003``."""
     match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in match.groups()) if match else ""
+
+
+def positive_seconds(name: str, value: object) -> float:
+    """A time limit as a number.
+
+    Raises:
+        ValueError: it is not a positive number; names the setting.
+    """
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
+    return seconds

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,9 +16,11 @@ from .. import _core
 from ..errors import OtherRankError
 from ..state import State
 from .communicator import Comm
+from .guard import time_limit
 
 _NAME = "libnccl.so.2"
 _ID_BYTES = 128
+_T = TypeVar("_T")
 
 
 class NcclTransport(_core.NcclTransport):
@@ -70,34 +75,32 @@ def nccl_transport(
         OtherRankError: a RuntimeError; so it is on another rank.
         ValueError: the device is no GPU of this machine.
     """
-    nccl: _core.NcclLibrary | None = None
-    index, error = -1, None
-    try:
-        index = -1 if host_memory else _device_index(device, control)
-        nccl = _core.NcclLibrary(_candidates(library))
-    except (RuntimeError, ValueError) as e:
-        error = e
-    _vote(control, error, "NCCL cannot be used")
-    assert nccl is not None, "the vote has raised where there is none"
 
+    def open_library() -> tuple[_core.NcclLibrary, int]:
+        index = -1 if host_memory else _device_index(device, control)
+        return _core.NcclLibrary(_candidates(library)), index
+
+    def check_version() -> None:
+        if nccl.version != version:
+            raise RuntimeError(
+                f"rank {control.rank} has NCCL {nccl.version} ({nccl.path}) and rank 0 has {version}: install the same "
+                "torch for all ranks, or set MLPINT_NCCL to the same library"
+            )
+
+    nccl, index = _on_every_rank(control, open_library, "NCCL cannot be used")
     header = bytearray(_ID_BYTES + 8)
     if control.rank == 0:
         header[:] = nccl.unique_id() + nccl.version.to_bytes(8, "little")
     control.broadcast(State([torch.frombuffer(header, dtype=torch.uint8)]), 0)
-    version = int.from_bytes(header[_ID_BYTES:], "little")
-    if nccl.version != version:
-        error = RuntimeError(
-            f"rank {control.rank} has NCCL {nccl.version} ({nccl.path}) and rank 0 has {version}: install the same "
-            "torch for all ranks, or set MLPINT_NCCL to the same library"
-        )
-    _vote(control, error, "NCCL has another version")
+    unique_id, version = bytes(header[:_ID_BYTES]), int.from_bytes(header[_ID_BYTES:], "little")
+    _on_every_rank(control, check_version, "NCCL has another version")
 
-    if host_memory:
-        return NcclTransport(nccl, control, bytes(header[:_ID_BYTES]), -1, lambda: 0)
-    torch.cuda.set_device(index)
-    return NcclTransport(
-        nccl, control, bytes(header[:_ID_BYTES]), index, lambda: torch.cuda.current_stream(index).cuda_stream
-    )
+    limit = control.stall_limit
+    with time_limit(limit, f"rank {control.rank}: NCCL has not connected the {control.size} ranks within {limit:g} s"):
+        if host_memory:
+            return NcclTransport(nccl, control, unique_id, -1, lambda: 0)
+        torch.cuda.set_device(index)
+        return NcclTransport(nccl, control, unique_id, index, lambda: torch.cuda.current_stream(index).cuda_stream)
 
 
 def own_gpu_each(comm: Comm) -> bool:
@@ -105,6 +108,25 @@ def own_gpu_each(comm: Comm) -> bool:
     mine = str(torch.cuda.get_device_properties(comm.device).uuid) if comm.device.type == "cuda" else ""
     gpus = comm.gather(mine.encode())
     return b"" not in gpus and len(set(gpus)) == comm.size
+
+
+def is_installed(comm: Comm) -> bool:
+    """Whether every rank has an NCCL library; warns where one has none, unless MLPINT_NCCL names it. Collective."""
+    reason = ""
+    if "MLPINT_NCCL" not in os.environ:
+        try:
+            _core.NcclLibrary(_candidates(None))
+        except RuntimeError as error:
+            reason = str(error)
+    reasons = comm.gather(reason.encode())
+    missing = [rank for rank, text in enumerate(reasons) if text]
+    if missing and comm.rank == 0:
+        warnings.warn(
+            f"GPU memory goes by the host, which is slow, for want of NCCL on rank {', '.join(map(str, missing))}: "
+            f"{reasons[missing[0]].decode()}",
+            stacklevel=2,
+        )
+    return not missing
 
 
 def _candidates(library: str | os.PathLike[str] | None) -> list[str]:
@@ -128,10 +150,13 @@ def _device_index(device: torch.device | str | int, control: _core.Transport) ->
     return index
 
 
-def _vote(control: _core.Transport, error: Exception | None, what: str) -> None:
-    """Raises on every rank if there is an error on one: a rank that went on alone would wait for ever."""
-    failed = int(control.sum(float(error is not None)))
-    if error:
-        raise error
-    if failed:
+def _on_every_rank(control: _core.Transport, action: Callable[[], _T], what: str) -> _T:
+    """Does something that raises on every rank if it does on one: a rank that went on alone would wait for ever."""
+    try:
+        result = action()
+    except (RuntimeError, ValueError):
+        control.sum(1.0)
+        raise
+    if failed := int(control.sum(0.0)):
         raise OtherRankError(f"rank {control.rank}: {what} on {failed} of {control.size} ranks, see their messages")
+    return result

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .. import _core
-from . import guard, launchers, mpi, nccl, process_group
+from . import guard, launchers, mpi, nccl, process_group, waiting
 from .communicator import Comm, connects
 from .host_staging import StagedTransport
 
@@ -29,7 +30,8 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
 
     Args:
         stall_limit: seconds a rank waits for another before it gives up and ends the job. Default: the environment
-            variable MLPINT_STALL_LIMIT, else 600.
+            variable MLPINT_STALL_LIMIT, else 600. After MLPINT_WARN_AFTER seconds, else 30, a line on stderr says who
+            waits for whom in what.
         backend: "mpi", "gloo" or "self" to insist on one, without NCCL; by default what the launcher suggests.
 
     Raises:
@@ -40,6 +42,7 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
     if backend not in (None, "mpi", "gloo", "self"):
         raise ValueError(f"backend must be 'mpi', 'gloo' or 'self', got {backend!r}")
     limit = _checked_stall_limit(stall_limit)
+    waiting.warn_after()  # raises here what is wrong with it
     if _current is None:
         _current = _start(limit, backend)
     elif stall_limit is not None:
@@ -49,7 +52,8 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
 
 def _start(stall_limit: float, backend: str | None) -> Comm:
     launch = launchers.detect()
-    kind = {None: launch.kind, "mpi": "mpi", "gloo": "torch", "self": "alone"}[backend]
+    kinds = {"mpi": "mpi", "gloo": "torch", "self": "alone"}
+    kind = kinds[backend] if backend else launch.kind
     if kind not in (launch.kind, "alone"):
         raise ValueError(
             f"backend {backend!r} needs {'mpirun' if kind == 'mpi' else 'torchrun'}, but this process was started by "
@@ -58,12 +62,11 @@ def _start(stall_limit: float, backend: str | None) -> Comm:
     if kind == "alone":
         return alone(stall_limit)
     if kind == "mpi":
-        with guard.time_limit(stall_limit):
+        with guard.time_limit(stall_limit, f"rank {launch.rank}: MPI has not started within {stall_limit:g} s"):
             comm = _over_mpi(mpi.world(launch), stall_limit)
     else:
         store = process_group.start(launch, stall_limit)
-        assert dist.group.WORLD is not None, "the group has just been started"
-        comm = _over_group(dist.group.WORLD, stall_limit, launch.local_rank, store)
+        comm = _over_group(None, stall_limit, launch.local_rank, store)
     return _over_gpus(comm, with_nccl=backend is None)
 
 
@@ -104,35 +107,41 @@ def _over_mpi(communicator: Any, stall_limit: float) -> Comm:
     return Comm(transport, "mpi", local_rank, stall_limit, keep=own)
 
 
-def _over_group(group: dist.ProcessGroup, stall_limit: float, local_rank: int, store: dist.Store | None = None) -> Comm:
+def _over_group(
+    group: dist.ProcessGroup | None, stall_limit: float, local_rank: int | None, store: dist.Store | None = None
+) -> Comm:
+    group = process_group.for_host_memory(group, stall_limit)
     transport = _core.PythonTransport(process_group.ProcessGroupTransport(group))
+    transport.stall_limit = stall_limit
     guard.install(guard.TorchGroup(transport.rank, transport.size, store))
+    if local_rank is None:
+        local_rank = _local_rank(Comm(transport, "gloo", 0, stall_limit))
     return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
+
+
+def _local_rank(comm: Comm) -> int:
+    """Rank among those on this machine, by its name and the number it drew when it was booted. Collective."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machines = comm.gather(platform.node().encode() + (boot.read_bytes() if boot.exists() else b""))
+    return machines[: comm.rank].count(machines[comm.rank])
 
 
 def _over_gpus(comm: Comm, with_nccl: bool = True) -> Comm:
     """The same ranks with a way for what is on GPUs: NCCL where every rank has one of its own, else by the host."""
     if comm.size == 1:
         return comm
-    if nccl.own_gpu_each(comm) and with_nccl:
+    if nccl.own_gpu_each(comm) and with_nccl and nccl.is_installed(comm):
         over_nccl = nccl.nccl_transport(comm.transport, comm.device)
         return Comm(over_nccl, "nccl", comm.local_rank, comm.stall_limit, keep=comm)
     if comm.device.type == "cuda":
         torch.cuda.set_device(comm.device)
-        over_host = _core.PythonTransport(StagedTransport(comm.transport))
-        return Comm(over_host, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
+        staged = _core.PythonTransport(StagedTransport(comm.transport))
+        return Comm(staged, comm.name, comm.local_rank, comm.stall_limit, keep=comm)
     return comm
 
 
 def _checked_stall_limit(stall_limit: float | None) -> float:
-    name = "stall_limit"
-    value: Any = stall_limit
-    if stall_limit is None:
-        name, value = "MLPINT_STALL_LIMIT", os.environ.get("MLPINT_STALL_LIMIT", _DEFAULT_STALL_LIMIT)
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
-    return seconds
+    if stall_limit is not None:
+        return launchers.positive_seconds("stall_limit", stall_limit)
+    name = "MLPINT_STALL_LIMIT"
+    return launchers.positive_seconds(name, os.environ.get(name, _DEFAULT_STALL_LIMIT))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..comm.communicator import Comm
+from ..comm.fingerprint import checksum
 from ..mgrit.options import MGRIT
 from ..nn import BlockStack
 from ..parallel.clip import stacks_of
@@ -35,7 +36,7 @@ def parallelize(
     then works as before on every rank, and so do ``state_dict`` and ``load_state_dict``. A loop that does more with the
     state than to hand it on is refused, here or in the first call. In the configurations of models of the transformers
     library ``use_cache`` is turned off. Everything outside the stack, and the state of torch's random number
-    generators, becomes that of rank 0.
+    generators, becomes that of rank 0; so do the layers where they differ.
 
     Of an encoder-decoder model of that library both stacks are replaced, each by a ``LayerParallel`` of its own that
     takes all ranks: the decoder's gets the encoder's output as an argument. One time line for the state (X, Y), as in
@@ -64,6 +65,8 @@ def parallelize(
             :class:`LayerParallel` raises. The model is as it was.
     """
     comm = Comm.of(comm)
+    if len(set(comm.gather(checksum([model]).encode()))) > 1:
+        sync_replicas(model, comm)  # layers of several drawings would make up no model of anybody's
     candidates = _candidates(model)
     paths = _choose(model, candidates) if stack is None else [_named(model, stack, candidates)]
     comm.vote({"stack": ", ".join(paths), "class": type(model).__name__}, "the model")

@@ -5,6 +5,7 @@
 //
 // Where NCCL would hang or corrupt memory, this reports an error: sizes that differ, a rank that has gone, and a wait
 // of more than FAKE_NCCL_TIMEOUT seconds (default 20). FAKE_NCCL_STREAM: the only stream that is accepted.
+// FAKE_NCCL_START: seconds that a rank takes to join.
 #include <errno.h>
 #include <fcntl.h>
 #include <stddef.h>
@@ -182,6 +183,7 @@ int ncclGetUniqueId(UniqueId* id) {
 
 int ncclCommInitRank(Comm** comm, int size, UniqueId id, int rank) {
   if (rank < 0 || rank >= size) return invalid_argument;
+  if (const char* text = getenv("FAKE_NCCL_START")) sleep(atoi(text));
   Comm* c = new Comm{rank, size, std::vector<int>(size, -1), std::vector<int>(size, -1)};
   const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
   socklen_t length;
