@@ -143,6 +143,7 @@ def test_long_waits_are_reported_once_each(launcher):
     program = """
         import time, torch, mlpint
         comm = mlpint.init()
+        torch.manual_seed(0)
         stack = mlpint.LayerParallel([torch.nn.Linear(4, 4) for _ in range(4)], comm=comm)
         comm.barrier()
         for late, call in (1, comm.barrier), (1, comm.barrier), (0, lambda: stack(torch.ones(2, 4))):
