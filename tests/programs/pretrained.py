@@ -292,7 +292,7 @@ def other_stacks_are_refused(comm):
     there = 'stack="decoder.block" (3 layers)'
     _raises(ValueError, there, lambda: parallelize(t5(), comm=comm, stack="decoder.layers"))
     model = t5(LongT5ForConditionalGeneration, config=LongT5Config)
-    _raises(ValueError, "gives layer 1 value 2 that layer 0 returns", lambda: parallelize(model, comm=comm))
+    _raises(ValueError, "gives layer 1 value 1 that layer 0 returns", lambda: parallelize(model, comm=comm))
     assert isinstance(model.encoder.block, torch.nn.ModuleList)
     model = marian()
     _raises(ValueError, "open_layers + close_layers", lambda: parallelize(model, comm=comm, open_layers=3))

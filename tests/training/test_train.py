@@ -448,7 +448,7 @@ def test_a_rank_that_cannot_start_tells_why():
     import mlpint.comm.nccl as nccl
     from mlpint.cli import main
     join = nccl.nccl_transport
-    nccl.own_gpu_each = lambda comm: True
+    nccl.own_gpu_each = nccl.is_installed = lambda comm: True
     nccl.nccl_transport = lambda control, device: join(control, device, "no-such-libnccl.so", host_memory=True)
     if os.environ["PMI_RANK"] == "0":
         nccl._core = type("Core", (), {"NcclLibrary": lambda names: None})
