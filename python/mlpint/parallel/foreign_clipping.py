@@ -24,6 +24,7 @@ from ..mgrit.stats import Stats
 from . import spread_stacks
 from .clip import squared_grad_norm
 from .layer_parallel import LayerParallel
+from .ties import ancestors_of
 
 _measured: WeakKeyDictionary[LayerParallel, Stats] = WeakKeyDictionary()  # whose gradients' norm was taken
 
@@ -68,8 +69,8 @@ def install() -> None:
 def _stacks_of(gradients: list[torch.Tensor]) -> list[LayerParallel]:
     """The stacks of several ranks that have some of the gradients, here or on other ranks.
 
-    A rank on which a stack has nothing to train (no layers, or frozen ones) cannot see whether its are meant. It takes
-    part once after each pass that went backward; where it should not have, the ranks' agreement fails on all of them.
+    A rank on which a stack has nothing to train (no layers, or frozen ones) goes by the model around it: it takes
+    part where gradients of that are given, or none at all, once after each pass that went backward.
     """
     given: set[int] = {id(g) for g in gradients}
     stacks: list[LayerParallel] = []
@@ -79,6 +80,9 @@ def _stacks_of(gradients: list[torch.Tensor]) -> list[LayerParallel]:
             takes_part = any(id(p.grad) in given for p in stack.parameters() if p.grad is not None)
         else:
             takes_part = stack.stats.seconds["backward"] > 0 and _measured.get(stack) is not stack.stats
+            if takes_part and given:
+                around = (p for module in ancestors_of(stack) for p in module.parameters())
+                takes_part = any(id(p.grad) in given for p in around if p.grad is not None)
         if takes_part:
             stacks.append(stack)
             _measured[stack] = stack.stats

@@ -17,6 +17,21 @@ def tied_outside(stack: nn.Module, kind: type[nn.Module]) -> list[str]:
         stack: the stack.
         kind: the class of stacks.
     """
+    ancestors = ancestors_of(stack)
+    own = {p: name for name, p in stack.named_parameters()}
+    tied: dict[str, None] = {}
+    for ancestor in ancestors:
+        inside = {id(m) for other in ancestor.modules() if isinstance(other, kind) for m in other.modules()}
+        for module in ancestor.modules():
+            if id(module) not in inside:
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and parameter in own:
+                        tied[f"{own[parameter]} (also {name} of a {type(module).__name__})"] = None
+    return list(tied)
+
+
+def ancestors_of(stack: nn.Module) -> list[nn.Module]:
+    """The modules of this process that a module is a part of."""
     modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in m.__dict__]
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
@@ -30,13 +45,4 @@ def tied_outside(stack: nn.Module, kind: type[nn.Module]) -> list[str]:
             if parent not in ancestors:
                 ancestors[parent] = None
                 pending.append(parent)
-    own = {p: name for name, p in stack.named_parameters()}
-    tied: dict[str, None] = {}
-    for ancestor in ancestors:
-        inside = {id(m) for other in ancestor.modules() if isinstance(other, kind) for m in other.modules()}
-        for module in ancestor.modules():
-            if id(module) not in inside:
-                for name, parameter in module._parameters.items():
-                    if parameter is not None and parameter in own:
-                        tied[f"{own[parameter]} (also {name} of a {type(module).__name__})"] = None
-    return list(tied)
+    return list(ancestors)
