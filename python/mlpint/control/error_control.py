@@ -249,7 +249,8 @@ class ErrorControl:
         gradients = [p.grad for p in self.blocks.parameters() if p.grad is not None]
         finite = bool(loss.isfinite().all())
         if finite and gradients:
-            finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+            norms = torch._foreach_norm(gradients)  # of this rank alone, unlike those that torch clips by
+            finite = bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
         comm = self.blocks.comm
         return comm.size == 1 and finite or comm.size > 1 and not comm.transport.control.sum(float(not finite))
 
