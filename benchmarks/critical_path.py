@@ -3,14 +3,15 @@
     python benchmarks/critical_path.py
 
 The ranks are threads and the messages real, but time is counted, not measured: every rank has a clock that each layer
-evaluation moves on (forward 1, input-vjp 1, combined vjp 2 units) and that a message carries to its receiver. Messages
-themselves cost nothing here. Printed: units of the serial step (3 N), of the step as counted, and of the cost model's
-formula.
+evaluation moves on (forward 1, input-vjp 1, combined vjp 2 units; a slice of the batch its part of that) and that a
+message carries to its receiver, which costs --hop units on the way. Printed: units of the serial step (3 N), of the
+step as counted, and of the formula for layers with a backward in two halves; speed-up without and with hops.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import queue
 import threading
 from collections import defaultdict
@@ -22,6 +23,7 @@ from mlpint import MGRIT, Comm, LayerParallel, _core
 from mlpint.layers.module_evaluator import ModuleEvaluator
 
 UNITS = {"forward": 1, "input_vjp": 1, "parameter_vjp": 1, "combined_vjp": 2}
+BATCH = 16  # samples, which every number of slices below divides
 clock = threading.local()
 
 
@@ -42,7 +44,7 @@ class CountedTransport:
 
     def send(self, to, tag, state):
         tensors = [t.clone() for t in state.tensors] if hasattr(state, "tensors") else bytes(state)
-        self.boxes[self.rank, to, tag].put((clock.now, tensors))
+        self.boxes[self.rank, to, tag].put((clock.now + clock.hop, tensors))
         return Sent()
 
     def receive(self, source, tag, state):
@@ -77,9 +79,25 @@ class Received:
 def counted(self, level):
     def count(kind):
         self.evaluations[kind][level] += 1
-        clock.now += UNITS[kind]
+        clock.now += UNITS[kind] * clock.samples / BATCH
 
     return count
+
+
+def sized(method):
+    """The clock learns how large a part of the batch an evaluation is of."""
+
+    def evaluate(self, n, state, *args):
+        clock.samples = state.tensors[0].shape[0]
+        return method(self, n, state, *args)
+
+    return evaluate
+
+
+def count_units(patch=setattr):
+    patch(ModuleEvaluator, "_counter", counted)
+    for name in ("_forward", "_input_vjp", "_finish"):
+        patch(ModuleEvaluator, name, sized(getattr(ModuleEvaluator, name)))
 
 
 class Layer(nn.Module):
@@ -91,18 +109,18 @@ class Layer(nn.Module):
         return x + 0.1 * torch.tanh(self.linear(x))
 
 
-def step_units(depth: int, ranks: int, options: MGRIT, layout: str) -> int:
+def step_units(depth: int, ranks: int, options: MGRIT, layout: str, slices: int = 1, hop: float = 0.0) -> float:
     """The latest clock after one forward and backward pass."""
     boxes, layers, latest, errors = Mailboxes(), [Layer() for _ in range(depth)], [0] * ranks, []
 
     def rank_main(rank):
         try:
-            clock.now = 0
+            clock.now, clock.hop = 0, hop
             transport = _core.PythonTransport(CountedTransport(rank, ranks, boxes)) if ranks > 1 else None
             comm = Comm(transport or _core.SelfTransport(), "counted", 0, 60.0)
-            stack = LayerParallel(layers, options, comm=comm, layout=layout)
+            stack = LayerParallel(layers, options, comm=comm, layout=layout, chain_slices=slices)
             clock.now = 0
-            stack(torch.ones(1, 2)).sum().backward()
+            stack(torch.ones(BATCH, 2)).sum().backward()
             latest[rank] = clock.now
         except BaseException as error:
             errors.append(error)
@@ -118,41 +136,49 @@ def step_units(depth: int, ranks: int, options: MGRIT, layout: str) -> int:
     return max(latest)
 
 
-def formula(depth: int, ranks: int, options: MGRIT, layout: str) -> float:
-    """The cost model for generic modules: two chains and the sweeps; in the cyclic layout the pipeline fills too."""
+def formula(depth: int, ranks: int, options: MGRIT, layout: str, slices: int = 1) -> float:
+    """Two chains and the sweeps; in the cyclic layout the pipeline fills too."""
     chain, share = depth / options.cfactor, depth / ranks
     if layout == "cyclic":
         group = min(ranks, options.cfactor)
         return 2 * depth / group + 3 * share + (3 * group - 4) * options.cfactor / group
     k = options.forward_iters + options.backward_iters
-    return 2 * chain * (1 - 1 / ranks) + (k + 1) * share + chain / ranks
+    return 2 * chain * (1 - 1 / ranks) / slices + (k + 1) * share
 
 
 CASES = [
-    ("block", "injection", 1, 1, 4, 32, (2, 4, 8)),
-    ("block", "injection", 1, 1, 8, 32, (2, 4)),
-    ("block", "injection", 2, 1, 4, 32, (2, 4, 8)),
-    ("block", "injection", 1, 1, 4, 128, (8, 32)),
-    ("cyclic", "sum", 1, 1, 4, 32, (2, 4)),
-    ("cyclic", "sum", 1, 1, 4, 64, (4, 8)),
-    ("cyclic", "sum", 1, 1, 8, 128, (8, 16)),
-    ("cyclic", "sum", 1, 1, 16, 1024, (64,)),
+    ("block", "injection", 1, 1, 4, 32, (2, 4, 8), (1, 4)),
+    ("block", "injection", 1, 1, 8, 32, (2, 4), (1,)),
+    ("block", "injection", 2, 1, 4, 32, (2, 4, 8), (1,)),
+    ("block", "injection", 1, 1, 4, 128, (8, 32), (1,)),
+    ("block", "injection", 1, 1, 4, 64, (8, 16), (1, 4, 8)),
+    ("block", "injection", 2, 1, 4, 64, (8, 16), (1, 4, 8)),
+    ("block", "injection", 1, 1, 8, 64, (8,), (1, 4, 8)),
+    ("cyclic", "sum", 1, 1, 4, 32, (2, 4), (1,)),
+    ("cyclic", "sum", 1, 1, 4, 64, (4, 8), (1,)),
+    ("cyclic", "sum", 1, 1, 8, 128, (8, 16), (1,)),
+    ("cyclic", "sum", 1, 1, 16, 1024, (64,), (1,)),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+    parser.add_argument("--hop", type=float, default=0.2, help="what a message costs, in layer forwards (0.2)")
+    hop = parser.parse_args().hop
     torch.set_num_threads(1)
-    ModuleEvaluator._counter = counted
-    print("layout  operator   setting           N  ranks  serial  counted  formula  speed-up")
-    for layout, coarse, kf, kb, cfactor, depth, rank_counts in CASES:
-        for ranks in rank_counts:
+    count_units()
+    print("layout  operator   setting           N  ranks  slices  serial  counted  formula  speed-up  with hops")
+    for layout, coarse, kf, kb, cfactor, depth, rank_counts, slice_counts in CASES:
+        for ranks, slices in itertools.product(rank_counts, slice_counts):
             options = MGRIT(2, cfactor, kf, kb, coarse=coarse)
-            units, model = step_units(depth, ranks, options, layout), formula(depth, ranks, options, layout)
+            units, model = (
+                step_units(depth, ranks, options, layout, slices),
+                formula(depth, ranks, options, layout, slices),
+            )
+            delayed = step_units(depth, ranks, options, layout, slices, hop)
             print(
-                f"{layout:8}{coarse:11}({kf},{kb}) cf {cfactor:<4}{depth:>6}{ranks:>7}{3 * depth:>8}{units:>9}"
-                f"{model:>9.0f}{3 * depth / units:>10.2f}"
+                f"{layout:8}{coarse:11}({kf},{kb}) cf {cfactor:<4}{depth:>6}{ranks:>7}{slices:>8}"
+                f"{3 * depth:>8}{units:>9.1f}{model:>9.1f}{3 * depth / units:>10.2f}{3 * depth / delayed:>11.2f}"
             )
 
 

@@ -20,6 +20,10 @@ BlockLayout::BlockLayout(Grid grid, Partition partition, std::vector<int> ranks,
     begin_.push_back(std::min(grid_.first_at(l, partition_.begin(slot)), grid_.steps(l)));
     end_.push_back(std::min(grid_.first_at(l, partition_.end(slot)), grid_.steps(l)));
   }
+  for (int k = 0; k < grid_.steps(levels - 1); ++k) {
+    if (k == begin_[levels - 1]) chain_place_ = chain_length_;
+    if (k == 0 || rank_of_step(levels - 1, k) != rank_of_step(levels - 1, k - 1)) ++chain_length_;
+  }
   level_1_point_.resize(levels);
   for (int l = 1; l < levels; ++l)
     for (int k = 0; k <= grid_.steps(l); ++k)

@@ -21,6 +21,11 @@ class BlockLayout {
   // Returns the index, among the own points of level 1, of point k of a coarse level.
   int node_index(int level, int k) const { return level_1_point_[level][k] - begin_[1]; }
 
+  // Returns how many ranks have steps of the coarsest level.
+  int chain_length() const { return chain_length_; }
+  // Returns how many of them are before this one.
+  int chain_place() const { return chain_place_; }
+
   // Throws std::invalid_argument if the layers of any coarse step are on several ranks. The last step of a level does
   // not matter: nothing is computed from the point it arrives at.
   void require_whole_intervals() const;
@@ -31,6 +36,7 @@ class BlockLayout {
   std::vector<int> ranks_;
   std::vector<int> begin_, end_;                 // [level]
   std::vector<std::vector<int>> level_1_point_;  // [level][point]
+  int chain_length_ = 0, chain_place_ = 0;
 };
 
 }  // namespace mlpint

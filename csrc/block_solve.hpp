@@ -25,6 +25,7 @@ class BlockSolve final : public MgritSolve {
     State value;
     State step;             // Phi_0(value), where it has been evaluated
     bool is_final = false;  // whether that was in a final sweep, so that the final fine sweep need not redo it
+    bool is_done = false;   // whether nothing is owed at it any more
   };
   // What a coarse operator learns from: the first fine step of an interval, as the final sweep took it.
   struct FirstStep {
@@ -52,6 +53,9 @@ class BlockSolve final : public MgritSolve {
   State final_sweep(StoppingRule& rule) override;
   void restrict(int level, const std::vector<State>& ends);
   void expect_coarsest();
+  bool finishes_on_chain(Sweep sweep);
+  State chain_fine_step(int k, const State& value, Sweep sweep, int i);
+  State chain_step(int k, const State& value, State& step, Sweep sweep, int i);
   std::vector<State> c_values() const;
   double squared_residual(const std::vector<State>& values, const std::vector<State>& ends);
   void observe(const std::vector<State>& ends);
@@ -66,15 +70,17 @@ class BlockSolve final : public MgritSolve {
   void c_relax(int level, std::vector<State> ends);
 
   Node& node(int level, int k) { return nodes_[layout_.node_index(level, k)]; }
-  void set(Node& n, State value) { n = Node{std::move(value), nullptr, false}; }
+  void set(Node& n, State value) { n = Node{std::move(value), nullptr, false, false}; }
 
   const BlockLayout& layout_;
   const CoarseOperator& coarse_;
   std::vector<Node> nodes_;             // own points of level 1
   std::vector<FirstStep> first_steps_;  // [own interval]; empty unless the coarse operator learns from this solve
   std::vector<std::vector<State>> g_;   // [level][own step]: right-hand side at the end of the step, null for zero
-  TransferPtr coarsest_arrival_;        // the value that this rank's part of the coarsest level begins with
-  State coarsest_value_, final_value_;
+  // The value that this rank's part of the coarsest level begins with, slice by slice, and its arrival.
+  std::vector<TransferPtr> coarsest_arrivals_;
+  std::vector<State> coarsest_values_;
+  State final_value_;
 };
 
 }  // namespace mlpint

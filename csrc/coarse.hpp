@@ -60,7 +60,7 @@ class Sum final : public CoarseOperator {
     std::vector<Evaluation> others;
     for (int q = 1; q < s.length; ++q) others.push_back({s.position + q, u, nullptr});
     if (others.empty()) return v;
-    p.evaluate(others, s.level, Sweep::intermediate);
+    p.evaluate(others, s.level, Sweep::intermediate, s.slice);
     State sum = v;
     for (const Evaluation& e : others) sum = p.axpy(1.0, p.axpy(-1.0, u, e.output), sum);
     return sum;

@@ -71,9 +71,9 @@ class CyclicSolve final : public MgritSolve {
   State final_sweep(StoppingRule& rule) override;
 
   bool is_own(int position) const { return layout_.owners[position] == layout_.rank; }
-  void share(const std::vector<int>& ranks, State& value);
-  State reduce_increments(const Interval& interval, State own);
-  State own_increments(const Interval& i, Values& v, Sweep sweep);
+  void share(const std::vector<int>& ranks, State& value, int i);
+  State reduce_increments(const Interval& interval, State own, int i);
+  State own_increments(const Interval& interval, const Values& v, const State& start, State& step, Sweep sweep, int i);
   void fine_sweep(Sweep sweep);
   double squared_residual();
 
@@ -84,35 +84,41 @@ class CyclicSolve final : public MgritSolve {
 
 // --- exchanges -------------------------------------------------------------------------------------------------------
 
-// Hands the value of ranks[0] to the others.
-void CyclicSolve::share(const std::vector<int>& ranks, State& value) {
-  if (contains(ranks, layout_.rank) && ranks[0] != layout_.rank) value = propagator_.empty();
+// Hands the value of ranks[0], of slice i of the batch, to the others.
+void CyclicSolve::share(const std::vector<int>& ranks, State& value, int i) {
+  if (contains(ranks, layout_.rank) && ranks[0] != layout_.rank) value = propagator_.empty(slice_index(i));
   broadcast(transport_, ranks, tag::of_level(tag::chain, 0), value, clock_);
 }
 
 // Adds the members' increments up on the first of them, and returns null on other ranks.
-State CyclicSolve::reduce_increments(const Interval& interval, State own) {
+State CyclicSolve::reduce_increments(const Interval& interval, State own, int i) {
   return reduce(
       transport_, interval.members, tag::of_level(tag::interval_end, 0), std::move(own),
-      [this] { return propagator_.empty(); },
+      [this, i] { return propagator_.empty(slice_index(i)); },
       [this](const State& arrived, const State& sum) { return propagator_.axpy(1.0, arrived, sum); }, clock_);
 }
 
 // --- phases ----------------------------------------------------------------------------------------------------------
 
-State CyclicSolve::exact_sweep(State value) {
+State CyclicSolve::exact_sweep(State initial) {
   where_.operation = "exact sweep";
-  for (int p = 0; p < grid_.steps(0); ++p) {
-    if (!is_own(p)) continue;
-    if (p > 0 && !is_own(p - 1)) value = receive(tag::f_point, 0, layout_.owners[p - 1]);
-    if (!value) throw std::logic_error("the rank that owns point 0 was given no initial value");
-    std::vector<Evaluation> one{{p, std::move(value), nullptr}};
-    evaluate(one, 0, Sweep::final_fine);
-    value = std::move(one[0].output);
-    if (p + 1 == grid_.steps(0)) return value;
-    if (!is_own(p + 1)) post(tag::f_point, 0, layout_.owners[p + 1], value);
+  std::vector<State> finals;
+  for (int i = 0; i < slices_; ++i) {
+    State value = slice(initial, i);
+    for (int p = 0; p < grid_.steps(0); ++p) {
+      if (!is_own(p)) continue;
+      if (p > 0 && !is_own(p - 1)) value = receive(tag::f_point, 0, layout_.owners[p - 1], slice_index(i));
+      if (!value) throw std::logic_error("the rank that owns point 0 was given no initial value");
+      std::vector<Evaluation> one{{p, std::move(value), nullptr}};
+      evaluate(one, 0, Sweep::final_fine, slice_index(i));
+      value = std::move(one[0].output);
+      if (p + 1 == grid_.steps(0))
+        finals.push_back(std::move(value));
+      else if (!is_own(p + 1))
+        post(tag::f_point, 0, layout_.owners[p + 1], value);
+    }
   }
-  return nullptr;
+  return finals.empty() ? nullptr : join(std::move(finals));
 }
 
 void CyclicSolve::begin(State initial) {
@@ -134,53 +140,73 @@ double CyclicSolve::relax_and_restrict(int, bool norms) {
   return square;
 }
 
-// The last interval takes no coarse step: nothing is computed from where it would arrive.
+// The last interval takes no coarse step: nothing is computed from where it would arrive. All ranks go through slices
+// and intervals in the same order, so that nobody waits for one that waits for him.
 void CyclicSolve::coarsest_solve(Sweep sweep) {
   where_.operation = "coarsest sweep";
   const std::vector<Interval>& intervals = layout_.intervals;
-  State u = initial_;
-  share(intervals[0].members, u);
+  struct Slices {
+    std::vector<State> starts, steps, nexts;
+  };
+  std::vector<Slices> own(intervals.size());
+  for (int i = 0; i < slices_; ++i) {
+    State u = slice(initial_, i);
+    share(intervals[0].members, u, i);
+    for (std::size_t K = 0; K < intervals.size(); ++K) {
+      const Interval& interval = intervals[K];
+      if (interval.is_member()) own[K].starts.push_back(u);
+      if (K + 1 == intervals.size()) break;
+      State total, step, next;
+      if (interval.is_member())
+        total = reduce_increments(interval, own_increments(interval, values_[K], u, step, sweep, i), i);
+      if (step) own[K].steps.push_back(std::move(step));
+      if (interval.owns_first) next = propagator_.axpy(1.0, total, u);
+      std::vector<int> ranks = interval.members;
+      for (int rank : intervals[K + 1].members) append_new(ranks, rank);
+      share(ranks, next, i);
+      if (interval.owns_last) own[K].nexts.push_back(next);
+      u = std::move(next);
+    }
+  }
   for (std::size_t K = 0; K < intervals.size(); ++K) {
-    const Interval& i = intervals[K];
     Values& v = values_[K];
+    if (own[K].starts.empty()) continue;
     // A value that stays (that of the first point) keeps what was evaluated at it.
-    if (i.is_member() && (K > 0 || !v.start)) {
-      v.start = u;
+    if (K > 0 || !v.start) {
+      v.start = join(std::move(own[K].starts));
       v.step = nullptr;
       v.is_final = false;
     }
-    if (K + 1 == intervals.size()) break;
-    State total;
-    if (i.is_member()) total = reduce_increments(i, own_increments(i, v, sweep));
-    State next;
-    if (i.owns_first) next = propagator_.axpy(1.0, total, v.start);
-    std::vector<int> ranks = i.members;
-    for (int rank : intervals[K + 1].members) append_new(ranks, rank);
-    share(ranks, next);
-    if (i.owns_last) v.next = next;
-    u = std::move(next);
+    if (!own[K].steps.empty()) {
+      v.step = join(std::move(own[K].steps));
+      v.is_final = v.is_final || sweep == Sweep::final_coarse;
+    }
+    if (!own[K].nexts.empty()) v.next = join(std::move(own[K].nexts));
   }
 }
 
-// Returns what this rank adds to u_K: its layers' increments at u_K, and tau where the interval ends.
-State CyclicSolve::own_increments(const Interval& i, Values& v, Sweep sweep) {
+// Returns what this rank adds to slice i of u_K: its layers' increments at u_K, and tau where the interval ends. Sets
+// `step` where the first of the layers is this rank's.
+State CyclicSolve::own_increments(const Interval& interval, const Values& v, const State& start, State& step,
+                                  Sweep sweep, int i) {
   std::vector<Evaluation> others;
-  for (int p : i.own) {
-    if (p != i.begin) {
-      others.push_back({p, v.start, nullptr});
-    } else if (!v.step || (sweep == Sweep::final_coarse && !v.is_final)) {
-      std::vector<Evaluation> first{{p, v.start, nullptr}};
-      evaluate(first, 1, sweep);
-      v.step = std::move(first[0].output);
-      v.is_final = sweep == Sweep::final_coarse;
+  for (int p : interval.own) {
+    if (p != interval.begin) {
+      others.push_back({p, start, nullptr});
+    } else if (interval.begin == 0 && v.step && (v.is_final || sweep != Sweep::final_coarse)) {
+      step = slice(v.step, i);
+    } else {
+      std::vector<Evaluation> first{{p, start, nullptr}};
+      evaluate(first, 1, sweep, slice_index(i));
+      step = std::move(first[0].output);
     }
   }
-  evaluate(others, 1, Sweep::intermediate);
+  evaluate(others, 1, Sweep::intermediate, slice_index(i));
   State own;
   auto add = [&](State increment) { own = own ? propagator_.axpy(1.0, increment, own) : std::move(increment); };
-  if (i.owns_first) add(propagator_.axpy(-1.0, v.start, v.step));
-  for (const Evaluation& e : others) add(propagator_.axpy(-1.0, v.start, e.output));
-  if (i.owns_last && v.tau) add(v.tau);
+  if (step) add(propagator_.axpy(-1.0, start, step));
+  for (const Evaluation& e : others) add(propagator_.axpy(-1.0, start, e.output));
+  if (interval.owns_last && v.tau) add(slice(v.tau, i));
   return own;
 }
 

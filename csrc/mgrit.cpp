@@ -6,7 +6,12 @@ namespace mlpint {
 
 MgritSolve::MgritSolve(const Grid& grid, Transport& transport, Propagator& propagator, const SolverOptions& options,
                        Where& where)
-    : grid_(grid), transport_(transport), propagator_(propagator), options_(options), where_(where) {}
+    : grid_(grid),
+      transport_(transport),
+      propagator_(propagator),
+      options_(options),
+      slices_(propagator.slices()),
+      where_(where) {}
 
 SolveResult MgritSolve::run(State initial, int iterations) {
   SolveResult result;
@@ -36,28 +41,28 @@ SolveResult MgritSolve::run(State initial, int iterations) {
   return result;
 }
 
-void MgritSolve::evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep) {
+void MgritSolve::evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep, int slice) {
   if (batch.empty()) return;
   transport_.progress();
   where_.level = level;
   where_.position = batch.front().position;
-  propagator_.evaluate(batch, level, sweep);
+  propagator_.evaluate(batch, level, sweep, slice);
 }
 
 void MgritSolve::post(int kind, int level, int to, const State& value) {
   transport_.post(to, tag::of_level(kind, level), value);
 }
 
-TransferPtr MgritSolve::expect(int kind, int level, int from, State& into) {
-  into = propagator_.empty();
+TransferPtr MgritSolve::expect(int kind, int level, int from, State& into, int slice) {
+  into = propagator_.empty(slice);
   return transport_.receive(from, tag::of_level(kind, level), into);
 }
 
 void MgritSolve::finish(TransferPtr transfer) { clock_.wait(transport_, std::move(transfer)); }
 
-State MgritSolve::receive(int kind, int level, int from) {
+State MgritSolve::receive(int kind, int level, int from, int slice) {
   State value;
-  finish(expect(kind, level, from, value));
+  finish(expect(kind, level, from, value, slice));
   return value;
 }
 

@@ -71,17 +71,22 @@ class MgritSolve {
   virtual State final_sweep(StoppingRule& rule) = 0;
 
   // Every phase is made of these parts. Kinds of messages are those of tags.hpp.
-  void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep);
+  void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep, int slice = whole_batch);
   void post(int kind, int level, int to, const State& value);
   // Begins to receive, and sets `into` to the memory that the value arrives in.
-  TransferPtr expect(int kind, int level, int from, State& into);
+  TransferPtr expect(int kind, int level, int from, State& into, int slice = whole_batch);
   void finish(TransferPtr transfer);
-  State receive(int kind, int level, int from);
+  State receive(int kind, int level, int from, int slice = whole_batch);
+  // What the slices of a chain are made of. Undivided, the batch is its own only slice.
+  int slice_index(int i) const { return slices_ > 1 ? i : whole_batch; }
+  State slice(const State& x, int i) { return x && slices_ > 1 ? propagator_.slice(x, i) : x; }
+  State join(std::vector<State> parts) { return slices_ > 1 ? propagator_.join(parts) : std::move(parts[0]); }
 
   const Grid& grid_;
   Transport& transport_;
   Propagator& propagator_;
   const SolverOptions& options_;
+  const int slices_;  // of the batch, in chains
   Where& where_;
   WaitClock clock_;
 };

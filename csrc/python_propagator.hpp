@@ -12,7 +12,7 @@ class PythonPropagator final : public Propagator {
  public:
   explicit PythonPropagator(pybind11::object object) : object_(std::move(object)) {}
 
-  void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep) override {
+  void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep, int slice) override {
     pybind11::gil_scoped_acquire gil;
     pybind11::list positions, inputs, outputs;
     for (const Evaluation& e : batch) {
@@ -20,7 +20,7 @@ class PythonPropagator final : public Propagator {
       inputs.append(unwrap(e.input));
       outputs.append(unwrap(e.output));
     }
-    const pybind11::list results = object_.attr("evaluate")(positions, inputs, outputs, level, sweep);
+    const pybind11::list results = object_.attr("evaluate")(positions, inputs, outputs, level, sweep, slice);
     for (std::size_t i = 0; i < batch.size(); ++i) batch[i].output = wrap(results[i]);
   }
   State extrapolate(const State& u, const State& v, int length) override {
@@ -35,9 +35,27 @@ class PythonPropagator final : public Propagator {
     pybind11::gil_scoped_acquire gil;
     return object_.attr("squared_norm")(unwrap(x)).cast<double>();
   }
-  State empty() override {
+  State empty(int slice) override {
     pybind11::gil_scoped_acquire gil;
-    return wrap(object_.attr("empty")());
+    return wrap(object_.attr("empty")(slice));
+  }
+  int slices() override {
+    pybind11::gil_scoped_acquire gil;
+    return object_.attr("slices")().cast<int>();
+  }
+  State slice(const State& x, int index) override {
+    pybind11::gil_scoped_acquire gil;
+    return wrap(object_.attr("slice")(unwrap(x), index));
+  }
+  State join(const std::vector<State>& slices) override {
+    pybind11::gil_scoped_acquire gil;
+    pybind11::list states;
+    for (const State& s : slices) states.append(unwrap(s));
+    return wrap(object_.attr("join")(states));
+  }
+  bool finishes_on_chain() override {
+    pybind11::gil_scoped_acquire gil;
+    return object_.attr("finishes_on_chain")().cast<bool>();
   }
   State learnt_step(const CoarseStep& s, const State& u, const State& v) override {
     pybind11::gil_scoped_acquire gil;

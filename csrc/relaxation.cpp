@@ -125,18 +125,23 @@ std::vector<State> BlockSolve::fine_step(const std::vector<Segment*>& segments, 
   const bool learns = from_nodes && !first_steps_.empty();
   for (std::size_t i = 0; i < segments.size(); ++i) {
     Evaluation e{ks[i], std::move(segments[i]->value), nullptr};
+    bool done = false;
     segments[i]->value.reset();
     if (from_nodes) {
       Node& n = node(1, segments[i]->interval);
       e.input = std::move(n.value);
       if (n.is_final) e.output = std::move(n.step);
+      done = n.is_done;
       n = Node{};
       if (learns) first_steps_[segments[i]->interval - layout_.begin(1)].from = e.input;
     }
-    batch.push_back(std::move(e));
+    values.push_back(done ? std::move(e.output) : nullptr);
+    if (!done) batch.push_back(std::move(e));
   }
   evaluate(batch, 0, sweep);
-  for (Evaluation& e : batch) values.push_back(std::move(e.output));
+  auto evaluated = batch.begin();
+  for (State& value : values)
+    if (!value) value = std::move((evaluated++)->output);
   if (learns)
     for (std::size_t i = 0; i < segments.size(); ++i)
       first_steps_[segments[i]->interval - layout_.begin(1)].to = values[i];

@@ -16,17 +16,23 @@ class _Propagator(Protocol):
     """The steps that a solver takes; states are whatever Python objects the propagator makes of them."""
 
     def evaluate(
-        self, positions: list[int], inputs: list[Any], outputs: list[Any], level: int, sweep: Sweep, /
+        self, positions: list[int], inputs: list[Any], outputs: list[Any], level: int, sweep: Sweep, slice: int, /
     ) -> list[Any]:
         """Takes independent fine steps, all at once. An output that an earlier sweep found at the same input is given,
-        the others are None."""
+        the others are None. The states are those of a slice of the batch, or of the whole where it is -1."""
     def extrapolate(self, u: Any, v: Any, length: int, /) -> Any:
         """u + length (v - u)."""
     def axpy(self, a: float, x: Any, y: Any, /) -> Any:
         """a x + y."""
     def squared_norm(self, x: Any, /) -> float: ...
-    def empty(self) -> Any:
-        """Memory for a state to be received."""
+    def empty(self, slice: int, /) -> Any:
+        """Memory for a state, or a slice of one, to be received."""
+    def slices(self) -> int:
+        """In how many slices of the batch chains go through the ranks."""
+    def slice(self, x: Any, index: int, /) -> Any: ...
+    def join(self, slices: list[Any], /) -> Any: ...
+    def finishes_on_chain(self) -> bool:
+        """Whether a step visited in the chain and in the final fine sweep is dearer than one visit in the latter."""
     def learns(self) -> bool:
         """Whether a learnt coarse operator wants to observe the coarse steps of this solve."""
     def learnt_step(self, position: int, length: int, u: Any, v: Any, /) -> Any:

@@ -39,7 +39,7 @@ class Propagator:
             raise Fault(call)
         self.calls.append(call)
 
-    def evaluate(self, positions, inputs, outputs, level, sweep):
+    def evaluate(self, positions, inputs, outputs, level, sweep, index):
         values = [x.value for x in inputs]
         self._called("evaluate", positions, values, [y is not None for y in outputs], level, sweep)
         return [Number(x + 0.1 * math.tanh((p + 1) * x)) for p, x in zip(positions, values, strict=True)]
@@ -56,9 +56,16 @@ class Propagator:
         self._called("squared_norm", x.value)
         return x.value**2
 
-    def empty(self):
-        self._called("empty")
+    def empty(self, index):
+        self._called("empty", index)
         return Number(math.nan)
+
+    def slices(self):
+        return 1
+
+    def finishes_on_chain(self):
+        self._called("finishes_on_chain")
+        return False
 
     def learns(self):
         self._called("learns")

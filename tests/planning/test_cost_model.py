@@ -8,7 +8,7 @@ from mlpint.planning.cost_model import plan
 
 @pytest.mark.parametrize(
     ("forward_iters", "backward_iters", "cfactor", "speedup"),
-    [(1, 1, 4, 1.60), (2, 1, 4, 1.26), (1, 1, 8, 1.78)],
+    [(1, 1, 4, 1.71), (2, 1, 4, 1.33), (1, 1, 8, 1.85)],
 )
 def test_two_ranks(forward_iters, backward_iters, cfactor, speedup):
     options = MGRIT(cfactor=cfactor, forward_iters=forward_iters, backward_iters=backward_iters)
@@ -18,15 +18,14 @@ def test_two_ranks(forward_iters, backward_iters, cfactor, speedup):
 
 
 def test_layer_parallel_costs_what_the_work_costs_on_one_rank():
-    # N forwards, N combined vjps and ceil(N/cf) further input-vjps.
-    assert plan(32, 1, MGRIT(forward_iters=1, backward_iters=1)).layer_parallel == 32 + 64 + 8
+    assert plan(32, 1, MGRIT(forward_iters=1, backward_iters=1)).layer_parallel == 32 + 64
 
 
 def test_exact_directions_cost_what_the_serial_sweep_costs():
     assert plan(32, 4, MGRIT(forward_iters=0, backward_iters=0)).layer_parallel == 96
     assert plan(32, 4, MGRIT(levels=1), buffers=4).layer_parallel == 96
     mixed = plan(32, 4, MGRIT(forward_iters=0, backward_iters=1)).layer_parallel
-    assert mixed == 32 + 8 * 3 / 4 + 2 * 8 + 8 / 4
+    assert mixed == 32 + 8 * 3 / 4 + 2 * 8
 
 
 def test_pipeline():
@@ -52,6 +51,6 @@ def test_command(capsys):
     )
     assert cli.main([*arguments, "--microbatches", "1"]) == 0
     out = capsys.readouterr().out
-    assert "layer-parallel     60.0  speed-up  1.60" in out and out.endswith("fastest: layer-parallel\n")
+    assert "layer-parallel     56.0  speed-up  1.71" in out and out.endswith("fastest: layer-parallel\n")
     assert cli.main([*arguments, "--microbatches", "64"]) == 0
     assert capsys.readouterr().out.endswith("fastest: pipeline\n")

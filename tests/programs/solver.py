@@ -128,14 +128,18 @@ def inexact_iterations_are_the_textbook_s(comm):
 
 def work_is_optimal(comm):
     """(1,1): every layer once forwards, one combined vjp each, and on the adjoint chain an input-only vjp for each
-    interval but the last, whose coarse step nothing is computed from."""
+    interval but the last, whose coarse step nothing is computed from; the last rank of the chain takes the combined
+    one there."""
     for steps, cfactor, levels in ((32, 4, 2), (32, 8, 2), (13, 4, 2), (5, 2, 2), (32, 2, 3), (13, 3, 3), (1, 4, 2)):
         layers, x = [Residual() for _ in range(steps)], torch.randn(3, 4)
         intervals = -(-steps // cfactor)
         stack = LayerParallel(layers, MGRIT(levels, cfactor, 1, 1), comm=comm)
         backward(stack, x)
         counts = [summed(comm, stack.stats, k) for k in ("forward", "combined_vjp", "input_vjp", "parameter_vjp")]
-        assert counts == [steps, steps, intervals - 1, 0], f"N {steps}, cf {cfactor}, levels {levels}: {counts}"
+        span = cfactor ** (levels - 1)
+        owners = [stack.rank_of(min(start + span, steps) - 1) for start in range(0, steps, span)]
+        visits = intervals - owners.count(owners[0])
+        assert counts == [steps, steps, visits, 0], f"N {steps}, cf {cfactor}, levels {levels}: {counts}"
         stack.options = MGRIT(1)
         backward(stack, x)
         counts = [summed(comm, stack.stats, k) for k in ("forward", "combined_vjp", "input_vjp", "parameter_vjp")]
@@ -153,7 +157,8 @@ def work_is_optimal(comm):
         assert summed(comm, stack.stats, "combined_vjp") == 0
     recomputing = LayerParallel([Residual() for _ in range(12)], MGRIT(2, 3, 1, 1), comm=comm, recompute=True)
     backward(recomputing, torch.randn(3, 4))
-    assert summed(comm, recomputing.stats, "forward") == 12 + 12 + 3
+    visits = sum(recomputing.rank_of(end) > 0 for end in range(2, 12, 3))
+    assert summed(comm, recomputing.stats, "forward") == 12 + 12 + visits
 
 
 class Split(nn.Module):
@@ -309,6 +314,73 @@ def cyclic_layout_deals_evenly(comm):
             raise AssertionError("3 layers dealt to 4 ranks")
 
 
+class Masked(Residual):
+    """Takes a mask that follows the batch, and one number for all."""
+
+    def forward(self, x, mask=1.0, scale=1.0):
+        return x + scale * mask * (super().forward(x) - x)
+
+
+def chains_in_slices_change_nothing(comm):
+    """Any N, operator, number of levels and of slices, also those that do not divide the batch."""
+    torch.set_default_dtype(torch.float64)
+    settings = itertools.product(
+        ((5, 3), (13, 3), (33, 8)), (2, 3), ("F", "FCF"), ("injection", "fitted", "sum", "identity")
+    )
+    for number, ((steps, cfactor), levels, relaxation, coarse) in enumerate(settings):
+        kf, kb = ((1, 1), (2, 1), (0, 1), (2, 2), (2, 0))[number % 5]
+        cyclic = number % 2 and not (comm.size % cfactor and cfactor % comm.size)
+        if levels > 2 and (coarse == "sum" or relaxation == "FCF"):
+            continue
+        layers = [Masked() for _ in range(steps)]
+        x, mask = torch.randn(5, 4), torch.randn(5, 1).requires_grad_()
+        layout = "cyclic" if coarse == "sum" and cyclic and relaxation == "F" else "block"
+        options = MGRIT(levels, cfactor, kf, kb, relaxation, coarse)
+        what = f"N {steps}, {options}, {layout}"
+        stacks = [
+            LayerParallel(copies(layers), options, comm=comm, layout=layout, recompute=number % 3 == 0, chain_slices=m)
+            for m in (1, (2, 3, 5)[number % 3])
+        ]
+        for _ in range(3 if coarse == "fitted" else 1):  # it has learnt something from the second pass on
+            results = []
+            for stack in stacks:
+                stack.watch_residuals = True
+                leaf, own_mask = x.clone().requires_grad_(), mask.detach().clone().requires_grad_()
+                stack.zero_grad()
+                y = stack(leaf, mask=own_mask, scale=0.7)
+                y.square().sum().backward()
+                norms = [torch.tensor(v) for v in stack.stats.residual_norms.values()]
+                results.append((y, leaf.grad, own_mask.grad, *norms))
+        for expected, got in zip(*results, strict=True):
+            assert_close(got, expected, 1e-11, what)
+        assert_gradients_equal(stacks[1], stacks[0].local_layers, 1e-11)
+        if coarse != "sum" or layout == "block":
+            assert summed(comm, stacks[1].stats, "forward") == summed(comm, stacks[0].stats, "forward"), what
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + 0.3 * nn.functional.dropout(torch.tanh(self.body(x)), 0.5)
+
+
+def slices_have_masks_of_their_own(comm):
+    """The same in the chain, in relaxation and in the adjoint: converged iterations are one exact network."""
+    torch.set_default_dtype(torch.float64)
+    layers, x = [Dropping() for _ in range(9)], torch.randn(4, 4)
+    for coarse in ("injection", "sum"):
+        results = []
+        for k in (3, 4):
+            stack = LayerParallel(copies(layers), MGRIT(2, 3, k, k, coarse=coarse), comm=comm, chain_slices=2)
+            stack.dropout_key(7)
+            results.append((*backward(stack, x), *(p.grad for p in stack.parameters() if p.grad is not None)))
+        for expected, got in zip(*results, strict=True):
+            assert_close(got, expected, 1e-12, coarse)
+
+
 def large_states(comm):
     """Messages far over any MPI's eager limit, in both directions at once."""
     layers, x = [Residual(64) for _ in range(8)], torch.randn(4096, 64)
@@ -333,6 +405,8 @@ if __name__ == "__main__":
             results_do_not_depend_on_the_ranks,
             cyclic_layout_is_the_block_layout,
             cyclic_layout_deals_evenly,
+            chains_in_slices_change_nothing,
+            slices_have_masks_of_their_own,
             large_states,
         ]
     )

@@ -31,6 +31,7 @@ class LayerCall:
         recompute: keep the layers' inputs alone for that, and evaluate the layers again.
         extras: the tensors among the arguments that gradients are wanted for (leaves).
         parameters: own parameters that gradients are wanted for, by layer index.
+        adds: whether gradients of one parameter come from several evaluators that share them.
         autocast_dtype: what autocast casts to while layers are evaluated, also for a second time in a backward; None:
             whatever is in force at that time.
     """
@@ -45,6 +46,7 @@ class LayerCall:
     recompute: bool = False
     extras: tuple[torch.Tensor, ...] = ()
     parameters: Mapping[int, tuple[nn.Parameter, ...]] = dataclasses.field(default_factory=dict)
+    adds: bool = False
     autocast_dtype: torch.dtype | None = None
 
 
@@ -53,10 +55,15 @@ class LayerEvaluator(Protocol):
 
     Attributes:
         where: the layers at work, for errors.
+        finishes_on_chain: whether nothing is lost where layers are finished one by one, instead of several at once.
         gradients: of parameters and extra tensors, complete once every layer has been finished.
     """
 
-    where: str
+    @property
+    def where(self) -> str: ...
+    @property
+    def finishes_on_chain(self) -> bool: ...
+
     gradients: dict[torch.Tensor, torch.Tensor]
 
     def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:

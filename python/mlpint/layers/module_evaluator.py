@@ -29,6 +29,8 @@ class ModuleEvaluator:
         in_place: which layers change the state that they are given, as far as it is known; added to.
     """
 
+    finishes_on_chain = True
+
     def __init__(self, layers: Mapping[int, nn.Module], call: LayerCall, in_place: dict[int, bool]) -> None:
         self.layers, self.call, self.in_place = layers, call, in_place
         self._same_for_all = None if has_arguments_by_layer(*call.arguments) else call.arguments

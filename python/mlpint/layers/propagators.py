@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from .._core import Sweep
 from ..mgrit import vectors
 from ..mgrit.learnt_operator import LearntOperator
 from ..state import State
+from .batch_slices import BatchSlices
 from .evaluator import LayerEvaluator
+from .sliced_evaluator import SlicedEvaluator
 
 
 class Propagator:
@@ -20,6 +23,7 @@ class Propagator:
         template: a state of the solver's, for its shapes.
         rank: of this process, for errors.
         first_layer: the layer at position 0.
+        slices: of the batch in chains, where there are several; then the evaluator has parts.
         operator: the coarse operator, if it is one that learns.
         learning: whether it learns from this pass.
     """
@@ -33,10 +37,13 @@ class Propagator:
         template: State,
         rank: int,
         first_layer: int,
+        slices: BatchSlices | None = None,
         operator: LearntOperator | None = None,
         learning: bool = False,
     ) -> None:
         self.evaluator, self.template, self.rank, self.first_layer = evaluator, template, rank, first_layer
+        self.batch_slices = slices
+        self._parts: Sequence[LayerEvaluator] = evaluator.parts if isinstance(evaluator, SlicedEvaluator) else ()
         # The solver asks for one only where its coarse operator is one that learns.
         self.operator: Any = operator
         self.learning = learning and operator is not None
@@ -45,8 +52,22 @@ class Propagator:
     axpy = staticmethod(vectors.axpy)
     squared_norm = staticmethod(vectors.squared_norm)
 
-    def empty(self) -> State:
-        return self.template.empty_like()
+    def empty(self, index: int) -> State:
+        return (self.template if index < 0 else self.slice(self.template, index)).empty_like()
+
+    def slices(self) -> int:
+        return len(self.batch_slices) if self.batch_slices else 1
+
+    def slice(self, state: State, index: int) -> State:
+        assert self.batch_slices is not None
+        return self.batch_slices.slice(state, index)
+
+    def join(self, states: list[State]) -> State:
+        assert self.batch_slices is not None
+        return self.batch_slices.join(states)
+
+    def finishes_on_chain(self) -> bool:
+        return False
 
     def learns(self) -> bool:
         return self.learning and self.operator.begin_pass()
@@ -61,17 +82,30 @@ class Propagator:
         raise NotImplementedError
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
+        self,
+        evaluator: LayerEvaluator,
+        layers: list[int],
+        inputs: list[State],
+        outputs: list[State | None],
+        level: int,
+        sweep: Sweep,
     ) -> list[State]:
         raise NotImplementedError
 
     def evaluate(
-        self, positions: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
+        self,
+        positions: list[int],
+        inputs: list[State],
+        outputs: list[State | None],
+        level: int,
+        sweep: Sweep,
+        index: int = -1,
     ) -> list[State]:
+        evaluator = self.evaluator if index < 0 else self._parts[index]
         try:
-            return self.steps([self.layer(p) for p in positions], inputs, outputs, level, sweep)
+            return self.steps(evaluator, [self.layer(p) for p in positions], inputs, outputs, level, sweep)
         except BaseException as error:
-            where = f"{self.evaluator.where}, level {level}, {self.direction} {self.operations[sweep]}"
+            where = f"{evaluator.where}, level {level}, {self.direction} {self.operations[sweep]}"
             annotate(error, self.rank, where)
             raise
 
@@ -93,14 +127,20 @@ class ForwardPropagator(Propagator):
         return self.first_layer + position
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
+        self,
+        evaluator: LayerEvaluator,
+        layers: list[int],
+        inputs: list[State],
+        outputs: list[State | None],
+        level: int,
+        sweep: Sweep,
     ) -> list[State]:
         # Whatever the coarse sweep evaluated for good was recorded there and then.
         lacking = [i for i, known in enumerate(outputs) if known is None]
         if not lacking:
             return [known for known in outputs if known is not None]
         states = iter(
-            self.evaluator.forward(
+            evaluator.forward(
                 [layers[i] for i in lacking], [inputs[i] for i in lacking], level, is_final=sweep != Sweep.intermediate
             )
         )
@@ -112,12 +152,22 @@ class AdjointPropagator(Propagator):
 
     direction = "backward"
 
+    def finishes_on_chain(self) -> bool:
+        # Generic modules take the input's path again for their parameters; here it is taken once.
+        return self.evaluator.finishes_on_chain
+
     def layer(self, position: int) -> int:
         return self.first_layer - position
 
     def steps(
-        self, layers: list[int], inputs: list[State], outputs: list[State | None], level: int, sweep: Sweep
+        self,
+        evaluator: LayerEvaluator,
+        layers: list[int],
+        inputs: list[State],
+        outputs: list[State | None],
+        level: int,
+        sweep: Sweep,
     ) -> list[State]:
         if sweep == Sweep.final_fine:
-            return self.evaluator.finish(layers, inputs, outputs, level)
-        return self.evaluator.input_vjp(layers, inputs, level, is_final=sweep == Sweep.final_coarse)
+            return evaluator.finish(layers, inputs, outputs, level)
+        return evaluator.input_vjp(layers, inputs, level, is_final=sweep == Sweep.final_coarse)

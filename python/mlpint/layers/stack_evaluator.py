@@ -63,6 +63,8 @@ class StackEvaluator:
     with the leading dimension they were computed with; see :class:`mlpint.layers.saved_rows.SavedRows`.
     """
 
+    finishes_on_chain = False  # there the blocks of several intervals would no more be finished at once
+
     def __init__(self, stack: BlockStack, call: LayerCall) -> None:
         self.stack, self.call = stack, call
         self.lengths = key_lengths(*call.arguments, call.single)
@@ -117,14 +119,14 @@ class StackEvaluator:
         def finish(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved, weights = self._saved_of(call, rows, level), self._weights_of(rows)
             dx, inner = self._step.input_vjp(call, weights, saved, grad)
-            self._step.weight_vjp(call, weights, saved, inner, self._into(rows))
+            self._weight_vjp(call, rows, saved, inner)
             self._saved.drop(rows)
             self._inner.drop(rows)
             return dx
 
         def finish_known(call: StepContext, rows: range, grad: torch.Tensor) -> torch.Tensor:
             saved, inner = self._saved.get(rows), self._inner.get(rows)
-            self._step.weight_vjp(call, self._weights_of(rows), saved, inner, self._into(rows))
+            self._weight_vjp(call, rows, saved, inner)
             self._saved.drop(rows)
             self._inner.drop(rows)
             return grad
@@ -184,11 +186,25 @@ class StackEvaluator:
             self._weights[rows] = views
         return self._weights[rows]
 
+    def _weight_vjp(
+        self, call: StepContext, rows: range, saved: tuple[torch.Tensor, ...], inner: tuple[torch.Tensor, ...]
+    ) -> None:
+        into = self._into(rows)
+        if not self.call.adds:
+            self._step.weight_vjp(call, self._weights_of(rows), saved, inner, into)
+            return
+        found = Weights(*(None if g is None else torch.empty_like(g) for g in into))
+        self._step.weight_vjp(call, self._weights_of(rows), saved, inner, found)
+        for total, gradient in zip(into, found, strict=True):
+            if total is not None and gradient is not None:
+                total += gradient
+
     def _into(self, rows: range) -> Weights[torch.Tensor | None]:
         """Where the gradients of these rows go."""
         for p in self._parameters:
             if p.requires_grad and p not in self.gradients:
-                self.gradients[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
+                make = torch.zeros_like if self.call.adds else torch.empty_like
+                self.gradients[p] = make(p, memory_format=torch.contiguous_format)
         return Weights(*(self.gradients[p][as_slice(rows)] if p.requires_grad else None for p in self._parameters))
 
     def _saved_of(self, call: StepContext, rows: range, level: int) -> tuple[torch.Tensor, ...]:

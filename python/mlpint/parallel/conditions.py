@@ -27,6 +27,7 @@ class Conditions:
         options: how the depth is solved.
         recompute: whether layers are evaluated again for their gradients.
         serial_microbatches: slices of the batch in exact sweeps.
+        chain_slices: slices of the batch in the coarse sweeps that go from rank to rank.
         watch_residuals: whether residual norms are computed, even if no tolerance needs them.
         learning: whether coarse operators learn from the passes.
         keys: the dropout keys of passes that repeat earlier ones and are not counted; None: new passes.
@@ -38,6 +39,7 @@ class Conditions:
     options: MGRIT
     recompute: bool = False
     serial_microbatches: int = 1
+    chain_slices: int = 1
     watch_residuals: bool = False
     learning: bool = True
     keys: Iterator[tuple[int, int]] | None = None
@@ -45,8 +47,10 @@ class Conditions:
     def __post_init__(self) -> None:
         if not isinstance(self.options, MGRIT):
             raise TypeError(f"options must be an mlpint.MGRIT, got {type(self.options).__name__}")
-        if not isinstance(self.serial_microbatches, int) or self.serial_microbatches < 1:
-            raise ValueError(f"serial_microbatches = {self.serial_microbatches!r}: must be an integer of at least 1")
+        for name in ("serial_microbatches", "chain_slices"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: must be an integer of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -59,6 +59,9 @@ class LayerParallel(nn.Module):
             each interval each, so that the coarse operator ``"sum"``, which evaluates all layers of an interval at the
             same state, takes the time of one; the number of ranks must be a multiple of cfactor, or divide it.
         recompute: keep only the states and evaluate layers again for their gradients (activation checkpointing).
+        chain_slices: coarse sweeps go through the ranks in so many slices of the batch, which divides the time that
+            ranks wait for their turn; layers must treat samples independently. Exact sweeps do as with
+            ``serial_microbatches``.
         serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
             arguments whose first dimension is the batch's are sliced along.
 
@@ -81,6 +84,7 @@ class LayerParallel(nn.Module):
         layout: str = "block",
         recompute: bool = False,
         serial_microbatches: int = 1,
+        chain_slices: int = 1,
     ) -> None:
         super().__init__()
         layers = layers if isinstance(layers, BlockStack) else list(layers)
@@ -92,7 +96,9 @@ class LayerParallel(nn.Module):
         self._store = make_store(layers, dealt.local_indices(comm.rank))
         seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)], device="cpu"))  # rank 0's
         self._layer_random = LayerRandom(int(seed))
-        self.conditions = Conditions(dealt, self._store, self._layer_random, options, recompute, serial_microbatches)
+        self.conditions = Conditions(
+            dealt, self._store, self._layer_random, options, recompute, serial_microbatches, chain_slices
+        )
         alike = {
             "layers": f"{len(layers)} with {fingerprint(modules)}",
             "options": options,
@@ -101,6 +107,7 @@ class LayerParallel(nn.Module):
             "layout": layout,
             "recompute": recompute,
             "serial microbatches": serial_microbatches,
+            "chain slices": chain_slices,
         }
         comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         # Unless a state dict is loaded the first pass refuses weights that were not alike.
@@ -137,7 +144,7 @@ class LayerParallel(nn.Module):
 
         Args:
             **changes: attributes of :class:`mlpint.parallel.conditions.Conditions` with their values: options, keys,
-                learning, watch_residuals, serial_microbatches, recompute, layer_random, or a layout that
+                learning, watch_residuals, serial_microbatches, chain_slices, recompute, layer_random, or a layout that
                 :meth:`mlpint.mgrit.layout.Layout.select` has made of the whole stack's.
         """
         with ExitStack() as leaving:
@@ -254,11 +261,12 @@ class LayerParallel(nn.Module):
                 f"the ranks made their LayerParallel of layers with unlike weights (digests {self._first_weights}): "
                 "seed all ranks alike before the layers are made, or load one state dict on all of them"
             )
-        if self._sequence_first and self.conditions.serial_microbatches > 1:
-            raise ValueError(
-                f"serial_microbatches = {self.conditions.serial_microbatches} cuts along the first dimension, which is "
-                "the sequence for layers with batch_first=False: make them with batch_first=True"
-            )
+        for name in ("serial_microbatches", "chain_slices") if self._sequence_first else ():
+            if (count := getattr(self.conditions, name)) > 1:
+                raise ValueError(
+                    f"{name} = {count} cuts along the first dimension, which is the sequence for layers with "
+                    "batch_first=False: make them with batch_first=True"
+                )
         self.stats = Stats()
         keys = self.conditions.keys
         if keys is None and in_backward():  # a checkpoint around the stack runs an earlier pass again

@@ -12,10 +12,13 @@ from torch.utils import _pytree as pytree
 
 from .._core import Sweep
 from ..comm.agreement import agree
+from ..layers.batch_slices import BatchSlices, can_be_sliced
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, refuse_gradient
+from ..layers.sliced_evaluator import SlicedEvaluator, chained_layers
 from ..mgrit.solvers import AnySolver
+from ..mgrit.stats import Stats
 from ..state import State, describe, version
 from .compiled import graphs_kept
 from .conditions import PassSetup
@@ -78,54 +81,61 @@ class SolvePass:
 
     def _make_evaluators(self) -> list[LayerEvaluator]:
         """One evaluator for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
-        c, (step, microbatch), batch = self.conditions, self.setup.key, self.state.tensors[0].shape[:1]
-        count = max(1, min(c.serial_microbatches, *batch)) if self.options.exact and batch else 1
-        if count > 1 and not self._is_divisible():
-            count = 1
-        self.slices = [(i * batch[0] // count, (i + 1) * batch[0] // count) for i in range(count)] if count > 1 else []
-        evaluators = []
-        for i in range(count):
-            arguments = self._arguments
-            if count > 1:
-                with torch.enable_grad():
-                    arguments = [self._part(a, i) for a in arguments]
-            call = LayerCall(
-                pytree.tree_unflatten(arguments, self._spec),
-                self.single,
-                self.layout.step_size_of,
-                c.layer_random,
-                (step, microbatch * count + i),
-                self.stats,
-                self.record,
-                c.recompute,
-                self.extra_leaves,
-                self.parameters,
-                self.autocast_dtype,
+        self.microbatches, self.chain = self._slices()
+        count = len(self.microbatches) if self.microbatches else 1
+        return [self._make_evaluator(self.microbatches, i, count) for i in range(count)]
+
+    def _make_evaluator(self, microbatches: BatchSlices | None, i: int, count: int) -> LayerEvaluator:
+        step, microbatch = self.setup.key
+        whole = self._call(microbatches, i, (step, microbatch * count + i), self.stats)
+        make = self.conditions.store.evaluator
+        if self.chain is None:
+            return make(whole)
+        # A layer is counted once, with the first slice.
+        calls = [
+            self._call(self.chain, j, (step, microbatch * len(self.chain) + j), Stats() if j else self.stats)
+            for j in range(len(self.chain))
+        ]
+        chained = chained_layers(self.layout, self.options)
+        return SlicedEvaluator(make(whole), [make(call) for call in calls], self.chain, chained)
+
+    def _call(self, slices: BatchSlices | None, i: int, key: tuple[int, int], stats: Stats) -> LayerCall:
+        arguments = self._arguments
+        if slices is not None:
+            with torch.enable_grad():
+                arguments = [slices.argument(a, i) for a in arguments]
+        call = LayerCall(
+            pytree.tree_unflatten(arguments, self._spec),
+            self.single,
+            self.layout.step_size_of,
+            self.conditions.layer_random,
+            key,
+            stats,
+            self.record,
+            self.conditions.recompute,
+            self.extra_leaves,
+            self.parameters,
+            adds=self.chain is not None,
+            autocast_dtype=self.autocast_dtype,
+        )
+        self._watches.append(ArgumentWatch(call.arguments))
+        return call
+
+    def _slices(self) -> tuple[BatchSlices | None, BatchSlices | None]:
+        """How exact sweeps, and how the chains of others, take the batch: None for whole."""
+        c, batch = self.conditions, self.state.tensors[0].shape[:1]
+        wanted = max(c.serial_microbatches, c.chain_slices) if self.options.exact else c.chain_slices
+        if self.record and c.chain_slices > max(1, *batch):
+            raise ValueError(
+                f"chain_slices = {c.chain_slices} is more than the batch of {batch[0] if batch else 1} has samples"
             )
-            evaluators.append(c.store.evaluator(call))
-            self._watches.append(ArgumentWatch(call.arguments))
-        return evaluators
-
-    def _is_divisible(self) -> bool:
-        """Whether it is clear which arguments go by the batch: not where its size is another dimension's too."""
-        batch = self.state.tensors[0].shape[0]
-        other_sizes = {size for t in self.state.tensors for size in t.shape[1:]}
-
-        def unclear(argument: Any) -> bool:
-            if isinstance(argument, torch.Tensor):
-                shape = argument.shape
-                return shape[:1] == (batch,) and (batch in other_sizes or batch in shape[1:])
-            return isinstance(argument, list | tuple) and len(argument) == batch
-
-        args, kwargs = pytree.tree_unflatten(self._arguments, self._spec)
-        return not any(map(unclear, (*args, *kwargs.values(), *self._arguments)))
-
-    def _part(self, argument: Any, i: int) -> Any:
-        """Microbatch i of an argument, if it is a tensor with the batch as its first dimension."""
-        batch = self.state.tensors[0].shape[0]
-        if not isinstance(argument, torch.Tensor) or argument.dim() == 0 or argument.shape[0] != batch or batch == 1:
-            return argument
-        return argument[slice(*self.slices[i])]
+        count = max(1, min(wanted, *batch)) if batch else 1
+        if self.comm.size == 1 and not self.options.exact:
+            count = 1  # nobody waits for a chain
+        if count == 1 or not can_be_sliced(self.state, pytree.tree_unflatten(self._arguments, self._spec)):
+            return None, None
+        slices = BatchSlices(batch[0], count)
+        return (slices, None) if self.options.exact else (None, slices)
 
     # --- forwards and backwards --------------------------------------------------------------------------------------
 
@@ -141,7 +151,7 @@ class SolvePass:
             finals = []
             with watched_buffers(self.setup, len(self.evaluators)), watched_generators(self.setup), in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
-                    state = State(self._part(t, i) for t in self.state.tensors) if self.slices else self.state
+                    state = self.microbatches.slice(self.state, i) if self.microbatches else self.state
                     if owns_first:
                         state = self._serial_forward(evaluator, layout.open_indices, state)
                     propagator = self._propagator(ForwardPropagator, evaluator, state, layout.open_layers)
@@ -181,7 +191,7 @@ class SolvePass:
             finals = []
             with in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):
-                    lam = State(self._part(t, i) for t in incoming.tensors) if self.slices else incoming
+                    lam = self.microbatches.slice(incoming, i) if self.microbatches else incoming
                     if owns_last:
                         lam = self._serial_backward(evaluator, layout.close_indices, lam)
                     last_layer = layout.open_layers + layout.depth - 1
@@ -204,7 +214,8 @@ class SolvePass:
         self, kind: type[Propagator], evaluator: LayerEvaluator, template: State, first_layer: int
     ) -> Propagator:
         operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
-        return kind(evaluator, template, self.comm.rank, first_layer, operator, self.conditions.learning)
+        learning = self.conditions.learning
+        return kind(evaluator, template, self.comm.rank, first_layer, self.chain, operator, learning)
 
     def _solver(self, direction: str) -> AnySolver:
         norms = self.conditions.watch_residuals
@@ -244,7 +255,8 @@ class SolvePass:
         elif len(finals) == 1:
             state = finals[0]
         else:
-            state = State(torch.cat(parts) for parts in zip(*(f.tensors for f in finals), strict=True))
+            assert self.microbatches is not None
+            state = self.microbatches.join(finals)
         if self.comm.size > 1:
             started = time.perf_counter()
             self.comm.transport.broadcast(state, owner)

@@ -38,7 +38,14 @@ class Plan:
 
 
 def plan(
-    layers: int, ranks: int, options: MGRIT, *, buffers: int = 0, microbatches: int = 1, layout: str = "block"
+    layers: int,
+    ranks: int,
+    options: MGRIT,
+    *,
+    buffers: int = 0,
+    microbatches: int = 1,
+    layout: str = "block",
+    chain_slices: int = 1,
 ) -> Plan:
     """The cost of each way for generic modules (blocks without a split backward).
 
@@ -52,6 +59,7 @@ def plan(
         buffers: open and close layers, swept serially.
         microbatches: slices of the batch that the pipeline streams.
         layout: ``"block"`` or ``"cyclic"``.
+        chain_slices: slices of the batch that coarse sweeps go through the ranks in (block layout).
 
     Raises:
         ValueError: a layout that these options or ranks do not allow.
@@ -73,18 +81,22 @@ def plan(
         elif layout == "cyclic":
             cost += _cyclic(depth, ranks, options, direction, least)
         else:
-            cost += _block(depth, ranks, options, direction, least)
+            cost += _block(depth, ranks, options, direction, least, chain_slices)
     return Plan(3.0 * layers, pipeline, cost)
 
 
-def _block(depth: int, ranks: int, options: MGRIT, direction: _Direction, least: int) -> float:
+def _block(depth: int, ranks: int, options: MGRIT, direction: _Direction, least: int, slices: int) -> float:
     p = min(ranks, -(-depth // options.cfactor) if options.levels > 1 else depth)
     iterations, fcf = options.iterations(direction), options.relaxation == "FCF"
     sweeps = iterations + least - 1 + (iterations - 1 if fcf else 0)
     # A rank starts its sweep as soon as the coarse chain has passed it, so the chain counts for the others only.
-    cost = _chain(depth, options) * (1 - 1 / p) + sweeps * depth / p
-    if direction == "backward":  # at C-points the last sweep repeats the input-vjp that the chain has taken
-        cost += depth / options.cfactor / p
+    hops = p - 1.0
+    if direction == "backward":
+        # At C-points the last sweep repeats the input-vjp that the chain has taken, but on the ranks from `first` on,
+        # whose chain takes the whole product at once; see finishes_on_chain in csrc/block_solve.cpp.
+        first = max(0, (2 * p - slices) // 2)
+        hops = max(first - 1 + slices if first else 0, 2 * (p - 1) - first)
+    cost = _chain(depth, options) * hops / p / slices + sweeps * depth / p
     if options.coarse == "sum":
         # Of the layers that a coarse step spans the fine sweep uses one again. A rank waits for the first chain of all;
         # each further iteration takes its own steps twice, at the old states and at the new ones.
