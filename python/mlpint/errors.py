@@ -1,11 +1,19 @@
 """Errors that the person at the command line can mend: shown as one line, without a traceback."""
 
+_LONGEST = 2000  # characters of a message: it may name what a hostile file holds, a line of 10 MB for instance
+
 
 class UserError(Exception):
-    """Wrong input of any kind; the message says what was wrong and what is allowed."""
+    """Wrong input of any kind; the message says what was wrong and what is allowed, in printable characters."""
 
     exit_code = 2
     of_one_rank = False  # whether a rank may have it alone and has to show it itself; else rank 0 shows it for all
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        # Names of files and classes may hold sequences that command a terminal.
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 class ConfigError(UserError, ValueError):

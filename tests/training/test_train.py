@@ -418,6 +418,42 @@ def test_damage_that_one_rank_alone_sees_ends_all_ranks_with_one_line(two_ranks,
     assert not (tmp_path / "run").exists()
 
 
+NOT_FINITE = """
+import sys, torch
+from mlpint import cli
+from mlpint.training import command
+from mlpint.training.trainer import Trainer
+class Faulty(Trainer):
+    def forward_backward(self, step, microbatch, position):
+        loss = super().forward_backward(step, microbatch, position)
+        if step in {steps} and 6 in self.blocks.local_layers:  # of one rank alone
+            next(self.blocks.local_layers[6].parameters()).grad[0] = float("{value}")
+        return loss
+command.Trainer = Faulty
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "value", "control"), [([1, 3], "inf", "gradient"), (range(1, 30), "nan", "gradient"), ([1], "nan", "off")]
+)
+def test_one_ranks_gradient_that_is_no_number_is_named_and_never_taken(steps, value, control, tmp_path):
+    options = CONTROL | {"control": control, "accumulate": 1, "control_every": 100, "control_target": 1e-6}
+    arguments = flags(steps=6 if len(steps) == 2 else 30, out=tmp_path / "run", **options)
+    program = NOT_FINITE.replace("{steps}", str(list(steps))).replace("{value}", value)
+    result = run(program, 2, "mpich", args=("train", *arguments))
+    named = "the gradients of 1 of 10 layers are not finite: 6 (rank 1)"
+    if len(steps) == 2:
+        result.check()
+        assert result.stdout.count(named) == 2
+        written = losses_of(tmp_path / "run")
+        assert len(written) == 4 and all(map(math.isfinite, written))
+    else:
+        assert result.returncode == 1 and not result.orphans, result.describe()
+        assert named in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert len(losses_of(tmp_path / "run")) == 1
+
+
 def test_ranks_that_disagree_are_told_before_training(tmp_path):
     program = """
     import os, sys

@@ -80,8 +80,11 @@ def delete_all_but(keep: int, newest: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file and waits until it is on disk."""
-    path.write_text(text, encoding="utf-8")
-    sync(path)
+    try:
+        path.write_text(text, encoding="utf-8")
+        sync(path)
+    except OSError as error:  # of a full disk it would not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync(path: Path) -> None:

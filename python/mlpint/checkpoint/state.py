@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -188,6 +189,9 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         name: t.cpu().contiguous() if t.untyped_storage().nbytes() == t.nbytes else t.cpu().contiguous().clone()
         for name, t in tensors.items()
     }
-    save_file(contiguous, path)
+    try:
+        save_file(contiguous, path)
+    except SafetensorError as error:  # a full disk among others
+        raise UserError(f"{path}: cannot be written ({error})") from None
     files.sync(path)
     return describe(path)

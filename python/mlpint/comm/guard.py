@@ -91,6 +91,13 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+def tell_out_of_step(transport: object) -> None:
+    """Tells the ranks at the other ends of a transport that this one will send them nothing any more."""
+    for group in _groups:
+        if isinstance(group, MpiGroup) and group.serves(transport):
+            group.tell_out_of_step()
+
+
 def _fail(kind, error, trace) -> NoReturn:
     _end(traceback.format_exception(kind, error, trace))
 
@@ -149,6 +156,7 @@ class MpiGroup:
         self._mpi, self._communicator, self._transport = MPI, communicator, transport
         self.rank, self._size = communicator.rank, communicator.size
         self._left: dict[int, float] = {}  # when it was seen to have left
+        self._failed: dict[int, float] = {}  # when it was heard that it is out of step
         self._goodbyes: list = []
         self._long_waits = LongWaits(self.rank)
         transport.set_watch(self._watch)
@@ -159,6 +167,14 @@ class MpiGroup:
         for r in range(self._size):
             if r != self.rank:
                 self._goodbyes.append(self._communicator.Isend([b"", 0, self._mpi.BYTE], r))
+
+    def serves(self, transport: object) -> bool:
+        return transport is self._transport
+
+    def tell_out_of_step(self) -> None:
+        if not self._mpi.Is_finalized():
+            others = (r for r in range(self._size) if r != self.rank)
+            self._goodbyes += [self._communicator.Isend([b"!", 1, self._mpi.BYTE], r) for r in others]
 
     def see_off(self) -> None:
         limit = self._transport.stall_limit
@@ -183,12 +199,18 @@ class MpiGroup:
     def _listen(self) -> None:
         status = self._mpi.Status()
         while self._communicator.Iprobe(status=status):
-            self._communicator.Recv([bytearray(), 0, self._mpi.BYTE], status.source)
-            self._left[status.source] = time.monotonic()
+            failed = status.Get_count(self._mpi.BYTE)
+            self._communicator.Recv([bytearray(1), failed, self._mpi.BYTE], status.source)
+            (self._failed if failed else self._left)[status.source] = time.monotonic()
 
     def _watch(self, peer: int, waited: float) -> None:
         self._long_waits.note(peer, waited)
         self._listen()
+        if time.monotonic() - self._failed.get(peer, time.monotonic()) > _GRACE:
+            raise _core.TransferError(
+                f"rank {self.rank} waits for rank {peer}, where a pass through a LayerParallel stack has failed: the "
+                "ranks are out of step. Where that error is swallowed, let it end the job instead"
+            )
         if time.monotonic() - self._left.get(peer, time.monotonic()) > _GRACE:
             raise _core.TransferError(
                 f"rank {self.rank} waits for rank {peer}, which has left: it came to the end of its script or called "

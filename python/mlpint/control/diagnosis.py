@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..parallel.layer_parallel import LayerParallel
 from .ladder import exact_options
 from .rehearsal import Rehearsal
+
+_SHOWN = 4
 
 
 def first_not_finite(rehearsal: Rehearsal) -> str:
@@ -42,6 +45,25 @@ def first_not_finite(rehearsal: Rehearsal) -> str:
     }
     reports = _gathered(rehearsal, here)
     return reports[max(reports)] if reports else "computed again, all states, the loss and the gradients are finite"
+
+
+def gradients_not_finite(blocks: LayerParallel) -> str:
+    """A clause that names the layers whose gradients, as they are, are not finite; empty if there are none. Collective.
+
+    A fault that hits one layer's gradient once is not there when the batch is computed again.
+    """
+    own = [n for n, grads in blocks.store.gradients(set()).items() if not _all_finite(grads)]
+    named = [
+        (n, rank)
+        for rank, message in enumerate(blocks.comm.gather(json.dumps(own).encode()))
+        for n in json.loads(message)
+    ]
+    if not named:
+        return ""
+    some = ", ".join(f"{n} (rank {rank})" for n, rank in sorted(named)[:_SHOWN])
+    return f"the gradients of {len(named)} of {len(blocks)} layers are not finite: {some}" + (
+        ", ..." if len(named) > _SHOWN else ""
+    )
 
 
 def _gathered(rehearsal: Rehearsal, own: dict[int, str]) -> dict[int, str]:

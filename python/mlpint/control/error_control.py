@@ -16,7 +16,7 @@ from ..errors import TrainingError
 from ..mgrit.options import MGRIT
 from ..parallel.layer_parallel import LayerParallel
 from .decision import Decision
-from .diagnosis import first_not_finite
+from .diagnosis import first_not_finite, gradients_not_finite
 from .gauges import Gauge, GradientGauge, ResidualGauge
 from .ladder import default_ladder
 from .measurement import Measurement
@@ -215,15 +215,19 @@ class ErrorControl:
         if finite and not due:
             decision = Decision(self.steps + 1, "none", self.blocks.options, self.blocks.options)
         else:
+            where = "" if finite else gradients_not_finite(self.blocks)
+            if where and self.blocks.comm.rank == 0:
+                _log.warning("step %d: %s", self.steps + 1, where)
             device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
             rehearsal = Rehearsal(self.blocks, again, device, self._passes)
             decision = self._check(rehearsal, finite)
             self._passes = rehearsal.passes
             if decision.action == "skip" and self._state.skipped_in_a_row >= self.skip_limit:
+                first = first_not_finite(rehearsal)
                 raise TrainingError(
                     f"{self._state.skipped_in_a_row} steps in a row were not finite, the last one's loss was "
-                    f"{float(value)}: {first_not_finite(rehearsal)}; lower the learning rate, or look at the data of "
-                    "this step"
+                    f"{float(value)}: {where + '; ' if where else ''}{first}; lower the learning rate, or look at "
+                    "the data of this step"
                 )
         if finite:
             self._state = dataclasses.replace(self._state, skipped_in_a_row=0)

@@ -69,8 +69,13 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     if not max_norm > 0:
         raise ValueError(f"max_norm = {max_norm!r}: must be positive")
     norm = math.sqrt(squared_grad_norm(model))
+    scale_down(model, norm, max_norm)
+    return norm
+
+
+def scale_down(model: nn.Module, norm: float, max_norm: float) -> None:
+    """Scales all gradients, whose norm over all ranks is known, so that it is at most ``max_norm``."""
     scale = max_norm / (norm + 1e-6)
     if not scale >= 1:
         for gradient in {p.grad for p in model.parameters() if p.grad is not None}:
             gradient.mul_(scale)
-    return norm

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..comm.communicator import Comm
+from ..comm.guard import tell_out_of_step
 
 
 class OutOfStep:
@@ -32,6 +33,9 @@ def in_step(comm: Comm) -> Iterator[None]:
         yield
     except BaseException as error:
         if comm.size > 1 and not isinstance(comm.transport, OutOfStep):
+            if isinstance(error, Exception):  # a rank that exits says so itself
+                with suppress(Exception):  # the error that is under way is the one to be seen
+                    tell_out_of_step(comm.transport)
             transport: Any = OutOfStep(comm, error)
             comm.transport = transport
         raise

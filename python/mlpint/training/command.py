@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import Checkpoint
-from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..errors import ConfigError
 from .config import TrainConfig
 from .report import Report
+from .run_directory import run_directory
 from .tasks import Task
 from .trainer import Trainer
 
@@ -45,22 +44,26 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
         trainer.resume(checkpoint)
     elif config.run.init_from:
         trainer.start_from(config.run.init_from)
-    directory = _run_directory(config, comm, checkpoint)
-    report = Report(trainer, directory)
+    with run_directory(config, comm, checkpoint) as directory:
+        _run(trainer, directory)
+    return directory
+
+
+def _run(trainer: Trainer, directory: Path) -> None:
+    report, run = Report(trainer, directory), trainer.config.run
     with report.decisions():
         for phase in trainer.phases():
             started = time.perf_counter()
             loss, norm = trainer.train_step(phase)
             seconds = time.perf_counter() - started
             done, last = trainer.step, trainer.step == trainer.total
-            due = config.run.eval_every and done % config.run.eval_every == 0
+            due = run.eval_every and done % run.eval_every == 0
             measures = trainer.validate() if due or last else None
             report.step(done, loss, measures, norm, seconds)
-            save_every = config.run.checkpoint_every
+            save_every = run.checkpoint_every
             if save_every and (done % save_every == 0 or last):
                 trainer.save(directory / "checkpoints")
     report.close(trainer.sample(), trainer.compare())
-    return directory
 
 
 def _agree(config: TrainConfig, task: Task, comm: Comm) -> None:
@@ -69,27 +72,3 @@ def _agree(config: TrainConfig, task: Task, comm: Comm) -> None:
         comm.vote({**values, "training data": task.digest(), "torch": torch.__version__}, "the training run")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _run_directory(config: TrainConfig, comm: Comm, checkpoint: Checkpoint | None) -> Path:
-    """The directory that rank 0 has found or made. A run is never written over."""
-
-    def make() -> str:
-        if comm.rank:
-            return ""
-        out = config.run.out
-        if checkpoint is not None and not out:
-            if checkpoint.path.parent.name != "checkpoints":
-                raise ConfigError(f"resume = {config.run.resume!r}: is not inside a run directory; name one with --out")
-            return str(checkpoint.path.parent.parent)
-        if out:
-            if (Path(out) / "metrics.jsonl").exists():
-                raise ConfigError(f"out = {out!r}: holds a run already; go on with --resume {out}, or name another")
-            Path(out).mkdir(parents=True, exist_ok=True)
-            return out
-        numbered = (Path("runs") / f"{number:03d}" for number in itertools.count(1))
-        path = next(path for path in numbered if not path.exists())
-        path.mkdir(parents=True)
-        return str(path)
-
-    return Path(collectively(comm, make)[0])

@@ -16,6 +16,7 @@ from ..mgrit.options import MGRIT
 from ..multilevel.options import CASCADE
 from .fields import Section, key, similar
 
+_LONGEST = 1 << 20  # bytes of a configuration file
 TASKS = ("gpt", "bert", "vit", "tagging", "classification", "translation")
 
 
@@ -39,7 +40,7 @@ class ModelConfig(Section):
 class SolverConfig(Section):
     """The arguments of ``MGRIT``, ``LayerParallel`` and ``ErrorControl``; the defaults of ``mlpint train`` are here."""
 
-    levels: int = key(2, "multigrid levels; 1: exact")
+    levels: int = key(2, "multigrid levels; 1: exact", most=64)
     cfactor: int = key(4, "layers per interval of the coarse grid")
     forward_iters: int = key(2, "iterations of the forward solve; 0: exact")
     backward_iters: int = key(1, "iterations of the adjoint solve; 0: exact")
@@ -182,7 +183,9 @@ class RunConfig(Section):
     seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
     dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    threads: int = key(0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0)
+    threads: int = key(
+        0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0, most=4096
+    )
     out: str = key("", "directory for results; empty: runs/NNN, the next free number")
     init_from: str = key("", "run directory or checkpoint whose weights a new run starts from")
     resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
@@ -192,7 +195,9 @@ class RunConfig(Section):
     eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
     log_every: int = key(10, "steps between log lines", least=1)
     sample: int = key(200, "gpt: tokens to generate at the end; else any number shows an example; 0: none", least=0)
-    beams: int = key(4, "translation: beams of the search for the closing translations; val_bleu's has one", least=1)
+    beams: int = key(
+        4, "translation: beams of the search for the closing translations; val_bleu's has one", least=1, most=1024
+    )
     compare: int = key(5, "batches for the closing comparison with the exact sweep; 0: none", least=0)
 
 
@@ -256,10 +261,16 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is no TOML, or holds an unknown section or key.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise ConfigError(f"config = {str(path)!r}: is longer than {_LONGEST:,} bytes, no configuration")
+        tables = tomllib.loads(text.decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
         raise ConfigError(f"config = {str(path)!r}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config = {str(path)!r}: is not TOML ({error})") from None
     return dict(_flatten(tables, f"{path}: "))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
+
+_LARGEST = 2**31  # no integer may be as large, unless its limits say so
 
 
 def key(default: Any, help: str, **limits: Any) -> Any:
@@ -45,11 +48,13 @@ def similar(name: str, names: Iterable[str]) -> str:
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     kind, limits = str(field.type), field.metadata
-    if kind == "float" and type(value) is int:
+    if kind == "float" and type(value) is int and abs(value) < _LARGEST:
         value = float(value)
     right = type(value).__name__ == kind
+    if right and kind == "str":
+        right = "\0" not in value and all(len(part) < 256 for part in os.fsencode(value).split(b"/"))
     if right and kind in ("int", "float"):
-        right = math.isfinite(value)
+        right = math.isfinite(value) if kind == "float" else abs(value) < limits.get("below", _LARGEST)
         right = right and value >= limits.get("least", -math.inf) and value > limits.get("above", -math.inf)
         right = right and value <= limits.get("most", math.inf) and value < limits.get("below", math.inf)
     if not right or value not in limits.get("choices", (value,)):

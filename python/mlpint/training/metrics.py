@@ -58,7 +58,10 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
         self._file.close()

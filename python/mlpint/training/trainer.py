@@ -17,6 +17,7 @@ from .. import checkpoint as checkpoints
 from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..control.decision import Decision
+from ..control.diagnosis import gradients_not_finite
 from ..control.error_control import ErrorControl
 from ..control.ladder import exact_options, short_form
 from ..errors import ConfigError, TrainingError
@@ -24,7 +25,7 @@ from ..flops import FlopMeter
 from ..mgrit.options import MGRIT
 from ..multilevel import Multilevel, Phase
 from ..nn import random_keys
-from ..parallel.clip import clip_grad_norm_
+from ..parallel.clip import scale_down, squared_grad_norm
 from ..parallel.layer_parallel import LayerParallel
 from .comparison import Comparison, compare
 from .config import SolverConfig, TrainConfig
@@ -150,12 +151,14 @@ class Trainer:
             if self.decision.skip:
                 self._go_on()
                 return loss, math.nan
-        norm = clip_grad_norm_(self.model, limit)
+        norm = math.sqrt(squared_grad_norm(self.model))
         if not math.isfinite(loss) or not math.isfinite(norm):
+            where = gradients_not_finite(self.blocks)  # scaling would make all of them so
             raise TrainingError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; lower lr, or raise forward_iters and "
-                "backward_iters (0 is exact)"
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}{where and '; '}{where}; lower lr, or raise "
+                "forward_iters and backward_iters (0 is exact)"
             )
+        scale_down(self.model, norm, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(*clock, self.config.optimizer)
         self.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 from pathlib import Path
 
@@ -147,7 +148,10 @@ def _tokens(path: Path) -> np.ndarray:
 
 def _text(path: Path) -> bytes:
     if not path.is_dir():
-        return read(path)
+        text = read(path)
+        if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: is UTF-16; must be UTF-8")
+        return text
     texts = (read(p) for p in visible_files(path))
     readable = [text for text in texts if b"\0" not in text[:8192]]  # as git tells text from binary files
     if not readable:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import DataError
 from . import hub
-from .files import read, visible_files
+from .files import most_unpacked, read, visible_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_MOST_PIXELS = 64_000_000  # of an image file: 488 MiB at most while it is decoded
+_MOST_CLASSES = 1 << 20
 _NAMES = {"train": (("x_train", "y_train"), ("images", "labels"), ("x", "y")), "test": (("x_test", "y_test"),)}
 
 
@@ -132,13 +137,7 @@ def _digits() -> Images:
 
 
 def _npz(path: Path) -> tuple[Images, Images | None]:
-    try:
-        with np.load(io.BytesIO(read(path)), allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is no .npz")
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is not an .npz file of arrays ({error})") from None
+    arrays = _arrays(path)
     parts = []
     for part, choices in _NAMES.items():
         names = next((pair for pair in choices if all(name in arrays for name in pair)), None)
@@ -149,10 +148,46 @@ def _npz(path: Path) -> tuple[Images, Images | None]:
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Those of a file that have names of images or labels."""
+    content = read(path)
+    limit = most_unpacked(len(content))
+    wanted = {name for choices in _NAMES.values() for pair in choices for name in pair}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = [entry for entry in archive.infolist() if entry.filename.removesuffix(".npy") in wanted]
+            if sum(entry.file_size for entry in members) > limit:
+                raise DataError(f"{path}: its {len(content):,} bytes hold more than {limit:,}, which no images do")
+            arrays = {}
+            for entry in members:
+                with archive.open(entry) as file:
+                    _check_header(file, entry.file_size)
+                with archive.open(entry) as file:
+                    arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+            return arrays or {name.removesuffix(".npy"): np.empty(0) for name in archive.namelist()}
+    except (ValueError, EOFError, OSError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is not an .npz file of arrays ({error or type(error).__name__})") from None
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """Whether an array is as large as its header says: its memory is taken before it is read."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"an array {shape} of {dtype} in {size} bytes")
+
+
 def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray, names: tuple[str, str]) -> Images:
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.dtype.kind not in "uif":
         raise DataError(f"{name}: {names[0]} is {pixels.shape} {pixels.dtype}; must be [n, height, width(, channels)]")
+    if not pixels.size:
+        raise DataError(f"{name}: {names[0]} is {pixels.shape}, which holds no pixels")
+    if not np.isfinite([pixels.max(), pixels.min()]).all():
+        raise DataError(f"{name}: {names[0]} holds values that are not finite")
     labels = labels.reshape(-1)
     if len(labels) != len(pixels) or not len(labels) or labels.dtype.kind not in "ui":
         raise DataError(
@@ -160,6 +195,8 @@ def _of_arrays(name: str, pixels: np.ndarray, labels: np.ndarray, names: tuple[s
         )
     if labels.min() < 0:
         raise DataError(f"{name}: label {labels.min()} is negative")
+    if labels.max() >= _MOST_CLASSES:
+        raise DataError(f"{name}: label {labels.max()}: must be below {_MOST_CLASSES:,}, the number of a class")
     largest = 255.0 if pixels.dtype == np.uint8 else float(pixels.max()) or 1.0
     classes = [str(n) for n in range(int(labels.max()) + 1)]
     return Images(name, pixels, labels.astype(np.int64), classes, pixels.shape[1:], largest)
@@ -193,6 +230,8 @@ def _folders(path: Path, size: int, known: list[str] | None = None) -> Images:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     files, labels, classes = [], [], known or [p.name for p in folders]
     for folder in folders:
+        if not folder.name.isprintable():
+            raise DataError(f"{path}: the class {folder.name!r} is named by other than printable characters")
         if folder.name not in classes:
             raise DataError(f"{folder}: class {folder.name!r} is unknown; those to train on are {', '.join(classes)}")
         images = [p for p in visible_files(folder) if p.suffix.lower() in _SUFFIXES]
@@ -229,17 +268,25 @@ def _opened(path: Path) -> Image:
     except ImportError:
         raise DataError(f"{path}: reading image files needs pillow; pip install pillow") from None
     try:
-        return pillow.open(path)
-    except OSError as error:
-        raise DataError(f"{path}: is not an image ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit below is lower
+            image = pillow.open(path)
+    except Exception as error:  # of damaged files pillow raises all kinds
+        raise DataError(f"{path}: is not an image ({error or type(error).__name__})") from None
+    if image.width * image.height > _MOST_PIXELS:
+        image.close()
+        raise DataError(f"{path}: has {image.width} x {image.height} pixels; must be {_MOST_PIXELS:,} at most")
+    return image
 
 
 def _decoded(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     try:
         with _opened(path) as image:
             return _fitted(image, size)
-    except OSError as error:
-        raise DataError(f"{path}: is damaged ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: is damaged ({error or type(error).__name__})") from None
 
 
 def _channels(image: Image) -> int:
@@ -251,5 +298,6 @@ def _fitted(image: Image, size: tuple[int, int, int]) -> np.ndarray:
     from PIL import ImageOps
 
     height, width, channels = size
-    pixels = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+    mode = "L" if channels == 1 else "RGB"
+    pixels = ImageOps.fit(image if image.mode == mode else image.convert(mode), (width, height))
     return np.asarray(pixels).reshape(height, width, channels)

@@ -79,7 +79,7 @@ def _from_treebank(path: str, label: str) -> list[LabelledText]:
                 raise DataError(
                     f"{path}: {place} has no comment '# {name} = ...'; it has {_some(list(sentence.about)) or 'none'}"
                 )
-        texts.append(LabelledText(sentence.about["text"], sentence.about[label], place))
+        texts.append(_checked(path, LabelledText(sentence.about["text"], sentence.about[label], place), "text", label))
     return texts
 
 
@@ -118,6 +118,8 @@ def _checked(path: str | Path, labelled: LabelledText, text: str, label: str) ->
     for column, value in ((text, labelled.text), (label, labelled.label)):
         if not value:
             raise DataError(f"{path}: {labelled.place} has nothing in the column {column}")
+    if not labelled.label.isprintable():
+        raise DataError(f"{path}: {labelled.place} has the class {labelled.label!r}; must be printable characters")
     return labelled
 
 

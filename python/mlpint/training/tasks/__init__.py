@@ -5,7 +5,9 @@ learnt. It knows nothing of layer-parallel training but the ranks. May import th
 :mod:`mlpint.parallel` and what that may. Nothing here is public but by way of ``mlpint train``.
 """
 
+from ...errors import DataError
 from ..config import TrainConfig
+from ..memory import check_memory
 from .base import Batch, Sample, Task
 from .bert import BERTTask
 from .classification import ClassificationTask
@@ -28,9 +30,15 @@ def make(config: TrainConfig) -> Task:
     """The task of a configuration, its data read.
 
     Raises:
-        UserError: data that cannot be read or does not fit; names the file.
+        UserError: data that cannot be read or do not fit, naming the file; settings that no memory is large enough for.
     """
-    return _TASKS[config.model.task](config)
+    check_memory(config)
+    try:
+        return _TASKS[config.model.task](config)
+    except OSError as error:
+        raise DataError(f"{error.filename or config.data.data}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise DataError(f"data = {config.data.data!r}: do not fit into memory") from None
 
 
 __all__ = ["Batch", "Sample", "Task", "make"]

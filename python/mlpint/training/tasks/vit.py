@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from ..data.order import draws, spread
 from ..models import ViT
 from .base import Batch, Sample, measured
 from .examples import ExamplesTask
+
+_AT_ONCE = 1 << 24  # values
 
 
 class ViTTask(ExamplesTask):
@@ -37,8 +41,7 @@ class ViTTask(ExamplesTask):
                 f"patch = {config.model.patch}: must divide the images' size, {height} x {width}, of {self.name}"
             )
         self._deal()
-        some = self.training.take(spread(len(self.training), 1000, 0, 1))
-        self.mean, self.deviation = float(some.mean()), float(some.std()) or 1.0
+        self.mean, self.deviation = _statistics(self.training, spread(len(self.training), 1000, 0, 1))
 
     def describe(self) -> str:
         channels, height, width = self.size
@@ -112,3 +115,18 @@ class ViTTask(ExamplesTask):
             if counts[label].any()
         ]
         return Sample("held-out images by class", "\n".join(lines), "\n".join(lines) + "\n")
+
+
+def _statistics(images: Images, indices: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation, 1 where it is 0, of all values of some images, read a few at a time if large."""
+    size = math.prod(images.size)
+    if len(indices) * size <= _AT_ONCE:
+        some = images.take(indices)
+        return float(some.mean()), float(some.std()) or 1.0
+    sums = np.zeros(2)
+    few = max(1, _AT_ONCE // size)
+    for start in range(0, len(indices), few):
+        some = images.take(indices[start : start + few])
+        sums += some.sum(dtype=np.float64), np.square(some).sum(dtype=np.float64)
+    mean, square = sums / (len(indices) * size)
+    return float(mean), math.sqrt(max(square - mean**2, 0)) or 1.0
