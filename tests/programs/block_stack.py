@@ -119,6 +119,7 @@ def inexact_is_that_of_single_blocks(comm):
         ):
             compare_solves(comm, make(layers), batch(), options)
             compare_solves(comm, make(layers), batch(1), options, recompute=True)
+            compare_solves(comm, make(layers), batch(), options, chain_slices=2, recompute=layers == 16)
     options = MGRIT(cfactor=2, forward_iters=1, backward_iters=1)
     compare_solves(comm, make(9), batch(), options, open_layers=2, close_layers=1, step_size=0.5)
 
@@ -139,7 +140,7 @@ def dropout_is_that_of_single_blocks(comm):
         (EXACT, {}),
         (EXACT, {"serial_microbatches": 2}),
         (MGRIT(cfactor=2, forward_iters=2, backward_iters=1), {}),
-        (MGRIT(cfactor=4, forward_iters=1, backward_iters=1), {"recompute": True}),
+        (MGRIT(cfactor=4, forward_iters=1, backward_iters=1), {"recompute": True, "chain_slices": 3}),
     ):
         network = compare_solves(comm, stack, batch(), options, key=(5, 1), **more)
         ys = []

@@ -29,8 +29,6 @@ class ModuleEvaluator:
         in_place: which layers change the state that they are given, as far as it is known; added to.
     """
 
-    finishes_on_chain = True
-
     def __init__(self, layers: Mapping[int, nn.Module], call: LayerCall, in_place: dict[int, bool]) -> None:
         self.layers, self.call, self.in_place = layers, call, in_place
         self._same_for_all = None if has_arguments_by_layer(*call.arguments) else call.arguments
@@ -38,6 +36,11 @@ class ModuleEvaluator:
         self.tapes: dict[int, Tape] = {}
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
         self.where = ""
+
+    @property
+    def finishes_on_chain(self) -> bool:
+        # A backward in two halves goes on where it was after the first.
+        return not all(map(self._splits, self.layers.values()))
 
     # --- what the propagators call -----------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class ModuleEvaluator:
 
     def _taped(self, n: int, tensors: Tensors) -> tuple[Tensors, Tape]:
         layer: Any = self.layers[n]
-        if self.single and not self.call.extras and hasattr(layer, "split_forward"):
+        if self._splits(layer):
             with torch.no_grad(), self._autocast(tensors[0].device):
                 output, tape = self._keyed(n, tensors[0], layer.split_forward)
                 outputs = self._moved(n, tensors, output_tensors(n, output, tensors, True))
@@ -148,6 +151,9 @@ class ModuleEvaluator:
         with torch.enable_grad():
             outputs = self.evaluate(n, inputs)
         return outputs, GraphTape(_differentiable(inputs), _differentiable(outputs), self._weights(n))
+
+    def _splits(self, layer: nn.Module) -> bool:
+        return self.single and not self.call.extras and hasattr(layer, "split_forward")
 
     def _weights(self, n: int) -> Tensors:
         """What a layer's gradients are wanted for beside its state."""
