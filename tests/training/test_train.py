@@ -476,7 +476,9 @@ def test_a_rank_that_cannot_start_tells_why():
     sys.exit(main(["train", "--steps=1"]))
     """
     result = run(no_mpi, 2, "mpich", env={"MLPINT_STALL_LIMIT": "8"})
-    assert result.returncode not in (0, -9) and result.stdout.count("step 1") == 0 and not result.orphans, result.describe()
+    assert result.returncode not in (0, -9) and result.stdout.count("step 1") == 0 and not result.orphans, (
+        result.describe()
+    )
     assert result.stderr.count("there is no MPI library") == 1, result.stderr
     assert "mlpint: error on rank 1: rank 1 of 2 was started by" in result.stderr
     no_nccl = """
