@@ -1,19 +1,26 @@
 """What others do with a model after parallelize: clipping, accelerate, Trainer, PEFT. On any number of ranks."""
 
+import contextlib
 import copy
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
+import peft
 import torch
 import transformers
 from runner import run
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_  # held by its own name, as many scripts do
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlpint import MGRIT, LayerParallel, check_replicas
-from mlpint.hf import parallelize
+from mlpint.errors import UserError
+from mlpint.hf import TrainerMixin, parallelize, save_pretrained
 
 transformers.logging.set_verbosity_error()
 EXACT = MGRIT(levels=1)
@@ -108,6 +115,88 @@ def other_models_are_clipped_alone(comm):
     assert abs(float(got / expected) - 1) < 1e-5
 
 
+class Trainer(TrainerMixin, transformers.Trainer):
+    pass
+
+
+@contextlib.contextmanager
+def shared_folder(ranks):
+    name = ranks.gather((tempfile.mkdtemp() if ranks.rank == 0 else "").encode())[0].decode()
+    try:
+        yield Path(name)
+        ranks.barrier()
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(name)
+
+
+def _trainer(kind, model, folder, **more):
+    ids = torch.randint(2, 30, (24, 6), generator=torch.Generator().manual_seed(3))
+    options = {"max_steps": 6, "save_steps": 3, "logging_steps": 6, "per_device_train_batch_size": 4, "seed": 1}
+    options |= {"learning_rate": 1e-2, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **options | more)
+    return kind(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+
+
+def trainer_saves_and_resumes(comm):
+    """Trainer on all ranks, its checkpoint resumed on all: the parameters of a plain Trainer, its clipping included."""
+    reference, model = (m.double() for m in pair(comm=comm))
+    start = copy.deepcopy(reference)
+    with shared_folder(comm) as folder:
+        _trainer(transformers.Trainer, reference, folder / f"plain-{comm.rank}", save_strategy="no").train()
+        trainer = _trainer(Trainer, model, folder / "run")
+        trainer.train()
+        expected = reference.state_dict()
+        torch.testing.assert_close(dict(model.state_dict()), dict(expected), rtol=0, atol=1e-10)
+        checkpoint = folder / "run" / "checkpoint-3"
+        again = parallelize(start, EXACT, comm=comm)
+        _trainer(Trainer, again, folder / "run").train(resume_from_checkpoint=str(checkpoint))
+        torch.testing.assert_close(dict(again.state_dict()), dict(expected), rtol=0, atol=1e-10)
+        saved = LlamaForCausalLM.from_pretrained(folder / "run" / "checkpoint-6", dtype=torch.float64)
+        torch.testing.assert_close(saved.state_dict(), expected, rtol=0, atol=1e-10)
+        if comm.size == 1:
+            return
+        shutil.rmtree(checkpoint / "mlpint") if comm.rank == 0 else None
+        comm.barrier()
+        other = _trainer(Trainer, again, folder / "run")
+        _raises(UserError, "lacks mlpint/", lambda: other.train(resume_from_checkpoint=str(checkpoint)))
+        push = {"push_to_hub": True, "hub_token": "none"}
+        _raises(UserError, "push_to_hub", lambda: _trainer(Trainer, again, folder / "run", **push))
+        # Trainer alone has all ranks write one optimizer.pt; whose it is in the end is chance, so exchange them here.
+        optimizer = trainer.optimizer.optimizer
+        torch.save(optimizer.state_dict(), folder / f"{comm.rank}.pt")
+        comm.barrier()
+        foreign = torch.load(folder / f"{(comm.rank + 1) % comm.size}.pt")
+        _raises(RuntimeError, "TrainerMixin", lambda: optimizer.load_state_dict(foreign))
+        optimizer.load_state_dict(torch.load(folder / f"{comm.rank}.pt"))
+
+
+def adapters_are_saved_whole(comm):
+    """PEFT before parallelize: the saved adapters are those of all ranks, and plain PEFT loads them."""
+    torch.manual_seed(4)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    reference = peft.get_peft_model(llama(), settings)
+    model = parallelize(copy.deepcopy(reference), EXACT, comm=comm)
+    for each in reference, model:
+        backward(each)
+    assert_gradients(model, reference)
+    with shared_folder(comm) as folder:
+        save_pretrained(model, folder / "adapters")
+        saved = load_file(folder / "adapters" / "adapter_model.safetensors")
+        torch.testing.assert_close(saved, peft.get_peft_model_state_dict(reference), rtol=0, atol=0)
+        loaded = peft.PeftModel.from_pretrained(llama(), folder / "adapters")
+        with torch.no_grad():
+            loss, expected = (m(input_ids=IDS, labels=IDS).loss for m in (loaded, reference))
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        if comm.size > 1:
+            _raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: model.save_pretrained(folder / "other"))
+            _raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: peft.get_peft_model_state_dict(model))
+        plain = parallelize(llama(), EXACT, comm=comm)
+        save_pretrained(plain, folder / "whole")
+        state = LlamaForCausalLM.from_pretrained(folder / "whole").state_dict()
+        torch.testing.assert_close(state, llama().state_dict(), rtol=0, atol=0)
+
+
 def _raises(kind, word, action):
     try:
         action()
@@ -118,4 +207,12 @@ def _raises(kind, word, action):
 
 
 if __name__ == "__main__":
-    run([clipped_by_torch, clipped_with_frozen_layers, other_models_are_clipped_alone])
+    run(
+        [
+            clipped_by_torch,
+            clipped_with_frozen_layers,
+            other_models_are_clipped_alone,
+            trainer_saves_and_resumes,
+            adapters_are_saved_whole,
+        ]
+    )

@@ -27,12 +27,13 @@ from ..nn import BlockStack
 from . import spread_stacks
 from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
+from .optimizer_marks import mark_states
 from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
 from .solve_pass import SolveFunction, SolvePass
 from .ties import tied_outside
-from .wrappers import keep_layers_out_of_ddp
+from .wrappers import keep_layers_out_of_ddp, refuse_peft
 
 
 class LayerParallel(nn.Module):
@@ -133,6 +134,7 @@ class LayerParallel(nn.Module):
         self.anchor = torch.zeros((), device="cpu", requires_grad=comm.size > 1)
         if comm.size > 1:
             keep_layers_out_of_ddp(LayerParallel)
+            mark_states(self)
 
     # --- what runs, and how ------------------------------------------------------------------------------------------
 
@@ -322,6 +324,8 @@ class LayerParallel(nn.Module):
         """The parameters of all layers under the keys of the unwrapped layers. Collective: call it on every rank."""
         if args:
             raise TypeError("state_dict takes destination, prefix and keep_vars as keyword arguments only")
+        if self.comm.size > 1:
+            refuse_peft()
         local = super().state_dict(prefix=prefix, keep_vars=keep_vars)
         of_all_ranks = gather_state_dict(local, self.comm, prefix)
         if destination is None:

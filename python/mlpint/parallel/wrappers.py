@@ -1,4 +1,4 @@
-"""Data-parallel wrappers around a model whose layers are spread over the same ranks."""
+"""What other libraries do with the whole of a model whose layers are spread over ranks: DDP, PEFT."""
 
 from __future__ import annotations
 
@@ -51,4 +51,22 @@ def _see(owner: nn.Module, name: str, module: nn.Module | None) -> None:
             raise ValueError(
                 "DistributedDataParallel has nothing to do for a model that is all LayerParallel stack: its ranks hold "
                 "different layers. Use the model without it"
+            )
+
+
+def refuse_peft() -> None:
+    """Refuses a state dict to PEFT, which would look there for the adapters of this rank's layers alone.
+
+    Raises:
+        RuntimeError: PEFT's ``save_pretrained`` is among the callers.
+    """
+    if "peft" not in sys.modules:
+        return
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "get_peft_model_state_dict":
+            raise RuntimeError(
+                "PEFT's save_pretrained and get_peft_model_state_dict keep the adapters of this rank's layers alone: "
+                "call mlpint.hf.save_pretrained(model, directory) on every rank"
             )
