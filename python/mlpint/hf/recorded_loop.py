@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..parallel.compiled import not_compiled
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # What a loop may ask a state between two layers: it is the same before and after.
 _QUESTIONS = frozenset(
@@ -93,6 +95,7 @@ class LayerInLoop:
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_record", record)
 
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._record(args, kwargs)
 
