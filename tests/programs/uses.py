@@ -4,6 +4,7 @@ The list is docs/uses.md. The scenarios run on any number of ranks; every rank c
 """
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import mlpint
-from mlpint import LayerParallel
+from mlpint import MGRIT, LayerParallel
 
 BOTH = EXACT, converged(6)
 
@@ -495,6 +496,40 @@ def a_mask_of_as_many_tokens_as_sequences(comm):
     refused(comm, "batch_first=True", lambda: stack(torch.randn(5, 2, 4)))
 
 
+def layers_that_mix_samples(comm):
+    """Centring over the batch: no slices. Which of several layers does it, and on which rank, is all one."""
+
+    class Centring(Residual):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    options, x = MGRIT(2, 2, 1, 1), torch.randn(4, 4)
+    for training in True, False:
+        layers = [*(Residual() for _ in range(7)), Centring()]
+        exact = made(comm, layers, EXACT, serial_microbatches=2).train(training)
+        refused(comm, f"rank {comm.size - 1} mix its samples", functools.partial(exact, x))
+        stack = made(comm, layers, options, chain_slices=2).train(training)
+        if comm.size > 1:
+            refused(comm, "mix its samples", functools.partial(stack, x))
+        else:
+            stack(x)  # nobody waits for a chain, so that it is whole
+        assert_close(made(comm, layers, EXACT, chain_slices=1)(x), plain(layers, x))
+
+
+def slices_by_measurement(comm):
+    layers, x = [Residual() for _ in range(8)], torch.randn(5, 4)
+    options = converged(8)
+    stack = made(comm, layers, options, chain_slices="auto")
+    for batch in x, x[:1], x:
+        assert_close(stack(batch), plain(layers, batch), 1e-5)
+    assert stack.stats.slices in (1, 2, 4)
+    chosen = {message.decode() for message in comm.gather(str(stack.stats.slices).encode())}
+    assert len(chosen) == 1, chosen
+    with stack.using(options=EXACT):
+        assert_close(stack(x), plain(layers, x), 1e-5)
+    refused(comm, '"auto"', lambda: made(comm, layers, options, chain_slices="many"))
+
+
 class Normalised(Residual):
     def __init__(self):
         super().__init__()
@@ -606,6 +641,8 @@ if __name__ == "__main__":
             ranks_that_differ,
             a_scaler_of_losses,
             a_mask_of_as_many_tokens_as_sequences,
+            layers_that_mix_samples,
+            slices_by_measurement,
             buffers_that_move,
             ddp_around_the_model,
             an_error_swallowed_on_one_rank,

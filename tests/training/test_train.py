@@ -512,5 +512,8 @@ def test_what_the_ranks_do_not_allow_ends_all_ranks_with_one_line(tmp_path):
 def test_the_cyclic_layout_and_the_pipeline_train(tmp_path):
     launched("mpich", 2, *flags(steps=2, out=tmp_path / "a", layout="cyclic", coarse="sum", cfactor=2)).check()
     launched("mpich", 2, *flags(steps=2, out=tmp_path / "b", levels=1, serial_microbatches=2)).check()
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "c", chain_slices=0)).check()
+    launched("mpich", 2, *flags(steps=2, out=tmp_path / "d")).check()
+    assert losses_of(tmp_path / "c") == pytest.approx(losses_of(tmp_path / "d"), rel=1e-5)
     assert losses_of(tmp_path / "b") == pytest.approx(plain_losses(2)[0], rel=1e-5)
     assert losses_of(tmp_path / "a") == pytest.approx(plain_losses(2)[0], rel=1e-2)

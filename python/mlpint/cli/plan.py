@@ -15,6 +15,7 @@ _NOT_PLANNED = (
     "tolerance",
     "step_size",
     "serial_microbatches",
+    "chain_slices",
     "recompute",
     "control",
     "control_target",

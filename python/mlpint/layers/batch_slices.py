@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..state import State
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 class BatchSlices:
@@ -40,6 +42,22 @@ class BatchSlices:
         if not isinstance(argument, torch.Tensor) or argument.shape[:1] != (self.batch,) or self.batch == 1:
             return argument
         return argument[slice(*self.bounds[i])]
+
+
+def mixes_samples(run: Callable[[Tensors], Tensors], batch: Tensors) -> bool:
+    """Whether what layers make of a sample depends on others: with the last one turned round, the rest changes.
+
+    Args:
+        run: the layers, with the same random numbers each time.
+        batch: an example of their state, of at least two samples.
+    """
+    turned = tuple(torch.cat([t[:-1], -t[-1:]]) if t.is_floating_point() else t for t in batch)
+    for before, after in zip(run(batch), run(turned), strict=True):
+        if before.is_floating_point():
+            rounding = before[:-1].abs().amax() * torch.finfo(before.dtype).eps ** 0.5
+            if (before[:-1] - after[:-1]).abs().amax() > rounding:
+                return True
+    return False
 
 
 def can_be_sliced(state: State, arguments: tuple[tuple, dict[str, Any]]) -> bool:

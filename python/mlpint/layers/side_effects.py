@@ -6,6 +6,7 @@ import random
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +100,19 @@ class BufferWatch:
             for n, layer in self._layers.items()
             for name, buffer in layer.named_buffers()
         }
+
+
+@contextmanager
+def kept_buffers(layers: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Inside, layers are evaluated for their own sake: their buffers are put back."""
+    before = [(b, b.clone(), version(b)) for layer in layers.values() for b in layer.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value, number in before:
+                if version(buffer) != number:
+                    buffer.copy_(value)
 
 
 def refuse_gradient(_: torch.Tensor) -> None:

@@ -17,12 +17,14 @@ class Stats:
         residual_norms: after iteration 1, 2, ..., by direction, over all ranks; where they were computed.
         evaluations: ``evaluations[kind][level]`` layers evaluated; the kinds are ``forward``, ``input_vjp``,
             ``parameter_vjp`` (the weight part alone) and ``combined_vjp`` (input and weights in one).
+        slices: of the batch, that chains (or exact sweeps) went through the ranks in.
         seconds: by phase: ``forward`` and ``backward`` in all, and within them ``wait`` for other ranks.
     """
 
     iterations: dict[str, int] = dataclasses.field(default_factory=dict)
     residual_norms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     evaluations: dict[str, Counter[int]] = dataclasses.field(default_factory=lambda: {k: Counter() for k in KINDS})
+    slices: int = 1
     seconds: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
     def total(self, kind: str) -> int:

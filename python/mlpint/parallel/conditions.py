@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from ..comm.communicator import Comm
 from ..layers.random_keys import LayerRandom
@@ -27,7 +28,7 @@ class Conditions:
         options: how the depth is solved.
         recompute: whether layers are evaluated again for their gradients.
         serial_microbatches: slices of the batch in exact sweeps.
-        chain_slices: slices of the batch in the coarse sweeps that go from rank to rank.
+        chain_slices: slices of the batch in the coarse sweeps that go from rank to rank; "auto": measured.
         watch_residuals: whether residual norms are computed, even if no tolerance needs them.
         learning: whether coarse operators learn from the passes.
         keys: the dropout keys of passes that repeat earlier ones and are not counted; None: new passes.
@@ -39,7 +40,7 @@ class Conditions:
     options: MGRIT
     recompute: bool = False
     serial_microbatches: int = 1
-    chain_slices: int = 1
+    chain_slices: int | Literal["auto"] = 1
     watch_residuals: bool = False
     learning: bool = True
     keys: Iterator[tuple[int, int]] | None = None
@@ -49,8 +50,11 @@ class Conditions:
             raise TypeError(f"options must be an mlpint.MGRIT, got {type(self.options).__name__}")
         for name in ("serial_microbatches", "chain_slices"):
             value = getattr(self, name)
+            if name == "chain_slices" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be an integer of at least 1")
+                or_auto = ' or "auto"' if name == "chain_slices" else ""
+                raise ValueError(f"{name} = {value!r}: must be an integer of at least 1{or_auto}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class PassSetup:
         key: (step, microbatch) of the dropout keys.
         training: whether the stack is in training mode.
         done: checks that the stack has made and warnings that it has given, of those that are due once.
+        slices_found: what ``chain_slices="auto"`` has come to, by the number of samples.
         tied_outside: names the layers' parameters that are used outside the stack too.
         stats: to be filled by the pass.
     """
@@ -79,5 +84,6 @@ class PassSetup:
     key: tuple[int, int]
     training: bool
     done: set[str]
+    slices_found: dict[int, int]
     tied_outside: Callable[[], list[str]]
     stats: Stats

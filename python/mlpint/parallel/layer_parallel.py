@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn, Self, SupportsIndex
+from typing import Any, Literal, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import nn
@@ -62,7 +62,8 @@ class LayerParallel(nn.Module):
         recompute: keep only the states and evaluate layers again for their gradients (activation checkpointing).
         chain_slices: coarse sweeps go through the ranks in so many slices of the batch, which divides the time that
             ranks wait for their turn; layers must treat samples independently. Exact sweeps do as with
-            ``serial_microbatches``.
+            ``serial_microbatches``. "auto": in the first pass with a batch of some size the fastest number is found by
+            measurement, so that runs may differ from each other by rounding.
         serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
             arguments whose first dimension is the batch's are sliced along.
 
@@ -85,7 +86,7 @@ class LayerParallel(nn.Module):
         layout: str = "block",
         recompute: bool = False,
         serial_microbatches: int = 1,
-        chain_slices: int = 1,
+        chain_slices: int | Literal["auto"] = 1,
     ) -> None:
         super().__init__()
         layers = layers if isinstance(layers, BlockStack) else list(layers)
@@ -128,6 +129,7 @@ class LayerParallel(nn.Module):
         self.stats = Stats()
         self.pass_keys, self._checkpointed = PassKeys(), CheckpointedPasses()
         self._done: set[str] = set()
+        self._slices_found: dict[int, int] = {}
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
         self._shared = SharedParameters(modules, dealt.rank_of, comm)
         # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
@@ -264,7 +266,7 @@ class LayerParallel(nn.Module):
                 "seed all ranks alike before the layers are made, or load one state dict on all of them"
             )
         for name in ("serial_microbatches", "chain_slices") if self._sequence_first else ():
-            if (count := getattr(self.conditions, name)) > 1:
+            if (count := getattr(self.conditions, name)) != 1:
                 raise ValueError(
                     f"{name} = {count} cuts along the first dimension, which is the sequence for layers with "
                     "batch_first=False: make them with batch_first=True"
@@ -286,6 +288,7 @@ class LayerParallel(nn.Module):
             key,
             self.training,
             self._done,
+            self._slices_found,
             functools.partial(tied_outside, self, LayerParallel),
             self.stats,
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..layers.batch_slices import Tensors, mixes_samples
 from ..layers.side_effects import BufferWatch, host_generators
 from ..mgrit import vectors
 from ..state import State
 from .conditions import PassSetup
+from .out_of_step import in_step
 
 _CHECKED_PASSES = 3  # that compare what the ranks were given
 _SAME = 1e-3  # relative difference that unlike hardware may make
@@ -51,6 +53,31 @@ def check_ties(setup: PassSetup) -> None:
         raise ValueError(
             f"parameters of a LayerParallel stack are used outside it too: {', '.join(dict.fromkeys(names))}. Most "
             "ranks would miss a part of their gradients; untie them before the stack is made"
+        )
+
+
+def check_samples(setup: PassSetup, state: State, run: Callable[[Tensors], Tensors]) -> None:
+    """Refuses layers that mix the samples of a batch which is cut, in the first such pass of training and evaluation.
+
+    Args:
+        state: before the stack.
+        run: takes it through this rank's layers, each time with the same random numbers.
+
+    Raises:
+        ValueError: on all ranks; slices would change the result.
+    """
+    check = f"samples are independent, training {setup.training}"
+    if check in setup.done:
+        return
+    setup.done.add(check)
+    with in_step(setup.comm):
+        mixed = mixes_samples(run, tuple(state.tensors))
+    ranks = [r for r, message in enumerate(setup.comm.gather(b"1" if mixed else b"")) if message]
+    if ranks:
+        raise ValueError(
+            f"chain_slices or serial_microbatches cuts the batch, and layers of rank {ranks[0]} mix its samples (batch "
+            "statistics, routing by capacity): what they make of one depends on the others, so that slices would "
+            "change the result. Set both to 1"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,18 +13,19 @@ from torch.utils import _pytree as pytree
 
 from .._core import Sweep
 from ..comm.agreement import agree
-from ..layers.batch_slices import BatchSlices, can_be_sliced
+from ..layers.batch_slices import BatchSlices, Tensors, can_be_sliced
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
-from ..layers.side_effects import ArgumentWatch, refuse_gradient
+from ..layers.side_effects import ArgumentWatch, kept_buffers, refuse_gradient
 from ..layers.sliced_evaluator import SlicedEvaluator, chained_layers
 from ..mgrit.solvers import AnySolver
 from ..mgrit.stats import Stats
 from ..state import State, describe, version
+from .auto_slices import fastest_slices
 from .compiled import graphs_kept
 from .conditions import PassSetup
 from .out_of_step import in_step
-from .pass_checks import check_replicas, check_ties, watched_buffers, watched_generators
+from .pass_checks import check_replicas, check_samples, check_ties, watched_buffers, watched_generators
 from .pass_keys import in_checkpoint
 
 
@@ -62,6 +64,8 @@ class SolvePass:
         self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
         self._versions = self._present_versions()
         self.evaluators: list[LayerEvaluator] = []
+        self.microbatches: BatchSlices | None = None
+        self.chain: BatchSlices | None = None
         self._watches: list[ArgumentWatch] = []
         self.used = False
 
@@ -99,7 +103,9 @@ class SolvePass:
         chained = chained_layers(self.layout, self.options)
         return SlicedEvaluator(make(whole), [make(call) for call in calls], self.chain, chained)
 
-    def _call(self, slices: BatchSlices | None, i: int, key: tuple[int, int], stats: Stats) -> LayerCall:
+    def _call(
+        self, slices: BatchSlices | None, i: int, key: tuple[int, int], stats: Stats, record: bool | None = None
+    ) -> LayerCall:
         arguments = self._arguments
         if slices is not None:
             with torch.enable_grad():
@@ -111,7 +117,7 @@ class SolvePass:
             self.conditions.layer_random,
             key,
             stats,
-            self.record,
+            self.record if record is None else record,
             self.conditions.recompute,
             self.extra_leaves,
             self.parameters,
@@ -123,19 +129,42 @@ class SolvePass:
 
     def _slices(self) -> tuple[BatchSlices | None, BatchSlices | None]:
         """How exact sweeps, and how the chains of others, take the batch: None for whole."""
-        c, batch = self.conditions, self.state.tensors[0].shape[:1]
-        wanted = max(c.serial_microbatches, c.chain_slices) if self.options.exact else c.chain_slices
-        if self.record and c.chain_slices > max(1, *batch):
+        c, batch, exact = self.conditions, self.state.tensors[0].shape[:1], self.options.exact
+        if self.record and c.chain_slices != "auto" and c.chain_slices > max(1, *batch):
             raise ValueError(
                 f"chain_slices = {c.chain_slices} is more than the batch of {batch[0] if batch else 1} has samples"
             )
-        count = max(1, min(wanted, *batch)) if batch else 1
-        if self.comm.size == 1 and not self.options.exact:
-            count = 1  # nobody waits for a chain
-        if count == 1 or not can_be_sliced(self.state, pytree.tree_unflatten(self._arguments, self._spec)):
+        nobody_waits = self.comm.size == 1 and not exact
+        arguments = pytree.tree_unflatten(self._arguments, self._spec)
+        if nobody_waits or (batch and batch[0] < 2) or not can_be_sliced(self.state, arguments):
+            return None, None
+        chain = self._measured_slices() if c.chain_slices == "auto" else c.chain_slices
+        count = min(max(chain, c.serial_microbatches) if exact else chain, *batch)
+        self.stats.slices = count
+        if count == 1:
             return None, None
         slices = BatchSlices(batch[0], count)
-        return (slices, None) if self.options.exact else (None, slices)
+        return (slices, None) if exact else (None, slices)
+
+    def _measured_slices(self) -> int:
+        """What :func:`fastest_slices` says for this number of samples, asked once."""
+        found, samples = self.setup.slices_found, self.state.tensors[0].shape[0]
+        if self.comm.size == 1:
+            return 1
+        if samples not in found:
+
+            def run(part: State, i: int, count: int) -> None:
+                call = self._call(BatchSlices(samples, count), i, self.setup.key, Stats(), record=False)
+                self._plain(call, tuple(part.tensors))
+
+            with in_step(self.comm):
+                found[samples] = fastest_slices(self.comm, self.state, run)
+        return found[samples]
+
+    def _plain(self, call: LayerCall, state: Tensors) -> Tensors:
+        """This rank's layers one after the other, for their own sake: nothing is kept or counted."""
+        with torch.no_grad(), kept_buffers(self.conditions.store.modules):
+            return self.conditions.store.run(call, state)
 
     # --- forwards and backwards --------------------------------------------------------------------------------------
 
@@ -148,6 +177,9 @@ class SolvePass:
             self._find_need()
             self._solver("forward")  # where options are refused, they are before data moves
             self.evaluators = self._make_evaluators()
+            if self.microbatches or self.chain:
+                call = self._call(None, 0, self.setup.key, Stats(), record=False)
+                check_samples(self.setup, self.state, functools.partial(self._plain, call))
             finals = []
             with watched_buffers(self.setup, len(self.evaluators)), watched_generators(self.setup), in_step(self.comm):
                 for i, evaluator in enumerate(self.evaluators):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..layers.batch_slices import mixes_samples
 from ..layers.layer_output import output_tensors
 from ..layers.random_keys import LayerRandom
 
@@ -16,7 +18,8 @@ def check_block(block: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], *a
 
     It must keep the shape and dtype of its state, leave its input unchanged, give the same output and gradients when it
     is evaluated again at the same input under the same dropout key, keep no memory of earlier evaluations, be
-    differentiable in its input, and have gradients that agree with finite differences.
+    differentiable in its input, and have gradients that agree with finite differences. It warns of a block that mixes
+    the samples of a batch, which ``chain_slices`` and ``serial_microbatches`` are not for.
 
     Args:
         block: the module, in the mode (train or eval) it will be used in; it is left as it was.
@@ -46,6 +49,7 @@ def check_block(block: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], *a
                     "step (batch norm in training mode and the like cannot be used)"
                 )
             _check_gradients(name, evaluate, state)
+            _look_at_samples(name, evaluate, state)
         finally:
             block.load_state_dict(before)
 
@@ -63,6 +67,19 @@ def _check_replay(name, evaluate, state) -> None:
         raise ValueError(
             f"{name} is not replayable: evaluated twice at the same input under the same dropout key it gives other "
             "outputs. Draw random numbers from torch's default generators only, and keep no state between evaluations"
+        )
+
+
+def _look_at_samples(name, evaluate, state) -> None:
+    if not all(t.dim() and len(t) == len(state[0]) > 1 for t in state):
+        return
+    with torch.no_grad():
+        mixed = mixes_samples(evaluate, state)
+    if mixed:
+        warnings.warn(
+            f"{name} mixes the samples of a batch (the first dimension): what it makes of one depends on the others. "
+            "Leave chain_slices and serial_microbatches at 1, which cut the batch",
+            stacklevel=3,
         )
 
 

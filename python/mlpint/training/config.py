@@ -52,6 +52,11 @@ class SolverConfig(Section):
     step_size: float = key(1.0, "h of x + h F(x) in the parallel layers; 0: 1 / their number", least=0)
     layout: str = key("block", "block or cyclic (for coarse = sum)", choices=("block", "cyclic"))
     serial_microbatches: int = key(1, "slices of a batch that exact sweeps stream through the ranks", least=1)
+    chain_slices: int = key(
+        1,
+        "slices of a batch in coarse sweeps that go from rank to rank; 0: by measurement (runs may differ by rounding)",
+        least=0,
+    )
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "auto",

@@ -270,6 +270,7 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
         layout=solver.layout,
         recompute=solver.recompute,
         serial_microbatches=solver.serial_microbatches,
+        chain_slices=solver.chain_slices or "auto",
     )
     for direction in ("forward", "backward"):
         stack.solver(direction)  # raises here what it would raise in the first step
