@@ -60,6 +60,7 @@ def main() -> None:
     for name, value in (("layers", 32), ("dim", 128), ("heads", 4), ("sequence", 64), ("batch", 8), ("repeats", 15)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--settings", default="1,1,4 1,1,8 2,1,4 0,0,4", help="forward,backward iterations,cfactor ...")
+    parser.add_argument("--slices", type=int, default=1, help="of the batch, in coarse sweeps from rank to rank")
     parser.add_argument("--coarse", default="injection", help="coarse operator")
     parser.add_argument("--layout", default="block", help="block, or cyclic for --coarse sum")
     parser.add_argument("--json", help="append the results to this file")
@@ -74,14 +75,14 @@ def main() -> None:
     for setting in args.settings.split():
         forward, backward, cfactor = map(int, setting.split(","))
         options = MGRIT(cfactor=cfactor, forward_iters=forward, backward_iters=backward, coarse=args.coarse)
-        blocks = LayerParallel(layers, options, comm=comm, layout=args.layout)
+        blocks = LayerParallel(layers, options, comm=comm, layout=args.layout, chain_slices=args.slices)
         serial, parallel = measure(comm, layers, blocks, x, args.repeats)
         if comm.rank == 0:
             ratio = statistics.median(s / p for s, p in zip(serial, parallel, strict=True))
             s, p = statistics.median(serial), statistics.median(parallel)
             print(
-                f"({forward},{backward}) cf {cfactor} {args.coarse} on {comm.size} ranks ({comm.name}): "
-                f"serial {s * 1e3:.1f} ms, "
+                f"({forward},{backward}) cf {cfactor} {args.coarse} slices {args.slices} "
+                f"on {comm.size} ranks ({comm.name}): serial {s * 1e3:.1f} ms, "
                 f"layer-parallel {p * 1e3:.1f} ms, {ratio:.2f}x; waited {blocks.stats.seconds['wait'] * 1e3:.1f} ms",
                 flush=True,
             )

@@ -9,7 +9,7 @@ from .hf import parallelize
 from .layers.arguments import PerLayer
 from .mgrit import MGRIT
 from .multilevel import Multilevel
-from .parallel import LayerParallel, capture, check_replicas, clip_grad_norm_, sync_replicas
+from .parallel import LayerParallel, capture, check_replicas, clip_grad_norm_, shard_loss, sync_replicas
 
 try:
     __version__ = version("mlpint")
@@ -28,6 +28,7 @@ __all__ = [
     "clip_grad_norm_",
     "init",
     "parallelize",
+    "shard_loss",
     "sync_replicas",
     "testing",
 ]

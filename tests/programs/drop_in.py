@@ -332,6 +332,71 @@ def tied_embeddings_and_training(comm):
 
 
 @float64
+def a_head_shared_out_over_the_ranks(comm):
+    """Loss and gradients of the whole head; tied and other parameters, tokens that do not divide, ignored targets."""
+    embedding, norm, layers = nn.Embedding(300, 64), nn.LayerNorm(64), [Residual(64) for _ in range(5)]
+    scale = nn.Parameter(torch.tensor(1.5))
+    nets = [(embedding, norm, scale), copy.deepcopy((embedding, norm, scale))]
+    stack = LayerParallel(copies(layers), EXACT, comm=comm)
+    for shape in (5, 3), (7,), (2, 2, 2), (1,):
+        tokens, weights = torch.randint(300, shape), torch.rand(shape)
+        wanted = tokens.roll(1, 0)
+        wanted[(0,) * len(shape)] = -100 if len(shape) == 2 else 7
+        for reduction in "none", "sum":
+            results = []
+            for emb, ln, factor in nets:
+                factor.grad = None
+                for module in (emb, ln, stack, *layers):
+                    module.zero_grad()
+            for (emb, ln, factor), blocks in zip(nets, (partial(plain, layers), stack), strict=True):
+
+                def head(y, targets, w, emb=emb, ln=ln, factor=factor):
+                    logits = ln(y) @ emb.weight.T * factor
+                    losses = w * nn.functional.cross_entropy(logits, targets, reduction="none")
+                    return losses if reduction == "none" else (losses.sum(), (targets >= 0).sum())  # noqa: B023
+
+                y = blocks(emb(tokens))
+                if blocks is stack:
+                    loss = mlpint.shard_loss(head, y, wanted, weights, comm=comm)
+                else:
+                    part = head(y.flatten(0, -2), wanted.flatten(), weights.flatten())
+                    loss = part.mean() if reduction == "none" else part[0] / part[1]
+                (3 * loss).backward()
+                results.append((loss, emb.weight.grad, *(p.grad for p in ln.parameters()), factor.grad))
+            for expected, got in zip(*results, strict=True):
+                assert_close(got, expected, 1e-12, f"{shape}, {reduction}")
+            assert_gradients_equal(stack, layers, 1e-12)
+    with torch.no_grad():
+        assert not mlpint.shard_loss(lambda y: y.sum(-1), stack(emb(tokens)), comm=comm).requires_grad
+
+
+def what_a_shared_head_refuses(comm):
+    stack, linear = LayerParallel([Residual() for _ in range(4)], EXACT, comm=comm), nn.Linear(4, 4)
+    y = stack(torch.randn(2, 3, 4))
+    for fn, text, more in (
+        (lambda y: y.mean(), "a loss for each", {}),
+        (lambda y: nn.functional.dropout(y).sum(-1), "random numbers", {}),
+        (lambda own: own.sum(-1) + y.sum(), "otherwise than through y", {}),
+        (lambda y: linear(y).sum(-1), "not among those passed", {"parameters": [linear.bias]}),
+    ):
+        if "otherwise" in text and comm.size == 1:
+            continue  # one rank alone has all of the graph
+        try:
+            mlpint.shard_loss(fn, y, comm=comm, **more)
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(f"no error for {text}")
+    mlpint.shard_loss(lambda y: linear(y).sum(-1), y, comm=comm, parameters=linear.parameters()).backward()
+    try:
+        mlpint.shard_loss(lambda y, t: y.sum(-1), y, torch.ones(3, 2), comm=comm)
+    except ValueError as error:
+        assert "target 0 is [3, 2]" in str(error), error
+    else:
+        raise AssertionError("no error for other shapes")
+
+
+@float64
 def clipping_counts_shared_modules_once(comm):
     shared = Residual()
     layers = [shared, Residual(), Residual(), shared]

@@ -13,6 +13,7 @@ from ..state import State
 from .waiting import operation
 
 _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
+_LARGE_SUM = 1 << 14  # elements; above, a message's length counts more than that it is one more
 
 _connect: Callable[[Any], Comm]
 
@@ -111,6 +112,16 @@ class Comm:
 
     def _sum(self, tensors: list[torch.Tensor]) -> None:
         transport, moved = self._transport(tensors[0]), [t.detach().contiguous() for t in tensors]
+        if sum(m.numel() for m in moved) < _LARGE_SUM or tensors[0].device.type != "cpu":
+            self._sum_on_first(transport, moved)
+        else:
+            for dtype in dict.fromkeys(m.dtype for m in moved):
+                self._sum_in_parts(transport, [m for m in moved if m.dtype == dtype])
+        for tensor, m in zip(tensors, moved, strict=True):
+            _assign(tensor, m)
+
+    def _sum_on_first(self, transport: _core.Transport, moved: list[torch.Tensor]) -> None:
+        """Two messages one after the other."""
         if self.rank == 0:
             arriving = State(torch.empty_like(m) for m in moved)
             for r in range(1, self.size):
@@ -121,8 +132,26 @@ class Comm:
             transport.post(0, _SUM, State(moved))
             transport.flush()
         transport.broadcast(State(moved), 0)
-        for tensor, m in zip(tensors, moved, strict=True):
-            _assign(tensor, m)
+
+    def _sum_in_parts(self, transport: _core.Transport, moved: list[torch.Tensor]) -> None:
+        """Every rank adds a part up, so that none sends or receives more than twice the whole."""
+        flat = torch.cat([m.flatten() for m in moved])
+        parts = flat.tensor_split(self.size)
+        own, others = parts[self.rank], [r for r in range(self.size) if r != self.rank]
+        for r in others:
+            transport.post(r, _SUM, State([parts[r]]))
+        arrived = {self.rank: own.clone()}
+        for r in others:
+            arrived[r] = torch.empty_like(own)
+            transport.receive(r, _SUM, State([arrived[r]])).wait(transport.stall_limit)
+        transport.flush()
+        own.copy_(arrived[0])
+        for r in range(1, self.size):
+            own += arrived[r]
+        for r in range(self.size):
+            transport.broadcast(State([parts[r]]), r)
+        for tensor, total in zip(moved, flat.split([m.numel() for m in moved]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     @operation("gather")
     def gather(self, message: bytes) -> list[bytes]:

@@ -66,7 +66,15 @@ class BERT(BERTEncoder):
         self, tokens: torch.Tensor, places: torch.Tensor | None = None, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits at ``places``, [batch, n] int64, of each sequence; at all of them by default."""
+        return self.logits(self.states(tokens, places, lengths))
+
+    def states(
+        self, tokens: torch.Tensor, places: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the logits are made of, [batch, n, dim]."""
         x = self.encode(tokens, lengths)
-        if places is not None:
-            x = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return self.head(self.transform_norm(F.gelu(self.transform(x), approximate="tanh")))
+        return x if places is None else x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., vocabulary]."""
+        return self.head(self.transform_norm(F.gelu(self.transform(states), approximate="tanh")))

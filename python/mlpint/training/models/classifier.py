@@ -28,7 +28,15 @@ class TextClassifier(BERTEncoder):
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """``lengths``: [batch] int64, at least 1; what stands behind them is padding and counts nothing."""
+        return self.logits(self.states(tokens, lengths))
+
+    def states(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, [batch, dim]."""
         states = self.encode(tokens, lengths)
         padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
         mean = states.masked_fill(padding.unsqueeze(-1), 0).sum(1) / lengths.unsqueeze(1)
-        return self.classes(self.dropout(mean))
+        return self.dropout(mean)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., classes]."""
+        return self.classes(states)

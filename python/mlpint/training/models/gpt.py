@@ -33,6 +33,13 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.states(tokens))
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, [batch, sequence, dim]."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.tokens(tokens) + self.positions(places))
-        return self.head(self.norm(self.blocks(x)))
+        return self.blocks(self.dropout(self.tokens(tokens) + self.positions(places)))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., vocabulary]."""
+        return self.head(self.norm(states))

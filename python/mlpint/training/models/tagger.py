@@ -39,10 +39,18 @@ class Tagger(nn.Module):
             self.features.weight[0] = 0
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.states(features, lengths))
+
+    def states(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, [batch, sequence, dim]."""
         batch, sequence, _ = features.shape
         places = torch.arange(sequence, device=features.device)
         words = self.word_norm(self.features(features.flatten(0, 1)).view(batch, sequence, -1))
         words = self.dropout(words) * (places < lengths.unsqueeze(1)).unsqueeze(-1)  # padding is nobody's neighbour
         x = words + self.neighbours(words.transpose(1, 2)).transpose(1, 2) + self.positions(places)
         x = self.dropout(self.embedding_norm(x))
-        return self.head(self.dropout(self.norm(self.blocks(x, lengths=lengths))))
+        return self.dropout(self.norm(self.blocks(x, lengths=lengths)))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., labels]."""
+        return self.head(states)

@@ -64,8 +64,16 @@ class Translator(nn.Module):
             lengths: [B] number of tokens without the padding, at least 1.
             target: [B, T] tokens, the first of them a start token.
         """
+        return self.logits(self.states(source, lengths, target))
+
+    def states(self, source: torch.Tensor, lengths: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, [B, T, dim]."""
         _, y = self.blocks((self.embed(source), self.embed(target)), key_mask(lengths, source.shape[1]))
-        return self.head(self.norm(y))
+        return y
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., vocabulary]."""
+        return self.head(self.norm(states))
 
     def embed(self, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
         """[B, T] tokens at the places from ``start`` on -> [B, T, dim]."""
@@ -122,7 +130,7 @@ class Stepwise:
             new, self._caches[i] = layer.extend(y, self._caches[i], self.mask)
             y = _moved(y, new, h)
         self.length += 1
-        return self.model.head(self.model.norm(y))[:, 0]
+        return self.model.logits(y)[:, 0]
 
     def expand(self, count: int) -> None:
         """Goes on with ``count`` copies of each target, next to each other."""

@@ -47,6 +47,14 @@ class ViT(nn.Module):
         normal_(self.head)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.states(images))
+
+    def states(self, images: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, [batch, dim]."""
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = self.embedding_norm(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions)
-        return self.head(self.norm(self.blocks(self.dropout(x))[:, 0]))
+        return self.blocks(self.dropout(x))[:, 0]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of any number of states, [..., dim] -> [..., classes]."""
+        return self.head(self.norm(states))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ...comm.communicator import Comm
+from ...parallel import LayerParallel, shard_loss
 from ..config import TrainConfig
 from ..models import Shape
 
@@ -110,6 +111,30 @@ class Task(abc.ABC):
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """Shows what the model has learnt. Collective; the model is in eval mode."""
         return None
+
+
+def cross_entropy(
+    model: Any, states: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0, ignored: int = IGNORED
+) -> torch.Tensor:
+    """Mean cross-entropy in nats of ``model.logits(states)``; ranks that share the layers share the work.
+
+    Args:
+        model: with ``blocks`` and ``logits``.
+        states: [..., dim], the same on all ranks.
+        targets: [...] int64.
+        smoothing: of the labels.
+        ignored: target that counts nothing.
+    """
+
+    def head(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model.logits(rows).float()
+        losses = F.cross_entropy(logits, wanted, ignore_index=ignored, reduction="sum", label_smoothing=smoothing)
+        return losses, (wanted != ignored).sum()
+
+    if isinstance(model.blocks, LayerParallel) and model.blocks.comm.size > 1:
+        return shard_loss(head, states, targets, comm=model.blocks.comm)
+    total, count = head(states.flatten(0, -2), targets.flatten())
+    return total / count
 
 
 def measured(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, tuple[float, float]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ..config import TrainConfig
 from ..data.order import draws
 from ..models import BERT
-from .base import Batch, Sample, measured
+from .base import Batch, Sample, cross_entropy, measured
 from .text import TextTask
 
 _TRAIN, _VALIDATION = range(2)
@@ -55,10 +56,10 @@ class BERTTask(TextTask):
         inputs = tokens.scatter(1, places, torch.where(replaced < 0, targets, replaced))
         return inputs, places, targets
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per masked token."""
         inputs, places, targets = batch
-        return F.cross_entropy(model(inputs, places).float().flatten(0, 1), targets.flatten())
+        return cross_entropy(model, model.states(inputs, places), targets)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         inputs, places, targets = batch

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ...comm.fingerprint import crc
@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data.labelled import LabelledText, load_labelled
 from ..data.order import spread
 from ..models import TextClassifier
-from .base import Batch, Sample, measured
+from .base import Batch, Sample, cross_entropy, measured
 from .examples import ExamplesTask
 
 _BYTES = 256
@@ -91,10 +91,10 @@ class ClassificationTask(ExamplesTask):
             return tokens
         return np.concatenate([tokens[: limit - limit // 2], tokens[len(tokens) - limit // 2 :]])
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per text."""
         tokens, classes, lengths = batch
-        return F.cross_entropy(model(tokens, lengths).float(), classes)
+        return cross_entropy(model, model.states(tokens, lengths), classes)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         tokens, classes, lengths = batch

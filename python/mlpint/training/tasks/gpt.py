@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ..models import GPT
 from ..sampling import generate
-from .base import Batch, Sample
+from .base import Batch, Sample, cross_entropy
 from .text import TextTask
 
 
@@ -28,10 +29,10 @@ class GPTTask(TextTask):
     def validation(self, index: int, count: int) -> Batch:
         return self.batches.validation(index, count)
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per token."""
         inputs, targets = batch
-        return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+        return cross_entropy(model, model.states(inputs), targets)
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
         """How held-out text goes on."""

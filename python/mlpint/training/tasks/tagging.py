@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ...comm.fingerprint import crc
@@ -15,7 +16,7 @@ from ..data.conllu import UPOS, Sentence, read_conllu
 from ..data.order import draws
 from ..data.words import FEATURES, WordFeatures
 from ..models import Tagger
-from .base import IGNORED, Batch, Sample, measured
+from .base import IGNORED, Batch, Sample, cross_entropy, measured
 from .examples import ExamplesTask
 
 
@@ -88,11 +89,10 @@ class TaggingTask(ExamplesTask):
             tags[row, : lengths[row]] = sentence.tags
         return features, torch.from_numpy(tags), torch.tensor(lengths)
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per word."""
         features, tags, lengths = batch
-        logits = model(features, lengths).float()
-        return F.cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=IGNORED)
+        return cross_entropy(model, model.states(features, lengths), tags)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         features, tags, lengths = batch

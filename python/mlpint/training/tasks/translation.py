@@ -6,11 +6,11 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...comm.communicator import Comm
 from ...comm.fingerprint import crc
@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..data import bpe, pairs, parallel_text
 from ..data.cache import cached
 from ..models.translation import Stepwise, Translator
-from .base import Batch, Sample, Task
+from .base import Batch, Sample, Task, cross_entropy
 
 _VOCABULARY = 6000
 _SHOWN = 5  # translations
@@ -121,12 +121,13 @@ class TranslationTask(Task):
     def _held_out(self, index: int, count: int) -> np.ndarray:
         return pairs.held_out(self.pairs["validation"], self.config.data.batch, index, count)
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per token, with label smoothing."""
-        return _cross_entropy(model, batch, "mean", self.config.optimizer.label_smoothing)
+        return _cross_entropy(model, batch, self.config.optimizer.label_smoothing)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
-        return {"loss": (float(_cross_entropy(model, batch, "sum")), int((batch[3] != bpe.PAD).sum()))}
+        count = int((batch[3] != bpe.PAD).sum())
+        return {"loss": (float(_cross_entropy(model, batch)) * count, count)}
 
     def validate(self, model: nn.Module, device: torch.device, comm: Comm) -> dict[str, float]:
         measures = super().validate(model, device, comm)
@@ -226,9 +227,6 @@ def _spans_both(config: TrainConfig, encoder_layers: int) -> bool:
     return by_one and inside and before % mgrit.cfactor ** (mgrit.levels - 1) != 0
 
 
-def _cross_entropy(model: nn.Module, batch: Batch, reduction: str, smoothing: float = 0.0) -> torch.Tensor:
+def _cross_entropy(model: Any, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     source, lengths, shifted, wanted = batch
-    logits = model(source, lengths, shifted).float().flatten(0, 1)
-    return F.cross_entropy(
-        logits, wanted.flatten(), ignore_index=bpe.PAD, reduction=reduction, label_smoothing=smoothing
-    )
+    return cross_entropy(model, model.states(source, lengths, shifted), wanted, smoothing, ignored=bpe.PAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..config import TrainConfig
 from ..data.images import Images, load_images
 from ..data.order import draws, spread
 from ..models import ViT
-from .base import Batch, Sample, measured
+from .base import Batch, Sample, cross_entropy, measured
 from .examples import ExamplesTask
 
 _AT_ONCE = 1 << 24  # values
@@ -88,10 +89,10 @@ class ViTTask(ExamplesTask):
             [image[:, y : y + height, x : x + width] for image, (y, x) in zip(larger, moves, strict=True)]
         )
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy in nats per image."""
         images, labels = batch
-        return F.cross_entropy(model(images).float(), labels)
+        return cross_entropy(model, model.states(images), labels)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, tuple[float, float]]:
         images, labels = batch
