@@ -429,29 +429,50 @@ class Faulty(Trainer):
         if step in {steps} and 6 in self.blocks.local_layers:  # of one rank alone
             next(self.blocks.local_layers[6].parameters()).grad[0] = float("{value}")
         return loss
+    def training_loss(self, step, microbatch, position):
+        poisoned = step == 5 and {forward} and 7 in self.blocks.local_layers  # it is in the coarse chain too
+        parameter = next(self.blocks.local_layers[7].parameters()) if poisoned else None
+        if poisoned:
+            kept = parameter.detach().clone()
+            parameter.data[0] = float("nan")
+        loss = super().training_loss(step, microbatch, position)
+        if poisoned:
+            parameter.data.copy_(kept)
+        return loss
 command.Trainer = Faulty
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize(
-    ("steps", "value", "control"), [([1, 3], "inf", "gradient"), (range(1, 30), "nan", "gradient"), ([1], "nan", "off")]
+    ("steps", "value", "control"),
+    [
+        ([1, 3], "inf", "gradient"),
+        (range(1, 30), "nan", "gradient"),
+        ([1, 3], "nan", "off"),
+        (range(1, 30), "inf", "off"),
+    ],
 )
 def test_one_ranks_gradient_that_is_no_number_is_named_and_never_taken(steps, value, control, tmp_path):
     options = CONTROL | {"control": control, "accumulate": 1, "control_every": 100, "control_target": 1e-6}
     arguments = flags(steps=6 if len(steps) == 2 else 30, out=tmp_path / "run", **options)
     program = NOT_FINITE.replace("{steps}", str(list(steps))).replace("{value}", value)
+    program = program.replace("{forward}", str(value == "nan" and control == "off"))
     result = run(program, 2, "mpich", args=("train", *arguments))
     named = "the gradients of 1 of 10 layers are not finite: 6 (rank 1)"
     if len(steps) == 2:
         result.check()
-        assert result.stdout.count(named) == 2
+        forward = control == "off"  # in one step the states are not finite, from that layer on
+        assert result.stdout.count(named) == 2, result.stdout
+        if forward:
+            assert result.stdout.count("not finite; skipped, 1 in a row") == 3 and "loss nan" in result.stdout
+            assert "3 steps skipped" in result.stdout, result.stdout
         written = losses_of(tmp_path / "run")
-        assert len(written) == 4 and all(map(math.isfinite, written))
+        assert len(written) == 4 - forward and all(map(math.isfinite, written))
     else:
         assert result.returncode == 1 and not result.orphans, result.describe()
         assert named in result.stderr and result.stderr.count("\n") == 1, result.stderr
-        assert len(losses_of(tmp_path / "run")) == 1
+        assert "steps in a row were not finite" in result.stderr and len(losses_of(tmp_path / "run")) == 1
 
 
 def test_ranks_that_disagree_are_told_before_training(tmp_path):

@@ -80,16 +80,18 @@ class Report:
 
     @contextmanager
     def decisions(self) -> Iterator[None]:
-        """Inside, what error control logs is shown among the other lines."""
-        logger, handler = logging.getLogger("mlpint.control.error_control"), _Lines(self._say)
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        """Inside, what error control and the trainer log is shown among the other lines."""
+        loggers = [logging.getLogger(f"mlpint.{name}") for name in ("control.error_control", "training.trainer")]
+        handler, levels = _Lines(self._say), [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
         try:
             yield
         finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(level)
 
     def step(self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float) -> None:
         """Reports a step that is done; ``measures`` are those of a validation after it, by name."""
@@ -170,6 +172,8 @@ class Report:
                 f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
                 f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"
             )
+        if self.trainer.skipped:
+            self._say(f"{self.trainer.skipped} steps skipped that were not finite")
         if comparison is not None:
             mode = short_form(self.trainer.blocks.options)
             self._say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -33,6 +34,9 @@ from .initial_weights import check_identity, start_from
 from .optimizer import learning_rate, make_optimizer
 from .tasks import Sample, Task
 
+SKIP_LIMIT = 5  # steps in a row that are not finite, as error control's
+_log = logging.getLogger(__name__)
+
 
 class Trainer:
     """A task's model, its optimiser and its place in the data.
@@ -50,7 +54,8 @@ class Trainer:
         step: optimiser steps done, on all levels.
         position: batches taken from the training data.
         phase: the last step's phase of multilevel training; None without.
-        decision: what error control made of the last step; None without control.
+        decision: what error control made of the last step, or that it was skipped; else None.
+        skipped, bad_steps: steps skipped without error control, in all and in a row.
         iterations: what the last step's solves took, by direction; 0 where exact.
         mode: the solver's options in the last step, in short.
 
@@ -75,7 +80,7 @@ class Trainer:
         elif _all_alike(self.blocks):
             self.flops = FlopMeter(self.blocks, self.model)
         self.initial_weights = ""
-        self.step = self.position = 0
+        self.step = self.position = self.skipped = self.bad_steps = 0
         self.phase: Phase | None = None
         self.decision: Decision | None = None
         self.iterations: dict[str, int] = {}
@@ -123,10 +128,10 @@ class Trainer:
     def train_step(self, phase: Phase | None = None) -> tuple[float, float]:
         """One optimiser step, of one of the networks. Returns loss and gradient norm, the same on every rank.
 
-        With error control a step whose numbers are not finite is skipped, and counts.
+        A step whose numbers are not finite is skipped, and counts.
 
         Raises:
-            TrainingError: if either is not a number; the weights are as before the step.
+            TrainingError: so many in a row were not; the weights are as before them.
         """
         self.phase = phase
         if phase is None:
@@ -153,17 +158,32 @@ class Trainer:
                 return loss, math.nan
         norm = math.sqrt(squared_grad_norm(self.model))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            where = gradients_not_finite(self.blocks)  # scaling would make all of them so
-            raise TrainingError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}{where and '; '}{where}; lower lr, or raise "
-                "forward_iters and backward_iters (0 is exact)"
-            )
+            self.decision = self._skipped(loss, norm)
+            self._go_on()
+            return loss, math.nan
+        self.bad_steps = 0
         scale_down(self.model, norm, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(*clock, self.config.optimizer)
         self.optimizer.step()
         self._go_on()
         return loss, norm
+
+    def _skipped(self, loss: float, norm: float) -> Decision:
+        """What error control does of steps that are not finite, where there is none: leave them out, up to a limit."""
+        self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
+        where = gradients_not_finite(self.blocks)  # scaling would make all of them so
+        what = f"loss {loss}, gradient norm {norm}{where and '; '}{where}"
+        if self.bad_steps >= SKIP_LIMIT:
+            raise TrainingError(
+                f"{self.bad_steps} steps in a row were not finite, the last one's {what}; lower lr, or raise "
+                "forward_iters and backward_iters (0 is exact)"
+            )
+        options, reason = self.blocks.options, f"not finite; skipped, {self.bad_steps} in a row: {what}"
+        decision = Decision(self.step + 1, "skip", options, options, reason, skip=True)
+        if self.comm.rank == 0:
+            _log.warning("%s", decision)
+        return decision
 
     def _go_on(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
