@@ -137,15 +137,18 @@ def a_whole_layer_is_replaced(comm):
         stack = made(comm, reference, options)
         same(stack, reference, x)
         reference[3] = Adapted(nn.Linear(4, 4))
-        if 3 in stack.local_layers:
-            setattr(stack, "3", copy.deepcopy(reference[3]))
-            assert stack.local_layers[3] is stack.get_submodule("3")
+        setattr(stack, "3", copy.deepcopy(reference[3]))
+        assert ("3" in dict(stack.named_children())) == (3 in stack.local_layers)
         same(stack, reference, x)
+        refused(comm, "layer 6 of a stack of 6 layers", lambda: setattr(stack, "6", Residual()), AttributeError)  # noqa: B023
 
     def assign():
         stack.local_layers[3] = Residual()
 
     refused(comm, "item assignment", assign)
+    blocks = LayerParallel(mlpint.nn.BlockStack(4, 8, 2), MGRIT(cfactor=2), comm=comm)
+    for name in "stacked", "1":
+        refused(comm, "stacked|blocks", functools.partial(setattr, blocks, name, Residual()), AttributeError)
 
 
 @float64

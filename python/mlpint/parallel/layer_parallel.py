@@ -138,6 +138,24 @@ class LayerParallel(nn.Module):
             keep_layers_out_of_ddp(LayerParallel)
             mark_states(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A layer is replaced by its index, ``setattr(stack, "3", layer)``, on all ranks; its owner takes it up.
+
+        Raises:
+            AttributeError: a layer that does not exist, or blocks whose parameters are stacked.
+        """
+        if isinstance(value, nn.Module) and name.isdigit():
+            if int(name) >= self._layer_count or "stacked" in self._modules:
+                what = "blocks with stacked parameters" if "stacked" in self._modules else f"{self._layer_count} layers"
+                raise AttributeError(f"layer {name} of a stack of {what} cannot be replaced")
+            if name not in self._modules:
+                return
+        if name == "stacked" and self._modules.get(name, value) is not value:
+            raise AttributeError(
+                "the blocks of a LayerParallel stack cannot be replaced: load a state dict, or wrap anew"
+            )
+        super().__setattr__(name, value)
+
     # --- what runs, and how ------------------------------------------------------------------------------------------
 
     @contextmanager
