@@ -10,7 +10,7 @@ import pytest
 from launch import run
 from mlpint.checkpoint import open_checkpoint
 
-# Half a minute of training between two faults, ten minutes in all. MLPINT_SOAK_SECONDS=60 is a short look: 12 s between.
+# Half a minute of training between two faults, ten minutes in all; MLPINT_SOAK_SECONDS=60 is a short look (12 s).
 SECONDS = float(os.environ.get("MLPINT_SOAK_SECONDS", "600"))
 BETWEEN = 30 if SECONDS > 120 else 12
 FAULTS = ("SIGKILL", "exit", "SIGSTOP", "raise", "SIGSEGV", "SIGTERM")
