@@ -12,7 +12,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 import peft
 import torch
 import transformers
-from runner import run
+from runner import raises, run
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_  # held by its own name, as many scripts do
@@ -72,7 +72,7 @@ def clipped_by_torch(comm):
         assert abs(norms[2] / norms[0] - 1) < 1e-5 and abs(norms[3] / norms[1] - 1) < 1e-5, norms
         assert_gradients(model, reference)
     if comm.size > 1:
-        _raises(ValueError, "norm_type=2", lambda: clip_grad_norm_(model.parameters(), 1.0, norm_type=1))
+        raises(ValueError, "norm_type=2", lambda: clip_grad_norm_(model.parameters(), 1.0, norm_type=1))
     assert check_replicas(model) == []
 
 
@@ -169,15 +169,15 @@ def trainer_saves_and_resumes(comm):
         shutil.rmtree(checkpoint / "mlpint") if comm.rank == 0 else None
         comm.barrier()
         other = _trainer(Trainer, again, folder / "run")
-        _raises(UserError, "lacks mlpint/", lambda: other.train(resume_from_checkpoint=str(checkpoint)))
+        raises(UserError, "lacks mlpint/", lambda: other.train(resume_from_checkpoint=str(checkpoint)))
         push = {"push_to_hub": True, "hub_token": "none"}
-        _raises(UserError, "push_to_hub", lambda: _trainer(Trainer, again, folder / "run", **push))
+        raises(UserError, "push_to_hub", lambda: _trainer(Trainer, again, folder / "run", **push))
         # Trainer alone has all ranks write one optimizer.pt; whose it is in the end is chance, so exchange them here.
         optimizer = trainer.optimizer.optimizer
         torch.save(optimizer.state_dict(), folder / f"{comm.rank}.pt")
         comm.barrier()
         foreign = torch.load(folder / f"{(comm.rank + 1) % comm.size}.pt")
-        _raises(RuntimeError, "TrainerMixin", lambda: optimizer.load_state_dict(foreign))
+        raises(RuntimeError, "TrainerMixin", lambda: optimizer.load_state_dict(foreign))
         optimizer.load_state_dict(torch.load(folder / f"{comm.rank}.pt"))
 
 
@@ -199,21 +199,12 @@ def adapters_are_saved_whole(comm):
             loss, expected = (m(input_ids=IDS, labels=IDS).loss for m in (loaded, reference))
         torch.testing.assert_close(loss, expected, rtol=0, atol=0)
         if comm.size > 1:
-            _raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: model.save_pretrained(folder / "other"))
-            _raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: peft.get_peft_model_state_dict(model))
+            raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: model.save_pretrained(folder / "other"))
+            raises(RuntimeError, "mlpint.hf.save_pretrained", lambda: peft.get_peft_model_state_dict(model))
         plain = parallelize(llama(), EXACT, comm=comm)
         save_pretrained(plain, folder / "whole")
         state = LlamaForCausalLM.from_pretrained(folder / "whole").state_dict()
         torch.testing.assert_close(state, llama().state_dict(), rtol=0, atol=0)
-
-
-def _raises(kind, word, action):
-    try:
-        action()
-    except kind as error:
-        assert word in str(error), error
-    else:
-        raise AssertionError(f"no error with {word!r}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import transformers
 from compare import check, compare, converged, float64
 from layers import assert_close
-from runner import run
+from runner import raises, run
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -276,13 +276,13 @@ def refused(comm):
         ({"output_hidden_states": True}, "output_hidden_states=False"),
         ({"output_attentions": True}, "output_attentions=False"),
     ]:
-        _raises(ValueError, word, lambda arguments=arguments: model(IDS, **arguments))
-    _raises(ValueError, "use_cache=False", lambda: model.generate(IDS, max_new_tokens=2, use_cache=True))
+        raises(ValueError, word, lambda arguments=arguments: model(IDS, **arguments))
+    raises(ValueError, "use_cache=False", lambda: model.generate(IDS, max_new_tokens=2, use_cache=True))
     model.config.output_hidden_states = True
-    _raises(ValueError, "output_hidden_states=False", lambda: model(IDS))
+    raises(ValueError, "output_hidden_states=False", lambda: model(IDS))
     model.config.output_hidden_states = False
     encoder = parallelize(bert(BertModel), MGRIT(levels=1), comm=comm)
-    _raises(ValueError, "output_attentions=False", lambda: encoder(IDS, output_attentions=True))
+    raises(ValueError, "output_attentions=False", lambda: encoder(IDS, output_attentions=True))
     assert encoder(IDS).attentions is None
     assert model(IDS).past_key_values is None
 
@@ -290,12 +290,12 @@ def refused(comm):
 def other_stacks_are_refused(comm):
     """A part that is not there, and layers that hand each other more than T5's."""
     there = 'stack="decoder.block" (3 layers)'
-    _raises(ValueError, there, lambda: parallelize(t5(), comm=comm, stack="decoder.layers"))
+    raises(ValueError, there, lambda: parallelize(t5(), comm=comm, stack="decoder.layers"))
     model = t5(LongT5ForConditionalGeneration, config=LongT5Config)
-    _raises(ValueError, "gives layer 1 value 1 that layer 0 returns", lambda: parallelize(model, comm=comm))
+    raises(ValueError, "gives layer 1 value 1 that layer 0 returns", lambda: parallelize(model, comm=comm))
     assert isinstance(model.encoder.block, torch.nn.ModuleList)
     model = marian()
-    _raises(ValueError, "open_layers + close_layers", lambda: parallelize(model, comm=comm, open_layers=3))
+    raises(ValueError, "open_layers + close_layers", lambda: parallelize(model, comm=comm, open_layers=3))
     assert isinstance(model.model.encoder.layers, torch.nn.ModuleList)  # as it was, though this one has a layer left
 
 
@@ -311,15 +311,6 @@ def saved_and_loaded(comm):
             for name, value in loaded.state_dict().items():
                 assert torch.equal(value, state[name]), name
         comm.barrier()
-
-
-def _raises(kind, word, action):
-    try:
-        action()
-    except kind as error:
-        assert word in str(error), error
-    else:
-        raise AssertionError(f"no error with {word!r}")
 
 
 if __name__ == "__main__":

@@ -35,3 +35,13 @@ def run(scenarios):
         comm.sum_ordered([failed])
         if failed.item():
             raise SystemExit(1)
+
+
+def raises(kind, word, action):
+    """As pytest.raises, which the ranks of a program do without."""
+    try:
+        action()
+    except kind as error:
+        assert word in str(error), error
+    else:
+        raise AssertionError(f"no error with {word!r}")
