@@ -475,6 +475,19 @@ def test_one_ranks_gradient_that_is_no_number_is_named_and_never_taken(steps, va
         assert "steps in a row were not finite" in result.stderr and len(losses_of(tmp_path / "run")) == 1
 
 
+def test_the_consistency_term(tmp_path):
+    """Two ranks as one, accumulated or not; its size is in the log; with what it is not for it is refused."""
+    options = {"forward_iters": 1, "coarse": "injection", "cfactor": 2, "control": "off", "batch": 2, "steps": 4}
+    for out, more in (("a", {"batch": 4}), ("b", {"accumulate": 2}), ("c", {"accumulate": 2, "consistency": 0})):
+        arguments = flags(out=tmp_path / out, **{"consistency": 0.5} | options | more)
+        assert cli.main(["train", *arguments]) == 0
+    launched("mpich", 2, *flags(out=tmp_path / "d", **options, accumulate=2, consistency=0.5)).check()
+    errors = {n: [line.get("relative_error") for line in steps_of(tmp_path / n)] for n in "abcd"}
+    assert errors["c"] == [None] * 4 and errors["d"] == pytest.approx(errors["b"], rel=1e-4)
+    assert losses_of(tmp_path / "d") == pytest.approx(losses_of(tmp_path / "b"), rel=1e-4) != losses_of(tmp_path / "c")
+    assert all(e > 0 for e in errors["a"])
+
+
 def test_ranks_that_disagree_are_told_before_training(tmp_path):
     program = """
     import os, sys
@@ -524,6 +537,7 @@ def test_what_the_ranks_do_not_allow_ends_all_ranks_with_one_line(tmp_path):
         ({"layout": "cyclic", "cfactor": 3, "coarse": "sum"}, "their number, 2, must be a multiple of cfactor"),
         ({"layout": "cyclic", "cfactor": 2}, "coarse='sum'"),
         ({"coarse": "sum", "cfactor": 2, "levels": 3, "layers": 14}, "are on ranks"),
+        ({"coarse": "sum", "cfactor": 2, "consistency": 0.1}, "not 'sum'"),
     ):
         result = launched("mpich", 2, *flags(steps=1, out=tmp_path / "run", **options))
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and text in result.stderr, result.stderr

@@ -16,6 +16,7 @@ _NOT_PLANNED = (
     "step_size",
     "serial_microbatches",
     "chain_slices",
+    "consistency",
     "recompute",
     "control",
     "control_target",

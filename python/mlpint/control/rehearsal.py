@@ -56,6 +56,12 @@ class Rehearsal:
         watch: compute residual norms. learn: coarse operators learn from these passes as from any other.
         """
         blocks, last, stats = self.blocks, self._keys[-self.passes :], self.blocks.stats
+        drawing = blocks.store.drawing(blocks.layer_random) if blocks.conditions.chain_slices != 1 else None
+        if drawing:
+            raise ValueError(
+                f"chain_slices = {blocks.conditions.chain_slices!r}, and {drawing} draw random numbers: exact sweeps, "
+                "which error control compares with, draw others. Set chain_slices to 1, or the dropout to 0"
+            )
         self._used = 0
 
         def repeated() -> Iterator[tuple[int, int]]:
@@ -68,6 +74,8 @@ class Rehearsal:
             watch_residuals=watch,
             learning=learn,
             serial_microbatches=1,  # slices of a batch draw other random numbers than all of it
+            chain_slices=1,
+            consistency=0.0,  # it is the loss's gradient that is to be right
             keys=repeated(),
         )
         try:

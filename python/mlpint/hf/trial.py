@@ -53,7 +53,7 @@ class Trial:
             return
         with ExitStack() as exactly, _undisturbed(self.model):
             for _, stack in stacks_of(self.model):
-                exactly.enter_context(stack.using(options=_EXACT, keys=itertools.repeat((0, 0))))
+                exactly.enter_context(stack.using(options=_EXACT, consistency=0.0, keys=itertools.repeat((0, 0))))
             results = _results(self.model(**self.inputs))
         worst = max((_distance(a, b) for a, b in zip(results, self.expected, strict=False)), default=0.0)
         worst = max(float(message) for message in self.comm.gather(repr(worst).encode()))

@@ -11,6 +11,7 @@ from ..mgrit import vectors
 from ..mgrit.learnt_operator import LearntOperator
 from ..state import State
 from .batch_slices import BatchSlices
+from .consistency import ConsistencyPart
 from .evaluator import LayerEvaluator
 from .sliced_evaluator import SlicedEvaluator
 
@@ -26,6 +27,8 @@ class Propagator:
         slices: of the batch in chains, where there are several; then the evaluator has parts.
         operator: the coarse operator, if it is one that learns.
         learning: whether it learns from this pass.
+        consistency: the consistency term of the pass, if there is one.
+        exact: whether the solve is an exact sweep.
     """
 
     operations = {Sweep.intermediate: "relaxation", Sweep.final_coarse: "coarse sweep", Sweep.final_fine: "last sweep"}
@@ -40,7 +43,10 @@ class Propagator:
         slices: BatchSlices | None = None,
         operator: LearntOperator | None = None,
         learning: bool = False,
+        consistency: ConsistencyPart | None = None,
+        exact: bool = False,
     ) -> None:
+        self.consistency, self.exact = consistency, exact
         self.evaluator, self.template, self.rank, self.first_layer = evaluator, template, rank, first_layer
         self.batch_slices = slices
         self._parts: Sequence[LayerEvaluator] = evaluator.parts if isinstance(evaluator, SlicedEvaluator) else ()
@@ -137,14 +143,18 @@ class ForwardPropagator(Propagator):
     ) -> list[State]:
         # Whatever the coarse sweep evaluated for good was recorded there and then.
         lacking = [i for i, known in enumerate(outputs) if known is None]
-        if not lacking:
-            return [known for known in outputs if known is not None]
         states = iter(
             evaluator.forward(
                 [layers[i] for i in lacking], [inputs[i] for i in lacking], level, is_final=sweep != Sweep.intermediate
             )
+            if lacking
+            else ()
         )
-        return [next(states) if known is None else known for known in outputs]
+        results = [next(states) if known is None else known for known in outputs]
+        if self.consistency is not None and sweep == Sweep.final_fine:
+            for layer, before, after in zip(layers, inputs, results, strict=True):
+                self.consistency.see(layer, before, after)
+        return results
 
 
 class AdjointPropagator(Propagator):
@@ -153,8 +163,9 @@ class AdjointPropagator(Propagator):
     direction = "backward"
 
     def finishes_on_chain(self) -> bool:
-        # Generic modules take the input's path again for their parameters; here it is taken once.
-        return self.evaluator.finishes_on_chain
+        # Generic modules take the input's path again for their parameters; here it is taken once. The consistency term
+        # takes other products for the parameters than the chain's.
+        return self.evaluator.finishes_on_chain and self.consistency is None
 
     def layer(self, position: int) -> int:
         return self.first_layer - position
@@ -168,6 +179,38 @@ class AdjointPropagator(Propagator):
         level: int,
         sweep: Sweep,
     ) -> list[State]:
+        if sweep == Sweep.final_fine and self.consistency is not None:
+            return self._steps_with_term(self.consistency, evaluator, layers, inputs, outputs, level)
         if sweep == Sweep.final_fine:
             return evaluator.finish(layers, inputs, outputs, level)
         return evaluator.input_vjp(layers, inputs, level, is_final=sweep == Sweep.final_coarse)
+
+    def _steps_with_term(
+        self,
+        term: ConsistencyPart,
+        evaluator: LayerEvaluator,
+        layers: list[int],
+        inputs: list[State],
+        known: list[State | None],
+        level: int,
+    ) -> list[State]:
+        if self.exact:
+            return [
+                term.exact_step(
+                    n,
+                    cotangent,
+                    lambda x, n=n: evaluator.input_vjp([n], [x], level, is_final=False)[0],  # type: ignore[misc]
+                    lambda x, n=n: evaluator.finish([n], [x], [None], level)[0],  # type: ignore[misc]
+                )
+                for n, cotangent in zip(layers, inputs, strict=True)
+            ]
+        added = [term.added(n) for n in layers]
+        changed = [x if a is None else vectors.axpy(1.0, a, x) for x, a in zip(inputs, added, strict=True)]
+        still_known = [k if a is None else None for k, a in zip(known, added, strict=True)]
+        results = evaluator.finish(layers, changed, still_known, level)
+        return [term.left(n, result) for n, result in zip(layers, results, strict=True)]
+
+    def observe(self, position: int, length: int, u: State, v: State, end: State) -> None:
+        if self.consistency is not None:
+            u = self.consistency.observed_from(self.layer(position), u)
+        super().observe(position, length, u, v, end)

@@ -79,6 +79,22 @@ class LearntOperator:
                 moved.append((step if scale == 1 else step.mul_(scale)).add_(a))
         return State(moved)
 
+    def pullback(self, position: int, length: int, cotangent: State) -> State:
+        """The transposed derivative of :meth:`step` in v, with what has been learnt taken for constant."""
+        fits = self._fits.get((position, length))
+        pulled = []
+        for i, t in enumerate(cotangent.tensors):
+            solution = fits[i].solution if fits else None
+            if not t.is_floating_point():
+                pulled.append(t)
+            elif solution is None:
+                pulled.append(t * length)
+            elif self.kind == "scaled":
+                pulled.append(t * solution.to(t.dtype))
+            else:
+                pulled.append(t @ solution[: t.shape[-1]].to(t.dtype).t())
+        return State(pulled)
+
     def _apply(self, solution: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         if self.kind == "scaled":
             return f * solution.to(f.dtype)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
+
+import torch
 
 KINDS = ("forward", "input_vjp", "parameter_vjp", "combined_vjp")
 
@@ -17,6 +20,8 @@ class Stats:
         residual_norms: after iteration 1, 2, ..., by direction, over all ranks; where they were computed.
         evaluations: ``evaluations[kind][level]`` layers evaluated; the kinds are ``forward``, ``input_vjp``,
             ``parameter_vjp`` (the weight part alone) and ``combined_vjp`` (input and weights in one).
+        inconsistency: with a consistency term ||e_K||^2 and ||end - u_K||^2 of each own interval, by its first layer:
+            scalar tensors. What the last adjoint norm in ``residual_norms`` is of then has the term in it.
         slices: of the batch, that chains (or exact sweeps) went through the ranks in.
         seconds: by phase: ``forward`` and ``backward`` in all, and within them ``wait`` for other ranks.
     """
@@ -24,12 +29,18 @@ class Stats:
     iterations: dict[str, int] = dataclasses.field(default_factory=dict)
     residual_norms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     evaluations: dict[str, Counter[int]] = dataclasses.field(default_factory=lambda: {k: Counter() for k in KINDS})
+    inconsistency: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     slices: int = 1
     seconds: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
     def total(self, kind: str) -> int:
         """Evaluations of a kind over all levels."""
         return self.evaluations[kind].total()
+
+    @property
+    def relative_errors(self) -> dict[int, float]:
+        """||e_K|| / ||end - u_K|| of the coarse model, by the first layer of each own interval."""
+        return {n: math.sqrt(float(e) / float(d)) if d > 0 else 0.0 for n, (e, d) in self.inconsistency.items()}
 
     @property
     def convergence_factor(self) -> dict[str, float]:

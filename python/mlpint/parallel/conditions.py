@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from ..comm.communicator import Comm
+from ..layers.consistency import check_weight
 from ..layers.random_keys import LayerRandom
 from ..layers.store import LayerStore
 from ..mgrit.layout import Layout
@@ -29,6 +30,7 @@ class Conditions:
         recompute: whether layers are evaluated again for their gradients.
         serial_microbatches: slices of the batch in exact sweeps.
         chain_slices: slices of the batch in the coarse sweeps that go from rank to rank; "auto": measured.
+        consistency: mu of the consistency term; 0: there is none.
         watch_residuals: whether residual norms are computed, even if no tolerance needs them.
         learning: whether coarse operators learn from the passes.
         keys: the dropout keys of passes that repeat earlier ones and are not counted; None: new passes.
@@ -41,6 +43,7 @@ class Conditions:
     recompute: bool = False
     serial_microbatches: int = 1
     chain_slices: int | Literal["auto"] = 1
+    consistency: float = 0.0
     watch_residuals: bool = False
     learning: bool = True
     keys: Iterator[tuple[int, int]] | None = None
@@ -48,6 +51,7 @@ class Conditions:
     def __post_init__(self) -> None:
         if not isinstance(self.options, MGRIT):
             raise TypeError(f"options must be an mlpint.MGRIT, got {type(self.options).__name__}")
+        check_weight(self.consistency)
         for name in ("serial_microbatches", "chain_slices"):
             value = getattr(self, name)
             if name == "chain_slices" and value == "auto":

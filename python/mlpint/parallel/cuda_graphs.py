@@ -284,6 +284,8 @@ def capture(stack: nn.Module, x: torch.Tensor, *args: Any, recorder: Recorder | 
 def _check(stack: nn.Module, x: torch.Tensor, others: Any, recorder: Recorder | None) -> None:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"capture: the state is a {type(x).__name__}; only a stack of one tensor can be captured")
+    if getattr(stack, "consistency", 0):
+        raise ValueError("capture: a stack with a consistency term cannot be captured; call the stack itself")
     if x.device.type != "cuda" and recorder is None:
         raise ValueError(f"capture: x is on the {x.device}, and CUDA graphs need a GPU; call the stack itself")
     if any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(others)):

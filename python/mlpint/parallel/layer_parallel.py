@@ -16,6 +16,7 @@ from torch import nn
 from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum, fingerprint
 from ..layers.arguments import check_arguments, has_arguments_by_layer, selected
+from ..layers.consistency import check_weight, intervals_of
 from ..layers.random_keys import LayerRandom
 from ..layers.store import LayerStore, make_store
 from ..mgrit.layout import Layout, interval
@@ -66,6 +67,10 @@ class LayerParallel(nn.Module):
             measurement, so that runs may differ from each other by rounding.
         serial_microbatches: exact sweeps go through the ranks as a pipeline of so many slices of the batch. Tensor
             arguments whose first dimension is the batch's are sliced along.
+        consistency: mu, at least 0; adds mu mean_K ||e_K||^2 / ||end - u_K||^2 to what gradients are of, so that the
+            coarse model stays true as layers are trained, see :mod:`mlpint.layers.consistency`. In units of the loss
+            that ``backward`` is called on: divide it by the number of accumulated batches, multiply it by a
+            ``GradScaler``'s scale. May be set between steps, on all ranks alike.
 
     A layer that has ``split_forward`` (see :class:`mlpint.layers.tapes.SplitTape`) does without the second input-vjp at
     C-points.
@@ -87,6 +92,7 @@ class LayerParallel(nn.Module):
         recompute: bool = False,
         serial_microbatches: int = 1,
         chain_slices: int | Literal["auto"] = 1,
+        consistency: float = 0.0,
     ) -> None:
         super().__init__()
         layers = layers if isinstance(layers, BlockStack) else list(layers)
@@ -99,8 +105,10 @@ class LayerParallel(nn.Module):
         seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)], device="cpu"))  # rank 0's
         self._layer_random = LayerRandom(int(seed))
         self.conditions = Conditions(
-            dealt, self._store, self._layer_random, options, recompute, serial_microbatches, chain_slices
+            dealt, self._store, self._layer_random, options, recompute, serial_microbatches, chain_slices, consistency
         )
+        if consistency:
+            intervals_of(dealt, options)
         alike = {
             "layers": f"{len(layers)} with {fingerprint(modules)}",
             "options": options,
@@ -110,6 +118,7 @@ class LayerParallel(nn.Module):
             "recompute": recompute,
             "serial microbatches": serial_microbatches,
             "chain slices": chain_slices,
+            "consistency": consistency,
         }
         comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         # Unless a state dict is loaded the first pass refuses weights that were not alike.
@@ -166,8 +175,8 @@ class LayerParallel(nn.Module):
 
         Args:
             **changes: attributes of :class:`mlpint.parallel.conditions.Conditions` with their values: options, keys,
-                learning, watch_residuals, serial_microbatches, chain_slices, recompute, layer_random, or a layout that
-                :meth:`mlpint.mgrit.layout.Layout.select` has made of the whole stack's.
+                learning, watch_residuals, serial_microbatches, chain_slices, consistency, recompute, layer_random, or a
+                layout that :meth:`mlpint.mgrit.layout.Layout.select` has made of the whole stack's.
         """
         with ExitStack() as leaving:
             if "layout" in changes:
@@ -201,6 +210,25 @@ class LayerParallel(nn.Module):
     @watch_residuals.setter
     def watch_residuals(self, value: bool) -> None:
         self._change(watch_residuals=value)
+
+    @property
+    def consistency(self) -> float:
+        """mu of the consistency term; 0: there is none."""
+        return self.conditions.consistency
+
+    @consistency.setter
+    def consistency(self, value: float) -> None:
+        check_weight(value)
+        if value:
+            intervals_of(self.layout, self.options)
+        self._change(consistency=value)
+
+    def relative_error(self) -> float:
+        """The mean over intervals of ||e_K|| / ||end - u_K|| in the last pass with a consistency term. Collective."""
+        own = self.stats.relative_errors.values()
+        sums = torch.tensor([sum(own), len(own)], dtype=torch.float64, device="cpu")
+        self.comm.sum_ordered([sums])
+        return float(sums[0] / sums[1])
 
     @property
     def layout(self) -> Layout:

@@ -15,7 +15,8 @@ Tensors = tuple[torch.Tensor, ...]
 def is_plain(conditions: Conditions) -> bool:
     """Whether the loop over the layers is all there is to do."""
     c = conditions
-    return c.layout.ranks == 1 and c.options.exact and c.serial_microbatches == 1 and not c.recompute
+    alone = c.layout.ranks == 1 and c.options.exact and c.serial_microbatches == 1
+    return alone and not c.recompute and not c.consistency
 
 
 def plain_pass(setup: PassSetup, state: Tensors, single: bool, args: tuple, kwargs: dict[str, Any]) -> Tensors:

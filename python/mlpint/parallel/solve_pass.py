@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.batch_slices import BatchSlices, Tensors, can_be_sliced
+from ..layers.consistency import ConsistencyPart, ConsistencyTerm
 from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, kept_buffers, refuse_gradient
@@ -64,6 +65,8 @@ class SolvePass:
         self.weights = tuple(dict.fromkeys(p for ps in self.parameters.values() for p in ps))
         self._versions = self._present_versions()
         self.evaluators: list[LayerEvaluator] = []
+        self.term: ConsistencyTerm | None = None
+        self.terms: list[ConsistencyPart | None] = []
         self.microbatches: BatchSlices | None = None
         self.chain: BatchSlices | None = None
         self._watches: list[ArgumentWatch] = []
@@ -85,8 +88,10 @@ class SolvePass:
 
     def _make_evaluators(self) -> list[LayerEvaluator]:
         """One evaluator for the whole batch, or one for each microbatch of the pipeline of exact sweeps."""
+        self.term = self._consistency_term()
         self.microbatches, self.chain = self._slices()
         count = len(self.microbatches) if self.microbatches else 1
+        self.terms = [self.term.part() if self.term else None for _ in range(count)]
         return [self._make_evaluator(self.microbatches, i, count) for i in range(count)]
 
     def _make_evaluator(self, microbatches: BatchSlices | None, i: int, count: int) -> LayerEvaluator:
@@ -127,6 +132,13 @@ class SolvePass:
         self._watches.append(ArgumentWatch(call.arguments))
         return call
 
+    def _consistency_term(self) -> ConsistencyTerm | None:
+        c = self.conditions
+        if not c.consistency or not self.record:
+            return None
+        operator = self.setup.operators.operator(self.layout, self.options, "forward")
+        return ConsistencyTerm(c.consistency, self.layout, self.options, operator, self.stats.inconsistency)
+
     def _slices(self) -> tuple[BatchSlices | None, BatchSlices | None]:
         """How exact sweeps, and how the chains of others, take the batch: None for whole."""
         c, batch, exact = self.conditions, self.state.tensors[0].shape[:1], self.options.exact
@@ -135,8 +147,10 @@ class SolvePass:
                 f"chain_slices = {c.chain_slices} is more than the batch of {batch[0] if batch else 1} has samples"
             )
         nobody_waits = self.comm.size == 1 and not exact
+        # The term's parts are of the whole batch, or of one microbatch of both directions.
+        one_way = not exact and self.term is not None and any(map(self._is_exact, ("forward", "backward")))
         arguments = pytree.tree_unflatten(self._arguments, self._spec)
-        if nobody_waits or (batch and batch[0] < 2) or not can_be_sliced(self.state, arguments):
+        if nobody_waits or one_way or (batch and batch[0] < 2) or not can_be_sliced(self.state, arguments):
             return None, None
         chain = self._measured_slices() if c.chain_slices == "auto" else c.chain_slices
         count = min(max(chain, c.serial_microbatches) if exact else chain, *batch)
@@ -186,7 +200,7 @@ class SolvePass:
                     state = self.microbatches.slice(self.state, i) if self.microbatches else self.state
                     if owns_first:
                         state = self._serial_forward(evaluator, layout.open_indices, state)
-                    propagator = self._propagator(ForwardPropagator, evaluator, state, layout.open_layers)
+                    propagator = self._propagator(ForwardPropagator, i, state, layout.open_layers)
                     final = self._solve(propagator, state if owns_first else None)
                     if final is not None:
                         finals.append(self._serial_forward(evaluator, layout.close_indices, final))
@@ -227,7 +241,7 @@ class SolvePass:
                     if owns_last:
                         lam = self._serial_backward(evaluator, layout.close_indices, lam)
                     last_layer = layout.open_layers + layout.depth - 1
-                    propagator = self._propagator(AdjointPropagator, evaluator, lam, last_layer)
+                    propagator = self._propagator(AdjointPropagator, i, lam, last_layer)
                     final = self._solve(propagator, lam if owns_last else None)
                     if final is not None:
                         finals.append(self._serial_backward(evaluator, layout.open_indices, final))
@@ -239,15 +253,27 @@ class SolvePass:
                 result += self._sum_extras(gradients)
                 self.setup.shared.sum(gradients)
                 result += [gradients.get(p) for p in self.weights]
-        self.evaluators = []
+        self.evaluators, self.terms = [], []
         return result
 
-    def _propagator(
-        self, kind: type[Propagator], evaluator: LayerEvaluator, template: State, first_layer: int
-    ) -> Propagator:
+    def _propagator(self, kind: type[Propagator], i: int, template: State, first_layer: int) -> Propagator:
+        """For the batch, or microbatch i of it."""
         operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
         learning = self.conditions.learning
-        return kind(evaluator, template, self.comm.rank, first_layer, self.chain, operator, learning)
+        return kind(
+            self.evaluators[i],
+            template,
+            self.comm.rank,
+            first_layer,
+            self.chain,
+            operator,
+            learning,
+            self.terms[i],
+            self._is_exact(kind.direction),
+        )
+
+    def _is_exact(self, direction: str) -> bool:
+        return self.options.levels == 1 or self.options.iterations(direction) <= 0
 
     def _solver(self, direction: str) -> AnySolver:
         norms = self.conditions.watch_residuals
@@ -343,7 +369,7 @@ class SolvePass:
                 "operation": direction,
                 "call": str(self.setup.number),
                 "tensors": describe(tensors),
-                "options": str(self.options),
+                "options": str(self.options) + (f", consistency {c}" if (c := self.conditions.consistency) else ""),
                 "records": str(self.record),
                 "training": str(self.setup.training),
                 "dropout key": str(self.setup.key),

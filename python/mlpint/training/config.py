@@ -57,6 +57,7 @@ class SolverConfig(Section):
         "slices of a batch in coarse sweeps that go from rank to rank; 0: by measurement (runs may differ by rounding)",
         least=0,
     )
+    consistency: float = key(0.0, "mu of the term that keeps the coarse model true; 0: none", least=0)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "auto",
@@ -72,6 +73,8 @@ class SolverConfig(Section):
         super().__post_init__()
         if self.mgrit().exact and self.control in ("gradient", "residual"):
             raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
+        if self.consistency and self.coarse == "sum":
+            raise ConfigError("consistency is for coarse = injection, scaled, fitted or identity, not 'sum'")
         if self.measure == "gradient" and self.control_target >= 1:
             raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
 

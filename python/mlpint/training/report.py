@@ -122,6 +122,8 @@ class Report:
             line["network"], line["fine_step"] = phase.name, phase.fine_step + 1
         if flops is not None:
             line["flops"], line["flops_all"] = flops.blocks, flops.all
+        if self.trainer.relative_error is not None:
+            line["relative_error"] = self.trainer.relative_error
         if control is not None:
             line["control"] = control
         self.metrics.write(line)
@@ -137,12 +139,16 @@ class Report:
             )
             self._say(
                 f"step {done:>{len(str(total))}}/{total}  {phase.name + '  ' if phase else ''}"
-                f"loss {loss:.4f}{held_out}  {self.trainer.mode}  "
+                f"loss {loss:.4f}{held_out}  {self.trainer.mode}  {self._coarse_error()}"
                 f"lr {lr:.1e}  grad {norm:.2f}  {len(self.interval) * self.per_step / sum(self.interval):,.0f} "
                 f"{self.trainer.task.unit}/s  "
                 f"{_memory(self.trainer.device):.0f} MiB  eta {int(left) // 60}:{int(left) % 60:02d}"
             )
             self.interval.clear()
+
+    def _coarse_error(self) -> str:
+        error = self.trainer.relative_error
+        return "" if error is None else f"e {error:.3f}  "
 
     def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
         collectively(self.comm, lambda: self._close(sample, comparison))

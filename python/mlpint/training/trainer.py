@@ -57,6 +57,7 @@ class Trainer:
         decision: what error control made of the last step, or that it was skipped; else None.
         skipped, bad_steps: steps skipped without error control, in all and in a row.
         iterations: what the last step's solves took, by direction; 0 where exact.
+        relative_error: of the coarse model in the last step, where there is a consistency term; else None.
         mode: the solver's options in the last step, in short.
 
     Raises:
@@ -84,6 +85,7 @@ class Trainer:
         self.phase: Phase | None = None
         self.decision: Decision | None = None
         self.iterations: dict[str, int] = {}
+        self.relative_error: float | None = None
         self.mode = short_form(self.blocks.options)
         self.control: ErrorControl | None = None
         if solver.measure is not None:
@@ -146,8 +148,12 @@ class Trainer:
 
     def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
+        # In units of the loss whose gradients are accumulated; networks made of some of the layers do without.
+        fine = self.phase is None or self.phase.fine
+        self.blocks.consistency = self.config.solver.consistency / accumulate if fine else 0.0
         losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
         self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
+        self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
         loss = sum(losses) / accumulate
         self.decision = None
         if self.control is not None and (self.phase is None or self.phase.fine):
@@ -291,6 +297,7 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
         recompute=solver.recompute,
         serial_microbatches=solver.serial_microbatches,
         chain_slices=solver.chain_slices or "auto",
+        consistency=solver.consistency,
     )
     for direction in ("forward", "backward"):
         stack.solver(direction)  # raises here what it would raise in the first step

@@ -1,0 +1,98 @@
+"""Training with the consistency term: which mu keeps (1,1) with the gradient of exact sweeps, and what it costs.
+
+    python experiments/consistency.py --out experiments/results/consistency.jsonl  # some minutes a row on two cores
+    python experiments/consistency.py --only headline --seeds 0 1 2
+
+A byte GPT on the embedded text, AdamW with betas .9 and .95, on 2 ranks. Each row is one `mlpint train`; what the
+results have already is not run again. Prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+SIZES = {
+    "small": "--layers 20 --dim 64 --heads 4 --sequence 32 --batch 8",
+    "headline": "--layers 32 --dim 128 --heads 4 --sequence 64 --batch 8",
+}
+COMMON = (
+    "--steps 1000 --eval-every 100 --eval-batches 20 --beta2 .95 --control off --sample 0 --compare 8 --log-every 1000"
+)
+EXACT = "--levels 1"
+SETTINGS = {
+    "exact": EXACT,
+    "exact, mu 1": f"{EXACT} --coarse injection --consistency 1",
+    "injection (1,1) cf 4": "--coarse injection --forward-iters 1",
+    **{
+        f"injection (1,1) cf 4, mu {mu}": f"--coarse injection --forward-iters 1 --consistency {mu}"
+        for mu in (0.03, 0.1, 0.3, 1, 3)
+    },
+    "injection (1,1) cf 8, mu 1": "--coarse injection --forward-iters 1 --cfactor 8 --consistency 1",
+    "fitted (1,1) cf 4": "--coarse fitted --forward-iters 1",
+    **{f"fitted (1,1) cf 4, mu {mu}": f"--coarse fitted --forward-iters 1 --consistency {mu}" for mu in (0.1, 0.3, 1)},
+    "fitted (1,1) cf 8, mu 1": "--coarse fitted --forward-iters 1 --cfactor 8 --consistency 1",
+}
+HEADLINE = ("exact", "injection (1,1) cf 4, mu 1", "injection (1,1) cf 8, mu 1", "fitted (1,1) cf 4, mu 1")
+
+
+def run(size: str, name: str, seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = shlex.split(f"{SIZES[size]} {COMMON} {SETTINGS[name]} --seed {seed} --out {folder}/run")
+        command = [BIN / "mpirun", "-n", "2", BIN / "mlpint", "train", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    compared = next((line["comparison"] for line in lines if "comparison" in line), None)
+    return {
+        "size": size,
+        "setting": name,
+        "seed": seed,
+        "val_loss": {line["step"]: line["val_loss"] for line in steps if line.get("val_loss") is not None},
+        "relative_error": {line["step"]: line["relative_error"] for line in steps[99::100] if "relative_error" in line},
+        "seconds_a_step": sorted(line["seconds"] for line in steps)[len(steps) // 2],
+        "cosine": compared and compared["gradient_cosine"],
+        "speedup": compared and compared["exact_seconds"] / compared["seconds"],
+        "arguments": arguments[:-2],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/consistency.jsonl"))
+    parser.add_argument("--only", choices=list(SIZES), help="one of the sizes")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--settings", nargs="*", help="some of the settings, by name")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = {(row["size"], row["setting"], row["seed"]) for row in rows}
+    for seed in args.seeds:
+        for size in [args.only] if args.only else SIZES:
+            for name in args.settings or (SETTINGS if size == "small" else HEADLINE):
+                if (size, name, seed) in done:
+                    continue
+                rows.append(run(size, name, seed))
+                with args.out.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(name, list(rows[-1]["val_loss"].values())[-1], rows[-1]["cosine"], flush=True)
+    print("| size | setting | seed | held-out loss at 300 / 500 / 1000 | cosine at 1000 | relative e | s a step |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        losses = " / ".join(f"{value:.3f}" for step, value in row["val_loss"].items() if int(step) in (300, 500, 1000))
+        error = next(reversed(row["relative_error"].values()), None)
+        cosine = "1" if row["cosine"] is None else f"{row['cosine']:.4f}"
+        print(
+            f"| {row['size']} | {row['setting']} | {row['seed']} | {losses} | {cosine} | "
+            f"{'' if error is None else f'{error:.3f}'} | {row['seconds_a_step']:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
