@@ -519,6 +519,21 @@ def layers_that_mix_samples(comm):
         assert_close(made(comm, layers, EXACT, chain_slices=1)(x), plain(layers, x))
 
 
+def gradients_that_nobody_looks_after(comm):
+    """Warned of once, after some steps of training, on rank 0."""
+    x, options = torch.randn(4, 4), MGRIT(2, 2, 1, 1)
+    for looked_after in (False, True):
+        stack = made(comm, [Residual() for _ in range(6)], options)
+        if looked_after:
+            mlpint.ErrorControl(stack)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(14):
+                stack(x).sum().backward()
+        said = [str(w.message) for w in caught if "ErrorControl(stack)" in str(w.message)]
+        assert len(said) == (not looked_after and comm.rank == 0), said
+
+
 def slices_by_measurement(comm):
     layers, x = [Residual() for _ in range(8)], torch.randn(5, 4)
     options = converged(8)
@@ -645,6 +660,7 @@ if __name__ == "__main__":
             a_scaler_of_losses,
             a_mask_of_as_many_tokens_as_sequences,
             layers_that_mix_samples,
+            gradients_that_nobody_looks_after,
             slices_by_measurement,
             buffers_that_move,
             ddp_around_the_model,

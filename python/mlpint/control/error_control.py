@@ -107,6 +107,7 @@ class ErrorControl:
             raise TypeError(f"blocks must be an mlpint.LayerParallel, got {type(blocks).__name__}")
         self.blocks, self.measure, self.max_error, self.reference = blocks, measure, max_error, reference
         self.target = (0.95 if measure == "gradient" else 1.0) if target is None else target
+        blocks.looked_after()
         self.every, self.margin, self.patience, self.skip_limit = every, margin, patience, skip_limit
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)

@@ -29,6 +29,7 @@ from . import spread_stacks
 from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
 from .optimizer_marks import mark_states
+from .pass_checks import POOR_GRADIENTS
 from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
 from .shared_parameters import SharedParameters, gather_state_dict
@@ -222,6 +223,10 @@ class LayerParallel(nn.Module):
         if value:
             intervals_of(self.layout, self.options)
         self._change(consistency=value)
+
+    def looked_after(self) -> None:
+        """Says that the error of the gradients is known or watched, so that nobody needs to be warned of it."""
+        self._done.add(POOR_GRADIENTS)
 
     def relative_error(self) -> float:
         """The mean over intervals of ||e_K|| / ||end - u_K|| in the last pass with a consistency term. Collective."""

@@ -14,6 +14,8 @@ from ..state import State
 from .conditions import PassSetup
 from .out_of_step import in_step
 
+POOR_GRADIENTS = "poor gradients"
+_PASSES_IN_GOOD_FAITH = 10  # of training, before a word on gradients that nobody looks at
 _CHECKED_PASSES = 3  # that compare what the ranks were given
 _SAME = 1e-3  # relative difference that unlike hardware may make
 
@@ -53,6 +55,22 @@ def check_ties(setup: PassSetup) -> None:
         raise ValueError(
             f"parameters of a LayerParallel stack are used outside it too: {', '.join(dict.fromkeys(names))}. Most "
             "ranks would miss a part of their gradients; untie them before the stack is made"
+        )
+
+
+def warn_of_poor_gradients(setup: PassSetup) -> None:
+    """Warns once of training with few iterations that neither error control nor the consistency term looks after."""
+    options = setup.conditions.options
+    looked_after = options.exact or setup.conditions.consistency or POOR_GRADIENTS in setup.done
+    if looked_after or not setup.training or setup.number < _PASSES_IN_GOOD_FAITH:
+        return
+    setup.done.add(POOR_GRADIENTS)
+    if setup.comm.rank == 0:
+        warnings.warn(
+            f"gradients of {options} are approximations, and nothing looks after them: training may diverge, without a "
+            "sign in the first steps. Let mlpint.ErrorControl(stack) measure them, or keep the coarse model true with "
+            "LayerParallel(..., consistency=1.0)",
+            stacklevel=2,
         )
 
 

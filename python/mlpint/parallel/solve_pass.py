@@ -26,7 +26,14 @@ from .auto_slices import fastest_slices
 from .compiled import graphs_kept
 from .conditions import PassSetup
 from .out_of_step import in_step
-from .pass_checks import check_replicas, check_samples, check_ties, watched_buffers, watched_generators
+from .pass_checks import (
+    check_replicas,
+    check_samples,
+    check_ties,
+    warn_of_poor_gradients,
+    watched_buffers,
+    watched_generators,
+)
 from .pass_keys import in_checkpoint
 
 
@@ -224,6 +231,7 @@ class SolvePass:
                 "the state before the stack or one of its parameters was changed in place between its forward and its "
                 "backward, whose gradients would belong to neither value: step the optimiser after the backward"
             )
+        warn_of_poor_gradients(self.setup)
         layout, owns_last = self.layout, self.comm.rank == self.layout.last_rank
         floating = [t.is_floating_point() for t in self.state.tensors]
         template = State(t for t, f in zip(self.state.tensors, floating, strict=True) if f)

@@ -88,6 +88,7 @@ class Trainer:
         self.relative_error: float | None = None
         self.mode = short_form(self.blocks.options)
         self.control: ErrorControl | None = None
+        self.blocks.looked_after()  # where control is off somebody has said so
         if solver.measure is not None:
             self.control = ErrorControl(
                 self.blocks, measure=solver.measure, target=solver.control_target or None, every=solver.control_every
