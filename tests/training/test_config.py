@@ -173,3 +173,7 @@ def test_learning_rate():
     assert rates[14] == pytest.approx(0.2 + 1.8 / 2)
     assert rates[24] == pytest.approx(0.2)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    config = SECTIONS["optimizer"](lr=2.0, warmup=4, final_lr=0.1, schedule="wsd", decay=0.4)
+    rates = [learning_rate(step, 25, config) for step in range(25)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and set(rates[4:15]) == {2.0}
+    assert rates[15:] == pytest.approx([0.2 + 0.18 * left for left in range(9, -1, -1)])

@@ -118,6 +118,12 @@ class OptimizerConfig(Section):
     optimizer: str = key("adamw", "adamw or sgd", choices=("adamw", "sgd"))
     lr: float = key(1e-3, "highest learning rate", above=0)
     warmup: int = key(20, "steps of linear warm-up", least=0)
+    schedule: str = key(
+        "cosine",
+        "after warm-up: cosine, or wsd, which is constant and falls linearly at the end",
+        choices=("cosine", "wsd"),
+    )
+    decay: float = key(0.2, "wsd: the part of the steps in which the learning rate falls", above=0, most=1)
     final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
     beta2: float = key(0.999, "decay of adamw's average of squared gradients", least=0, below=1)

@@ -25,9 +25,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The rate in step 0, 1, ..., steps - 1: a linear warm-up, then half a cosine down to ``final_lr`` times ``lr``."""
+    """The rate in step 0, 1, ..., steps - 1: a linear warm-up, then down to ``final_lr`` times ``lr``.
+
+    By half a cosine, or along a line over the last ``decay`` of the steps (warm-up, stable, decay; arXiv 2404.06395).
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
     low = config.final_lr * config.lr
+    if config.schedule == "wsd":
+        left = (steps - 1 - step) / max(config.decay * steps, 1)
+        return low + (config.lr - low) * min(left, 1.0)
+    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
