@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import testing
 from .comm import Comm, init
-from .control import ErrorControl
+from .control import ErrorControl, gradient_bias
 from .hf import parallelize
 from .layers.arguments import PerLayer
 from .mgrit import MGRIT
@@ -26,6 +26,7 @@ __all__ = [
     "capture",
     "check_replicas",
     "clip_grad_norm_",
+    "gradient_bias",
     "init",
     "parallelize",
     "shard_loss",

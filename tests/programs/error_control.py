@@ -13,7 +13,7 @@ from runner import run
 from torch import nn
 from torch.nn import functional as F
 
-from mlpint import MGRIT, ErrorControl, LayerParallel
+from mlpint import MGRIT, ErrorControl, LayerParallel, gradient_bias
 from mlpint.control.ladder import doubled_options, finer_options
 from mlpint.errors import TrainingError
 
@@ -543,6 +543,48 @@ def the_cyclic_layout(comm):
     assert all(abs(a.measured.error - b.measured.error) < 1e-4 for a, b in zip(ours, theirs, strict=True))
 
 
+def the_bias_and_the_noise_of_gradients(comm):
+    """Against means and variances of gradients taken one by one, the exact ones by autograd; it leaves no trace."""
+    torch.set_default_dtype(torch.float64)
+    layers = [Residual(6) for _ in range(8)]
+    stack, reference = LayerParallel(copies(layers), MGRIT(2, 4, 1, 1), comm=comm, consistency=0.5), copies(layers)
+    batches = [torch.randn(5, 6) for _ in range(7)]
+
+    def loss(network, x):
+        return network(x).pow(3).sum()
+
+    measured = gradient_bias(stack, [lambda x=x: loss(stack, x) for x in batches])
+    assert all(p.grad is None for p in stack.parameters()) and stack.consistency == 0.5
+    stack.consistency = 0
+    inexact, exact = [], []
+    for x in batches:
+        stack.zero_grad()
+        loss(stack, x).backward()
+        nn.ModuleList(reference).zero_grad()
+        loss(lambda x: plain(reference, x), x).backward()
+        inexact.append(torch.cat([torch.zeros(1), *(p.grad.flatten() for p in stack.parameters())]))
+        theirs = [p.grad.flatten() for n in stack.local_layers for p in reference[n].parameters()]
+        exact.append(torch.cat([torch.zeros(1), *theirs]))
+    a, b = torch.stack(inexact), torch.stack(exact)
+    d, n = a - b, len(batches)
+    sums = torch.stack([d.mean(0).square().sum(), b.mean(0).square().sum(), d.var(0).sum() / n, b.var(0).sum() / n])
+    sums = torch.cat([sums, torch.stack([a.mean(0).square().sum(), (a.mean(0) * b.mean(0)).sum()])])
+    comm.sum_ordered([sums])
+    bias, size, resolution, noise, own = (float(v) for v in sums[:5].sqrt())
+    expected = (n, bias / size, resolution / size, noise / size, float(sums[5]) / own / size)
+    got = (measured.batches, measured.bias, measured.resolution, measured.noise, measured.cosine)
+    assert all(abs(x - y) < 1e-9 for x, y in zip(got, expected, strict=True)), (got, expected)
+    for options, batches, text in ((MGRIT(levels=1), 3, "exact"), (MGRIT(2, 4, 1, 1), 1, "at least 2")):
+        stack.options = options
+        try:
+            gradient_bias(stack, [lambda: loss(stack, torch.ones(5, 6))] * batches)
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(text)
+    torch.set_default_dtype(torch.float32)
+
+
 def ranks_that_disagree(comm):
     blocks = LayerParallel(small_layers(), MGRIT(2, 4, 1, 1), comm=comm)
     try:
@@ -573,6 +615,7 @@ if __name__ == "__main__":
             resuming,
             tied_frozen_and_idle,
             the_cyclic_layout,
+            the_bias_and_the_noise_of_gradients,
             ranks_that_disagree,
         ]
     )
