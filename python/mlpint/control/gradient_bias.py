@@ -88,9 +88,10 @@ class _Sums:
         self.count += 1
         for n, gradients in exact.by_layer.items():
             for i, (a, b) in enumerate(zip(inexact.by_layer[n], gradients, strict=True)):
-                if a is None and b is None:
+                present = a if a is not None else b
+                if present is None:
                     continue
-                a, b = (torch.zeros_like(c if c is not None else d) if c is None else c for c, d in ((a, b), (b, a)))
+                a, b = (torch.zeros_like(present) if g is None else g for g in (a, b))
                 a, b = a.double(), b.double()
                 self.error_squares += float((a - b).square().sum())
                 self.exact_squares += float(b.square().sum())
