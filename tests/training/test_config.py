@@ -68,7 +68,7 @@ def elsewhere(tmp_path, monkeypatch):
         (["--data", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
         (["--config", "nowhere.toml"], ["nowhere.toml", "cannot be read"]),
         (["--resume", "nowhere"], ["nowhere", "no such run"]),
-        (["--layer", "4"], ["unrecognized arguments: --layer 4"]),
+        (["--layer", "4"], ["unrecognized arguments: --layer 4; did you mean --layers?"]),
         (["--layers"], ["--layers", "expected one argument"]),
     ],
 )

@@ -7,7 +7,9 @@ May import everything; nothing imports it.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -80,11 +82,31 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        raise ConfigError(f"{message}{self._meant(message)}; see {self.prog} --help")
+
+    def _meant(self, message: str) -> str:
+        """A question, where what is wrong in an error of argparse's is close to what there is."""
+        found = re.search(r"invalid choice: '(\w+)'|unrecognized arguments: (--[\w-]+)", message)
+        if found is None:
+            return ""
+        flags = [name for parser in self._all() for name in parser._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(found[1] or found[2], list(_COMMANDS) if found[1] else flags, 1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def _all(self) -> list[argparse.ArgumentParser]:
+        """This parser and those of its commands."""
+        commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return [self, *(parser for parsers in commands for parser in parsers)]
 
     def print_help(self, file: Any = None) -> None:
         if _rank() == 0:
             super().print_help(file)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -95,6 +117,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these arguments: it knows the flags of the command that they begin with, and names the others."""
     top = _Parser(prog="mlpint", description="Layer-parallel training of transformers.")
+    top.add_argument("--version", action="version", version=f"mlpint {_version()}")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in _COMMANDS.items():
         flags = commands.add_parser(name, help=command.help, description=command.description)
