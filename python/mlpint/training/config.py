@@ -239,6 +239,11 @@ class TrainConfig:
                 f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "
                 f"must be less than layers = {model.layers}"
             )
+        if model.dropout and solver.chain_slices != 1 and solver.measure is not None:
+            raise ConfigError(
+                f"chain_slices = {solver.chain_slices} with dropout = {model.dropout}: error control compares with "
+                "exact sweeps, which drop out other units; set chain_slices = 1, dropout = 0 or control = off"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainConfig:
