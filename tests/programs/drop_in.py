@@ -375,6 +375,7 @@ def what_a_shared_head_refuses(comm):
     y = stack(torch.randn(2, 3, 4))
     for fn, text, more in (
         (lambda y: y.mean(), "a loss for each", {}),
+        (lambda y: 3.0, "returns float for", {}),
         (lambda y: nn.functional.dropout(y).sum(-1), "random numbers", {}),
         (lambda own: own.sum(-1) + y.sum(), "otherwise than through y", {}),
         (lambda y: linear(y).sum(-1), "not among those passed", {"parameters": [linear.bias]}),

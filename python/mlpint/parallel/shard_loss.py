@@ -99,16 +99,15 @@ class _Share:
             result = fn(self.rows, *targets)
         if any(not torch.equal(a, b) for a, b in zip(before, _generators(own), strict=True)):
             self.error = "the function draws random numbers, which would differ from rank to rank: drop out before it"
-        if isinstance(result, tuple):
-            self.sum, divisor = result
-        else:
-            self.sum, divisor = result, float(result.numel())
-            if result.numel() != len(own):
-                self.error = (
-                    f"the function returns a {list(result.shape)} tensor for {len(own)} rows: it must return a loss "
-                    "for each (reduction='none'), or the pair (sum of the losses, number to divide by)"
-                )
-        self.sum = self.sum.sum()
+        losses, divisor = result if isinstance(result, tuple) else (result, float(len(own)))
+        if not isinstance(losses, torch.Tensor) or not (isinstance(result, tuple) or losses.numel() == len(own)):
+            what = f"a {list(losses.shape)} tensor" if isinstance(losses, torch.Tensor) else type(losses).__name__
+            self.error = (
+                f"the function returns {what} for {len(own)} rows: it must return a loss for each (reduction='none'), "
+                "or the pair (sum of the losses, number to divide by)"
+            )
+            losses = own.new_zeros(())
+        self.sum = losses.sum()
         self.divisor = torch.as_tensor(divisor, dtype=torch.float64, device=own.device).detach()
         if self.sum.requires_grad and not self.error:
             self._find_weights(parameters)
