@@ -169,6 +169,12 @@ def test_shipped_examples_are_valid(request):
         TrainConfig.of(read_toml(path))
 
 
+def test_consistency_over_the_steps():
+    config = SECTIONS["solver"](consistency=2.0, consistency_start=3, consistency_warmup=4)
+    assert [config.consistency_at(step) for step in range(9)] == [0, 0, 0, 0.5, 1, 1.5, 2, 2, 2]
+    assert SECTIONS["solver"](consistency=2.0).consistency_at(0) == 2.0
+
+
 def test_learning_rate():
     config = SECTIONS["optimizer"](lr=2.0, warmup=4, final_lr=0.1)
     rates = [learning_rate(step, 25, config) for step in range(25)]

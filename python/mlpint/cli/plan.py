@@ -17,6 +17,8 @@ _NOT_PLANNED = (
     "serial_microbatches",
     "chain_slices",
     "consistency",
+    "consistency_start",
+    "consistency_warmup",
     "recompute",
     "control",
     "control_target",

@@ -58,6 +58,8 @@ class SolverConfig(Section):
         least=0,
     )
     consistency: float = key(0.0, "mu of the term that keeps the coarse model true; 0: none", least=0)
+    consistency_start: int = key(0, "steps without that term at first", least=0)
+    consistency_warmup: int = key(0, "steps in which mu then rises from 0", least=0)
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "auto",
@@ -85,6 +87,11 @@ class SolverConfig(Section):
             return "residual"
         gradient = self.control == "gradient" or (self.control == "auto" and not self.mgrit().exact)
         return "gradient" if gradient else None
+
+    def consistency_at(self, step: int) -> float:
+        """mu in step 0, 1, ...."""
+        since = step + 1 - self.consistency_start
+        return self.consistency * min(max(since, 0) / max(self.consistency_warmup, 1), 1.0)
 
     def mgrit(self) -> MGRIT:
         """The solver's options."""

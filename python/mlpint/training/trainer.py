@@ -151,7 +151,7 @@ class Trainer:
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
         # In units of the loss whose gradients are accumulated; networks made of some of the layers do without.
         fine = self.phase is None or self.phase.fine
-        self.blocks.consistency = self.config.solver.consistency / accumulate if fine else 0.0
+        self.blocks.consistency = self.config.solver.consistency_at(self.step) / accumulate if fine else 0.0
         losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
         self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
         self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
