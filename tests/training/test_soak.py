@@ -50,7 +50,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def train(out, resume=False, fault="none 9 0"):
     sizes = "--layers=12 --dim=32 --heads=2 --sequence=32 --batch=8 --open-layers=1 --close-layers=1 --cfactor=2"
     run_of = (
-        f"--steps={int(SECONDS * 4)} --checkpoint-every=10 --checkpoint-keep=2 --compare=0 --sample=0 --log-every=50"
+        f"--steps={int(SECONDS * 12)} --checkpoint-every=10 --checkpoint-keep=2 --compare=0 --sample=0 --log-every=50"
     )
     arguments = ("train", f"--resume={out}") if resume else ("train", *sizes.split(), *run_of.split(), f"--out={out}")
     env = {"SOAK": fault, "MLPINT_STALL_LIMIT": "5"}
@@ -70,10 +70,10 @@ def test_faults_and_resuming_change_nothing(tmp_path):
         if result.returncode == 0:
             break
         ends.append((fault, result.returncode, round(result.seconds)))
-    assert len(ends) >= SECONDS // BETWEEN // 3, ends
+    assert len(ends) >= 2, ends  # how many more is the machine's speed
     train(tmp_path / "calm").check()
     calm, struck = (open_checkpoint(tmp_path / name / "checkpoints") for name in ("calm", "struck"))
-    assert calm.step == struck.step == int(SECONDS * 4)
+    assert calm.step == struck.step == int(SECONDS * 12)
     one, other = (c.read(c.tensors) for c in (calm, struck))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one), ends
     print(f"{len(ends)} faults: {ends}")
