@@ -4,12 +4,11 @@ against LayerParallel over single blocks with the same weights where it is not."
 import copy
 import dataclasses
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from layers import assert_close
-from runner import run
+from runner import run, shared_folder
 from torch import nn
 
 import mlpint
@@ -231,10 +230,10 @@ def training_and_checkpoints(comm):
         model, optimizer = fresh(before)
         for i in range(5):
             if i == 3:
-                directory = comm.gather((tempfile.mkdtemp() if comm.rank == 0 else "").encode())[0].decode()
-                checkpoint.save(directory, i, model, optimizer, comm=comm)
-                model, optimizer = fresh(after)
-                checkpoint.load(directory, model, optimizer, comm=comm)
+                with shared_folder(comm) as directory:
+                    checkpoint.save(directory, i, model, optimizer, comm=comm)
+                    model, optimizer = fresh(after)
+                    checkpoint.load(directory, model, optimizer, comm=comm)
             optimizer.zero_grad()
             model(batch()).square().sum().backward()
             norms.append(mlpint.clip_grad_norm_(model, 0.5))

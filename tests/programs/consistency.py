@@ -1,6 +1,7 @@
 """The consistency term on real ranks, against the term written out in plain PyTorch on the same modules."""
 
 import itertools
+from unittest import mock
 
 import torch
 from layers import Residual, assert_close, assert_gradients_equal, copies
@@ -8,6 +9,7 @@ from runner import raises, run
 
 from mlpint import MGRIT, LayerParallel
 from mlpint.layers.consistency import ConsistencyPart
+from mlpint.layers.module_evaluator import ModuleEvaluator
 from mlpint.nn import BlockStack
 
 MU = 0.7
@@ -98,7 +100,6 @@ def at_the_solvers_own_states(comm):
         seen[layer] = before.tensors[0].clone()
         see(part, layer, before, after)
 
-    ConsistencyPart.see = watched
     iterations = (1, 1), (2, 1), (0, 1), (1, 0)
     for coarse, (kf, kb), levels in itertools.product(("injection", "identity"), iterations, (2, 3)):
         layers, x = [Residual() for _ in range(11)], torch.randn(6, 4)
@@ -106,7 +107,8 @@ def at_the_solvers_own_states(comm):
         for mu in (0.0, MU):
             stack = LayerParallel(copies(layers), options, comm=comm, consistency=mu, chain_slices=2)
             leaf = x.clone().requires_grad_()
-            loss_of(stack(leaf)).backward()
+            with mock.patch.object(ConsistencyPart, "see", watched):
+                loss_of(stack(leaf)).backward()
             grads.append([leaf.grad, *(p.grad for p in stack.parameters())])
         reference, everywhere = copies(layers), intervals(11, 3)
         states = {0: x.clone().requires_grad_()} | {n: s for n, s in seen.items() if n > 0}
@@ -121,7 +123,6 @@ def at_the_solvers_own_states(comm):
             assert_close(after - before, torch.zeros_like(before) if plain is None else plain, 1e-10, f"{options}")
         if 0 in stack.local_layers:
             assert_close(grads[1][0] - grads[0][0], torch.autograd.grad(added, states[0])[0], 1e-10, f"{options}")
-    ConsistencyPart.see = see
 
 
 def stacks_are_as_their_layers(comm):
@@ -150,21 +151,10 @@ def nothing_more_is_evaluated(comm):
     counts = []
     for mu in (0.0, 1.0):
         stack = LayerParallel(copies(layers), MGRIT(2, 3, 2, 2), comm=comm, consistency=mu)
-        with unfinished_chains():
+        with mock.patch.object(ModuleEvaluator, "finishes_on_chain", property(lambda _: False)):
             loss_of(stack(x)).backward()
         counts.append({kind: dict(c) for kind, c in stack.stats.evaluations.items()})
     assert counts[0] == counts[1], counts
-
-
-class unfinished_chains:  # noqa: N801
-    def __enter__(self):
-        from mlpint.layers.module_evaluator import ModuleEvaluator
-
-        self.kind, self.before = ModuleEvaluator, ModuleEvaluator.finishes_on_chain
-        ModuleEvaluator.finishes_on_chain = property(lambda _: False)
-
-    def __exit__(self, *error):
-        self.kind.finishes_on_chain = self.before
 
 
 def what_is_refused(comm):

@@ -1,18 +1,15 @@
 """What others do with a model after parallelize: clipping, accelerate, Trainer, PEFT. On any number of ranks."""
 
-import contextlib
 import copy
 import os
 import shutil
-import tempfile
-from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import peft
 import torch
 import transformers
-from runner import raises, run
+from runner import raises, run, shared_folder
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_  # held by its own name, as many scripts do
@@ -127,17 +124,6 @@ def compiled_whole(comm):
 
 class Trainer(TrainerMixin, transformers.Trainer):
     pass
-
-
-@contextlib.contextmanager
-def shared_folder(ranks):
-    name = ranks.gather((tempfile.mkdtemp() if ranks.rank == 0 else "").encode())[0].decode()
-    try:
-        yield Path(name)
-        ranks.barrier()
-    finally:
-        if ranks.rank == 0:
-            shutil.rmtree(name)
 
 
 def _trainer(kind, model, folder, **more):

@@ -1,10 +1,8 @@
 """Multilevel training of stacks that are spread over ranks, against the same on one process."""
 
-import tempfile
-
 import torch
 from layers import assert_close
-from runner import run
+from runner import run, shared_folder
 from torch import nn
 
 import mlpint
@@ -107,28 +105,28 @@ def any_number_of_ranks_goes_on_from_the_middle_of_a_cycle(comm):
         optimizer, multilevel = start(model, **options)
         losses = train(model, multilevel, optimizer, stop=STOP)
         assert losses == expected[:STOP]
-        directory = comm.gather((tempfile.mkdtemp() if comm.rank == 0 else "").encode())[0].decode()
-        saved = multilevel.state_dict()
-        info = {"multilevel": saved["info"], "calls": model.blocks.pass_keys.passes}
-        checkpoint.save(directory, STOP, model, optimizer, info=info, extra=saved["tensors"], comm=comm)
+        with shared_folder(comm) as directory:
+            saved = multilevel.state_dict()
+            info = {"multilevel": saved["info"], "calls": model.blocks.pass_keys.passes}
+            checkpoint.save(directory, STOP, model, optimizer, info=info, extra=saved["tensors"], comm=comm)
 
-        model = wrapped(comm, kind, INEXACT, dropout=0.1)
-        optimizer, multilevel = start(model, **options)
-        opened = checkpoint.load(directory, model, optimizer, comm=comm)
-        multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
-        model.blocks.pass_keys.passes = opened.info["calls"]
-        assert train(model, multilevel, optimizer) == expected[STOP:], kind
-        ours, theirs = model.state_dict(), uninterrupted.state_dict()
-        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+            model = wrapped(comm, kind, INEXACT, dropout=0.1)
+            optimizer, multilevel = start(model, **options)
+            opened = checkpoint.load(directory, model, optimizer, comm=comm)
+            multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
+            model.blocks.pass_keys.passes = opened.info["calls"]
+            assert train(model, multilevel, optimizer) == expected[STOP:], kind
+            ours, theirs = model.state_dict(), uninterrupted.state_dict()
+            assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
-        # One process alone takes it up as well.
-        alone = wrapped(mlpint.Comm.of(None) if comm.size == 1 else lone(), kind, INEXACT, dropout=0.1)
-        optimizer, multilevel = start(alone, **options)
-        opened = checkpoint.load(directory, alone, optimizer, comm=alone.blocks.comm)
-        multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
-        alone.blocks.pass_keys.passes = opened.info["calls"]
-        again = train(alone, multilevel, optimizer)
-        assert max(abs(a - b) for a, b in zip(again, expected[STOP:], strict=True)) < 1e-9
+            # One process alone takes it up as well.
+            alone = wrapped(mlpint.Comm.of(None) if comm.size == 1 else lone(), kind, INEXACT, dropout=0.1)
+            optimizer, multilevel = start(alone, **options)
+            opened = checkpoint.load(directory, alone, optimizer, comm=alone.blocks.comm)
+            multilevel.load_state_dict({"info": opened.info["multilevel"], "tensors": opened.extra(multilevel.wants)})
+            alone.blocks.pass_keys.passes = opened.info["calls"]
+            again = train(alone, multilevel, optimizer)
+            assert max(abs(a - b) for a, b in zip(again, expected[STOP:], strict=True)) < 1e-9
 
 
 def lone():

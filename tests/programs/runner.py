@@ -1,8 +1,12 @@
 """Runs named scenarios on all ranks of a job and reports each as a line of JSON from rank 0."""
 
+import contextlib
 import json
+import shutil
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -35,6 +39,18 @@ def run(scenarios):
         comm.sum_ordered([failed])
         if failed.item():
             raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def shared_folder(comm):
+    """A temporary folder of rank 0's that all ranks use."""
+    name = comm.gather((tempfile.mkdtemp() if comm.rank == 0 else "").encode())[0].decode()
+    try:
+        yield Path(name)
+        comm.barrier()
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(name)
 
 
 def raises(kind, word, action):

@@ -139,6 +139,8 @@ def a_whole_layer_is_replaced(comm):
         reference[3] = Adapted(nn.Linear(4, 4))
         setattr(stack, "3", copy.deepcopy(reference[3]))
         assert ("3" in dict(stack.named_children())) == (3 in stack.local_layers)
+        if 3 in stack.local_layers:
+            assert stack.local_layers[3] is stack.get_submodule("3")
         same(stack, reference, x)
         refused(comm, "layer 6 of a stack of 6 layers", lambda: setattr(stack, "6", Residual()), AttributeError)  # noqa: B023
 
