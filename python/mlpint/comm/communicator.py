@@ -112,6 +112,7 @@ class Comm:
 
     def _sum(self, tensors: list[torch.Tensor]) -> None:
         transport, moved = self._transport(tensors[0]), [t.detach().contiguous() for t in tensors]
+        # On GPUs all goes over the first rank: parts would be an all-to-all of NCCL's, which has not been tried.
         if sum(m.numel() for m in moved) < _LARGE_SUM or tensors[0].device.type != "cpu":
             self._sum_on_first(transport, moved)
         else:

@@ -14,7 +14,7 @@ from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..errors import UserError
 from ..parallel.clip import stacks_of
-from ..state import State
+from ..parallel.shared_parameters import gather_tensors
 
 ADAPTERS = "adapter_model.safetensors"
 
@@ -66,14 +66,5 @@ def _adapters(model: Any, state: dict[str, torch.Tensor], comm: Comm) -> dict[st
 
     if len(model.peft_config) > 1:
         raise UserError(f"a model with {len(model.peft_config)} adapters is saved on one process, after gathering it")
-    own = {name: t.detach() for name, t in get_peft_model_state_dict(model, state_dict=state).items()}
-    everywhere: dict[str, torch.Tensor] = {}
-    for owner in range(comm.size):
-        entries = {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
-        for name, (shape, dtype) in collectively(comm, lambda entries=entries: entries)[owner].items():  # type: ignore[misc]
-            tensor = (
-                own[name] if owner == comm.rank else torch.empty(shape, dtype=getattr(torch, dtype), device=comm.device)
-            )
-            comm.transport.broadcast(State([tensor.contiguous()]), owner)
-            everywhere.setdefault(name, tensor.cpu().contiguous())
-    return everywhere
+    own = {name: t.detach().contiguous() for name, t in get_peft_model_state_dict(model, state_dict=state).items()}
+    return {name: t.cpu() for name, t in gather_tensors(own, comm).items()}

@@ -19,6 +19,8 @@ intervals take one product more, which keeps the term out of what is handed on.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,24 +47,34 @@ def check_weight(weight: Any) -> None:
         raise ValueError(f"consistency = {weight!r}: must be a number of at least 0")
 
 
-def intervals_of(layout: Layout, options: MGRIT) -> list[range]:
+def check_operator(coarse: str) -> None:
+    """Refuses coarse operators that have no such term.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if coarse not in _OPERATORS:
+        raise ValueError(
+            f"consistency is for coarse = {', '.join(_OPERATORS)}, not {coarse!r}, whose coarse step would "
+            "have to be differentiated at states where no layer is recorded"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def intervals_of(layout: Layout, options: MGRIT) -> tuple[range, ...]:
     """The intervals of more than one layer, by index in the network; the same on all ranks.
 
     Raises:
         ValueError: there are none, the coarse operator has no term, or an interval is on several ranks.
     """
-    if options.coarse not in _OPERATORS:
-        raise ValueError(
-            f"consistency is for coarse = {', '.join(_OPERATORS)}, not {options.coarse!r}, whose coarse step would "
-            "have to be differentiated at states where no layer is recorded"
-        )
+    check_operator(options.coarse)
     grid = Grid(layout.depth, options.cfactor, 2)
     points = [grid.position(1, k) for k in range(grid.steps(1) + 1)]
-    found = [
+    found = tuple(
         range(layout.open_layers + begin, layout.open_layers + end)
-        for begin, end in zip(points, points[1:], strict=False)
+        for begin, end in itertools.pairwise(points)
         if end - begin > 1
-    ]
+    )
     if not found:
         raise ValueError(f"consistency needs intervals of several layers, and there is {layout.depth} to solve for")
     for interval in found:
@@ -115,13 +127,12 @@ class ConsistencyTerm:
             return State(t * factor if t.is_floating_point() else t for t in e.tensors)
         return self.operator.pullback(interval[0] - self.origin, len(interval), e)
 
-    def part(self) -> ConsistencyPart:
-        """For a batch, or each part of it that goes through the layers by itself."""
-        return ConsistencyPart(self)
-
 
 class ConsistencyPart:
-    """The term of one solve forwards and its way back: what the propagators hand through here in their last sweeps."""
+    """The term of one solve forwards and its way back: what the propagators hand through here in their last sweeps.
+
+    Each part of a batch that goes through the layers by itself has its own.
+    """
 
     def __init__(self, term: ConsistencyTerm) -> None:
         self.term = term
@@ -154,12 +165,11 @@ class ConsistencyPart:
 
     def added(self, layer: int) -> State | None:
         """What is added to the cotangent that a layer's last product is taken with; None if nothing is."""
-        result = None
         if (interval := self.term.at_last.get(layer)) is not None:
-            result = _times(self._scale(interval), self._errors[interval[0]][0])
-        elif (interval := self.term.at_first.get(layer)) is not None:
-            result = _times(-self._scale(interval), self._errors[layer][1])
-        return result
+            return _times(self._scale(interval), self._errors[interval[0]][0])
+        if (interval := self.term.at_first.get(layer)) is not None:
+            return _times(-self._scale(interval), self._errors[layer][1])
+        return None
 
     def left(self, layer: int, cotangent: State) -> State:
         """What a layer's last product gives; the term's gradient for the stack's input is put to it there."""

@@ -40,7 +40,11 @@ class Stats:
     @property
     def relative_errors(self) -> dict[int, float]:
         """||e_K|| / ||end - u_K|| of the coarse model, by the first layer of each own interval."""
-        return {n: math.sqrt(float(e) / float(d)) if d > 0 else 0.0 for n, (e, d) in self.inconsistency.items()}
+        if not self.inconsistency:
+            return {}
+        squares = torch.stack([torch.stack(pair) for pair in self.inconsistency.values()]).tolist()  # waits once
+        ratios = (math.sqrt(e / d) if d > 0 else 0.0 for e, d in squares)
+        return dict(zip(self.inconsistency, ratios, strict=True))
 
     @property
     def convergence_factor(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ..state import State
 _REPETITIONS = 3  # the least time of so many is taken
 
 
-def fastest_slices(comm: Comm, batch: State, run: Callable[[State, int, int], None]) -> int:
+def fastest_slices(comm: Comm, batch: State, run_first: Callable[[BatchSlices], None]) -> int:
     """The m for which a chain through P ranks is over soonest: P + m - 1 turns, each a slice's layers and a message.
 
     Small slices fill the ranks better, but layers are less efficient on them and each costs a message. Collective, with
@@ -23,17 +23,17 @@ def fastest_slices(comm: Comm, batch: State, run: Callable[[State, int, int], No
 
     Args:
         batch: example state.
-        run: evaluates what a rank does in the chain for slice i of m of the batch.
+        run_first: evaluates what a rank does in the chain for the first of the slices.
     """
     samples = batch.tensors[0].shape[0]
     counts = [m for m in (1, 2, 4, 8, 16, 32) if m <= samples]
     own = []
     for m in counts:
-        part = BatchSlices(samples, m).slice(batch, 0)
+        slices = BatchSlices(samples, m)
 
-        def turn(part: State = part, m: int = m) -> None:
-            run(part, 0, m)
-            for tensor in part.tensors:
+        def turn(slices: BatchSlices = slices) -> None:
+            run_first(slices)
+            for tensor in slices.slice(batch, 0).tensors:
                 comm.broadcast(tensor.clone())
 
         own.append(_seconds(turn, batch.tensors[0].device))

@@ -16,7 +16,7 @@ from torch import nn
 from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum, fingerprint
 from ..layers.arguments import check_arguments, has_arguments_by_layer, selected
-from ..layers.consistency import check_weight, intervals_of
+from ..layers.consistency import intervals_of
 from ..layers.random_keys import LayerRandom
 from ..layers.store import LayerStore, make_store
 from ..mgrit.layout import Layout, interval
@@ -219,7 +219,6 @@ class LayerParallel(nn.Module):
 
     @consistency.setter
     def consistency(self, value: float) -> None:
-        check_weight(value)
         if value:
             intervals_of(self.layout, self.options)
         self._change(consistency=value)

@@ -82,6 +82,16 @@ class SharedParameters:
 def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -> OrderedDict[str, torch.Tensor]:
     """Every rank's entries on every rank, in the order of the layers. Collective."""
     agree(comm, {"operation": "state_dict", "prefix": prefix})
+    tensors = gather_tensors(local, comm)
+    order = sorted(tensors, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
+    gathered: OrderedDict[str, Any] = OrderedDict((name, tensors[name]) for name in order)
+    if hasattr(local, "_metadata"):
+        gathered._metadata = local._metadata  # type: ignore[attr-defined]
+    return gathered
+
+
+def gather_tensors(local: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
+    """Every rank's tensors on every rank, by rank; of one name the last rank's. Collective."""
     tensors: dict[str, torch.Tensor] = {}
     for owner in range(comm.size):
         entries = [[k, list(t.shape), str(t.dtype).removeprefix("torch."), t.device.type] for k, t in local.items()]
@@ -96,11 +106,7 @@ def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -
             if comm.size > 1 and tensor.numel():
                 comm.transport.broadcast(State([tensor.detach()]), owner)
             tensors[name] = tensor
-    order = sorted(tensors, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
-    gathered: OrderedDict[str, Any] = OrderedDict((name, tensors[name]) for name in order)
-    if hasattr(local, "_metadata"):
-        gathered._metadata = local._metadata  # type: ignore[attr-defined]
-    return gathered
+    return tensors
 
 
 def _broadcast_text(text: str, owner: int, comm: Comm) -> str:

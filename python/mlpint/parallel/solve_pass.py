@@ -98,7 +98,7 @@ class SolvePass:
         self.term = self._consistency_term()
         self.microbatches, self.chain = self._slices()
         count = len(self.microbatches) if self.microbatches else 1
-        self.terms = [self.term.part() if self.term else None for _ in range(count)]
+        self.terms = [ConsistencyPart(self.term) if self.term else None for _ in range(count)]
         return [self._make_evaluator(self.microbatches, i, count) for i in range(count)]
 
     def _make_evaluator(self, microbatches: BatchSlices | None, i: int, count: int) -> LayerEvaluator:
@@ -174,12 +174,12 @@ class SolvePass:
             return 1
         if samples not in found:
 
-            def run(part: State, i: int, count: int) -> None:
-                call = self._call(BatchSlices(samples, count), i, self.setup.key, Stats(), record=False)
-                self._plain(call, tuple(part.tensors))
+            def run_first(slices: BatchSlices) -> None:
+                call = self._call(slices, 0, self.setup.key, Stats(), record=False)
+                self._plain(call, tuple(slices.slice(self.state, 0).tensors))
 
             with in_step(self.comm):
-                found[samples] = fastest_slices(self.comm, self.state, run)
+                found[samples] = fastest_slices(self.comm, self.state, run_first)
         return found[samples]
 
     def _plain(self, call: LayerCall, state: Tensors) -> Tensors:
@@ -281,7 +281,7 @@ class SolvePass:
         )
 
     def _is_exact(self, direction: str) -> bool:
-        return self.options.levels == 1 or self.options.iterations(direction) <= 0
+        return self.options.iterations(direction) == 0
 
     def _solver(self, direction: str) -> AnySolver:
         norms = self.conditions.watch_residuals

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ..errors import ConfigError
+from ..layers.consistency import check_operator
 from ..mgrit.options import MGRIT
 from ..multilevel.options import CASCADE
 from .fields import Section, key, similar
@@ -75,8 +76,11 @@ class SolverConfig(Section):
         super().__post_init__()
         if self.mgrit().exact and self.control in ("gradient", "residual"):
             raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
-        if self.consistency and self.coarse == "sum":
-            raise ConfigError("consistency is for coarse = injection, scaled, fitted or identity, not 'sum'")
+        if self.consistency:
+            try:
+                check_operator(self.coarse)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         if self.measure == "gradient" and self.control_target >= 1:
             raise ConfigError(f"control_target = {self.control_target}: must be below 1, a cosine")
 

@@ -157,7 +157,7 @@ class Trainer:
         self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
         loss = sum(losses) / accumulate
         self.decision = None
-        if self.control is not None and (self.phase is None or self.phase.fine):
+        if self.control is not None and fine:
             last = self.step, accumulate - 1, self.position + accumulate - 1
             self.decision = self.control.step(loss, lambda: self.training_loss(*last))
             if self.decision.skip:
