@@ -9,7 +9,15 @@ from .hf import parallelize
 from .layers.arguments import PerLayer
 from .mgrit import MGRIT
 from .multilevel import Multilevel
-from .parallel import LayerParallel, capture, check_replicas, clip_grad_norm_, shard_loss, sync_replicas
+from .parallel import (
+    LayerParallel,
+    average_gradients,
+    capture,
+    check_replicas,
+    clip_grad_norm_,
+    shard_loss,
+    sync_replicas,
+)
 
 try:
     __version__ = version("mlpint")
@@ -23,6 +31,7 @@ __all__ = [
     "MGRIT",
     "Multilevel",
     "PerLayer",
+    "average_gradients",
     "capture",
     "check_replicas",
     "clip_grad_norm_",

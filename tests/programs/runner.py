@@ -13,14 +13,16 @@ import torch
 import mlpint
 
 
-def run(scenarios):
+def run(scenarios, data=None):
     """Every scenario gets the Comm; one that raises on some rank is reported with the text of the lowest such rank.
 
     A scenario must fail on all ranks or end the job: after a failure on one rank alone the ranks are out of step, and
     the stall limit ends the job.
+
+    data: replicas, of a mesh.
     """
     torch.set_num_threads(1)
-    comm = mlpint.init()
+    comm = mlpint.init(data=data)
     wanted = sys.argv[1:]
     for scenario in scenarios:
         name = scenario.__name__
@@ -33,10 +35,10 @@ def run(scenarios):
         except Exception:
             error = traceback.format_exc()
             print(f"[rank {comm.rank}] {name}: {error}", file=sys.stderr, flush=True)
-        if comm.rank == 0:
+        if comm.world.rank == 0:
             print(json.dumps({"scenario": name, "error": error}), flush=True)
         failed = torch.tensor([float(bool(error))])
-        comm.sum_ordered([failed])
+        comm.world.sum_ordered([failed])
         if failed.item():
             raise SystemExit(1)
 
@@ -44,6 +46,7 @@ def run(scenarios):
 @contextlib.contextmanager
 def shared_folder(comm):
     """A temporary folder of rank 0's that all ranks use."""
+    comm = comm.world
     name = comm.gather((tempfile.mkdtemp() if comm.rank == 0 else "").encode())[0].decode()
     try:
         yield Path(name)

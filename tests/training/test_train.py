@@ -397,6 +397,21 @@ def test_other_ranks_go_on_with_what_two_have_begun(launcher, ranks, two_ranks, 
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["ranks"] == ranks
 
 
+def test_replicas_train_as_accumulated_microbatches_do(tmp_path):
+    """Two replicas of two ranks; dropout too is that of the same microbatches. One rank takes up what they began."""
+    options = {"steps": 6, "checkpoint_every": 3, "dropout": 0.1, "levels": 1, "eval_batches": 3}
+    launched("mpich", 4, *flags(**options, data_parallel=2, out=tmp_path / "mesh")).check()
+    assert cli.main(["train", *flags(**options, accumulate=2, out=tmp_path / "one")]) == 0
+    mesh, one = steps_of(tmp_path / "mesh"), steps_of(tmp_path / "one")
+    for key in ("loss", "grad_norm", "flops", "tokens"):
+        assert [line[key] for line in mesh] == pytest.approx([line[key] for line in one], rel=1e-5), key
+    assert mesh[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+    start = tmp_path / "mesh" / "checkpoints" / "step-00000003"
+    again = [f"--resume={start}", "--data-parallel=1", "--accumulate=2", f"--out={tmp_path}/again"]
+    assert cli.main(["train", *again]) == 0
+    assert losses_of(tmp_path / "again") == pytest.approx(losses_of(tmp_path / "mesh")[3:], rel=1e-5)
+
+
 def test_wrong_input_ends_all_ranks_with_one_line(tmp_path):
     result = launched("mpich", 2, "--cfactor=1", f"--out={tmp_path}/run")
     assert (result.returncode, result.stdout, result.orphans) == (2, "", ())

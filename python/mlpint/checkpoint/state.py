@@ -53,7 +53,7 @@ def save(
     Raises:
         UserError: on all ranks, if a file cannot be written on any.
     """
-    comm = Comm.of(comm)
+    comm = Comm.of(comm).world
     directory = Path(directory)
     tensors = {**model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
     tensors |= {f"extra.{name}": tensor.detach() for name, tensor in (extra or {}).items()}
@@ -105,7 +105,7 @@ def load(
     Raises:
         CheckpointError: on all ranks; a missing or damaged file by name, a tensor that is missing or of another shape.
     """
-    comm = Comm.of(comm)
+    comm = Comm.of(comm).world
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     targets = model_tensors(model)

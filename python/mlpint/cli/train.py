@@ -41,6 +41,11 @@ def run(options: argparse.Namespace) -> None:
     prepared: list[Any] = []
     collectively(comm, lambda: prepared.extend(prepare(flags, options.config)))
     config, task, checkpoint = prepared
+    try:
+        comm = init(data=config.run.data_parallel)
+    except ValueError as error:
+        resumed = "" if checkpoint is None else "; the run was begun with it, and --data-parallel can give another"
+        raise ConfigError(f"data_parallel: {error}{resumed}") from None
     if config.run.threads or comm.size > 1:
         torch.set_num_threads(config.run.threads or 1)
     train(config, task, comm, checkpoint)

@@ -28,15 +28,19 @@ def connects(function: Callable[[Any], Comm]) -> Callable[[Any], Comm]:
 class Comm:
     """The ranks of a job and what they do together. Every method is collective.
 
+    In a mesh of replicas (``mlpint.init(data=D)``) these are the ranks that share the layers of one replica;
+    :attr:`data` and :attr:`world` are the others.
+
     Attributes:
         rank, size: of this process, and how many there are.
         local_rank: rank among those on this machine.
         device: the GPU of this rank where there are GPUs, else the CPU.
         name: "mpi", "gloo", "nccl" or "self".
         transport: the core's; ``transport.control`` moves small messages in host memory.
+        mesh: torch's DeviceMesh ("data", "layer"), where torch.distributed connects the ranks of a mesh; else None.
     """
 
-    def __init__(self, transport, name: str, local_rank: int, stall_limit: float, keep=None) -> None:
+    def __init__(self, transport, name: str, local_rank: int, stall_limit: float, keep=None, origin=None) -> None:
         self.rank: int = transport.rank
         self.size: int = transport.size
         self.local_rank = local_rank
@@ -45,6 +49,10 @@ class Comm:
         self.transport = transport
         self.agreements = 0  # how often the ranks have agreed on an operation
         self._keep = keep  # what the transport refers to and does not own
+        self._origin = origin  # the mpi4py communicator or torch group it was made of; None: torch's default group
+        self._mesh: tuple[Comm, Comm] | None = None  # data, world
+        self._alone: Comm | None = None
+        self.mesh: Any = None
         self.stall_limit = stall_limit
 
     @staticmethod
@@ -64,6 +72,41 @@ class Comm:
         self.transport.control.stall_limit = seconds
         if isinstance(self._keep, Comm):
             self._keep.stall_limit = seconds
+        for comm in self._mesh or ():
+            comm.stall_limit = seconds
+
+    @property
+    def data(self) -> Comm:
+        """The ranks that hold the same layers as this one, one in each replica; without a mesh this one alone."""
+        if self._mesh:
+            return self._mesh[0]
+        if self._alone is None:
+            self._alone = Comm(_core.SelfTransport(), "self", self.local_rank, self.stall_limit)
+        return self._alone
+
+    @property
+    def world(self) -> Comm:
+        """The ranks of all replicas; without a mesh these."""
+        return self._mesh[1] if self._mesh else self
+
+    def join_mesh(self, data: Comm, world: Comm, mesh: Any) -> None:
+        """Makes these ranks a replica of a mesh."""
+        self._mesh, self.mesh = (data, world), mesh
+
+    @property
+    def origin(self) -> Any:
+        """The mpi4py communicator or torch group that these ranks come from; None: torch's default group."""
+        return self._keep.origin if isinstance(self._keep, Comm) else self._origin
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup | None:
+        """The torch process group of these ranks, for torch's DDP or FSDP; None where MPI connects them."""
+        return self.origin if isinstance(self.origin, torch.distributed.ProcessGroup) else None
+
+    def use(self, device: torch.device) -> None:
+        """Has this rank work on another device; not collective."""
+        for comm in (self, self.data, self.world):
+            comm.device = device
 
     def __repr__(self) -> str:
         return f"Comm(rank={self.rank}, size={self.size}, name={self.name!r}, device={str(self.device)!r})"

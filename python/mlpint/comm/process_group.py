@@ -55,6 +55,11 @@ def for_host_memory(group: dist.ProcessGroup | None, seconds: float) -> dist.Pro
         return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
 
 
+def mesh(device: torch.device, data: int, layers: int) -> dist.device_mesh.DeviceMesh:
+    """The default group's ranks as a mesh of replicas of consecutive ranks. Collective."""
+    return dist.device_mesh.init_device_mesh(device.type, (data, layers), mesh_dim_names=("data", "layer"))
+
+
 @contextmanager
 def _connecting(rank: int, size: int, seconds: float, where: str = "") -> Iterator[None]:
     failure = f"rank {rank} of {size} could not connect to the others{where}"

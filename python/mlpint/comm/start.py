@@ -21,7 +21,7 @@ _current: Comm | None = None
 _of_users: dict[int, tuple[Any, Comm]] = {}  # by id: a communicator of the user's, kept alive, and what was made of it
 
 
-def init(*, stall_limit: float | None = None, backend: str | None = None) -> Comm:
+def init(*, data: int | None = None, stall_limit: float | None = None, backend: str | None = None) -> Comm:
     """Finds out how this process was started and connects the ranks. Collective; a second call gives the same Comm.
 
     An mpirun (Open MPI, MPICH, Intel MPI, srun with a PMI) is served by MPI through mpi4py; torchrun and srun without a
@@ -29,6 +29,10 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
     what is on the GPUs. With several ranks the failure of one ends all.
 
     Args:
+        data: D: the ranks are a mesh of D replicas of the model, each trained on its own part of the data and spread
+            over 1/D of the ranks, consecutive ones. The Comm is then that of one replica; ``comm.data`` are the ranks
+            with the same layers in all of them, between which :func:`mlpint.average_gradients` takes the mean, and
+            ``comm.world`` all ranks. Default: 1, or what an earlier call has said.
         stall_limit: seconds a rank waits for another before it gives up and ends the job. Default: the environment
             variable MLPINT_STALL_LIMIT, else 600. After MLPINT_WARN_AFTER seconds, else 30, a line on stderr says who
             waits for whom in what.
@@ -36,7 +40,8 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
 
     Raises:
         LaunchError: a RuntimeError; the launcher's MPI is missing or not the one that mpi4py loads; says what to do.
-        ValueError: a stall limit that is not a positive number, an unknown backend, or one that the launcher has not.
+        ValueError: a stall limit that is not a positive number, an unknown backend, or one that the launcher has not;
+            replicas that do not divide the ranks, or other ones than before.
     """
     global _current
     if backend not in (None, "mpi", "gloo", "self"):
@@ -47,6 +52,8 @@ def init(*, stall_limit: float | None = None, backend: str | None = None) -> Com
         _current = _start(limit, backend)
     elif stall_limit is not None:
         _current.stall_limit = limit
+    if data is not None and data != _current.data.size:
+        _current = replicated(_current, data)
     return _current
 
 
@@ -94,29 +101,69 @@ def _connected(x: Any, stall_limit: float) -> Comm:
     return _over_gpus(_over_group(x, stall_limit, launchers.detect().local_rank))
 
 
+def replicated(world: Comm, data: int) -> Comm:
+    """A mesh of ``data`` replicas, as :func:`init` gives it, of ranks that are none yet. Collective.
+
+    Layers send messages in every sweep and replicas once a step: the ranks of a replica are consecutive, and so are
+    close to each other.
+
+    Raises:
+        ValueError: on all ranks; replicas that do not divide the ranks, or ranks that are a mesh already.
+    """
+    if isinstance(data, bool) or not isinstance(data, int) or data < 1 or world.size % data:
+        raise ValueError(
+            f"data = {data!r}: must be a number of replicas that divides the {world.size} ranks (each replica needs "
+            "as many for its layers)"
+        )
+    if world.world is not world:
+        raise ValueError(f"data = {data}: the ranks are a mesh of {world.data.size} replicas already")
+    if data == 1:
+        return world
+    layers, with_nccl, mesh = world.size // data, world.name == "nccl", None
+    if mpi.is_communicator(world.origin):
+        replica, layer = divmod(world.rank, layers)
+        parts = [world.origin.Split(replica, layer), world.origin.Split(layer, replica)]
+    else:
+        mesh = process_group.mesh(world.device, data, layers)
+        parts = [mesh.get_group("layer"), mesh.get_group("data")]
+    comms = []
+    for part, size in zip(parts, (layers, data), strict=True):
+        if size == 1:
+            comms.append(Comm(_core.SelfTransport(), "self", world.local_rank, world.stall_limit, origin=part))
+            continue
+        if mesh is None:
+            comm = _over_mpi(part, world.stall_limit, world.local_rank)
+        else:
+            comm = _over_group(part, world.stall_limit, world.local_rank)
+        comms.append(_over_gpus(comm, with_nccl=with_nccl))
+    comms[0].join_mesh(comms[1], world, mesh)
+    return comms[0]
+
+
 def alone(stall_limit: float) -> Comm:
     """This process as the only rank."""
     return Comm(_core.SelfTransport(), "self", 0, stall_limit)
 
 
-def _over_mpi(communicator: Any, stall_limit: float) -> Comm:
-    local_rank = mpi.local_rank(communicator)
+def _over_mpi(communicator: Any, stall_limit: float, local_rank: int | None = None) -> Comm:
+    if local_rank is None:
+        local_rank = mpi.local_rank(communicator)
     own = communicator.Dup()  # the user's messages and ours never mix
     transport = mpi.transport(own)
     guard.install(guard.MpiGroup(communicator.Dup(), transport))
-    return Comm(transport, "mpi", local_rank, stall_limit, keep=own)
+    return Comm(transport, "mpi", local_rank, stall_limit, keep=own, origin=communicator)
 
 
 def _over_group(
     group: dist.ProcessGroup | None, stall_limit: float, local_rank: int | None, store: dist.Store | None = None
 ) -> Comm:
-    group = process_group.for_host_memory(group, stall_limit)
+    origin, group = group, process_group.for_host_memory(group, stall_limit)
     transport = _core.PythonTransport(process_group.ProcessGroupTransport(group))
     transport.stall_limit = stall_limit
     guard.install(guard.TorchGroup(transport.rank, transport.size, store))
     if local_rank is None:
         local_rank = _local_rank(Comm(transport, "gloo", 0, stall_limit))
-    return Comm(transport, "gloo", local_rank, stall_limit, keep=store)
+    return Comm(transport, "gloo", local_rank, stall_limit, keep=store, origin=origin)
 
 
 def _local_rank(comm: Comm) -> int:

@@ -63,6 +63,9 @@ class ErrorControl:
     on that batch, the solver is at fault and the options climb at once; otherwise the step is only counted, and after
     ``skip_limit`` in a row training ends with an error that names the layer.
 
+    In a mesh of replicas all of them take the same decisions: cosine and error are those of the gradients of all
+    replicas' batches taken together, convergence factors the largest. Call :func:`mlpint.average_gradients` before.
+
     Args:
         blocks: the stack.
 
@@ -112,7 +115,7 @@ class ErrorControl:
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)
         names = ("measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder")
-        blocks.comm.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
+        blocks.comm.world.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
         self.history: list[Decision] = []
         self.steps = 0
         self._state = PolicyState(wanted=patience)
@@ -217,7 +220,7 @@ class ErrorControl:
             decision = Decision(self.steps + 1, "none", self.blocks.options, self.blocks.options)
         else:
             where = "" if finite else gradients_not_finite(self.blocks)
-            if where and self.blocks.comm.rank == 0:
+            if where and self.blocks.comm.world.rank == 0:
                 _log.warning("step %d: %s", self.steps + 1, where)
             device = value.device if isinstance(loss, torch.Tensor) else self.blocks.comm.device
             rehearsal = Rehearsal(self.blocks, again, device, self._passes)
@@ -244,7 +247,7 @@ class ErrorControl:
         self._state, self.blocks.options = conclusion.state, decision.after
         self._checking += decision.seconds
         self.history.append(decision)
-        if self.blocks.comm.rank == 0:
+        if self.blocks.comm.world.rank == 0:
             if conclusion.warning:
                 _log.warning("%s", conclusion.warning)
             _log.log(logging.WARNING if decision.skip else logging.INFO, "%s", decision)
@@ -256,7 +259,7 @@ class ErrorControl:
         if finite and gradients:
             norms = torch._foreach_norm(gradients)  # of this rank alone, unlike those that torch clips by
             finite = bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
-        comm = self.blocks.comm
+        comm = self.blocks.comm.world
         return comm.size == 1 and finite or comm.size > 1 and not comm.transport.control.sum(float(not finite))
 
     def _gauge(self, rehearsal: Rehearsal) -> Gauge:

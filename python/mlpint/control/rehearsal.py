@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from ..comm.communicator import Comm
 from ..mgrit.options import MGRIT
 from ..parallel.layer_parallel import LayerParallel
 
@@ -97,7 +99,7 @@ class Rehearsal:
                 # Not backward(): nobody's .grad changes, and nobody's hooks run.
                 results = iter(torch.autograd.grad(loss, inputs, allow_unused=True)[len(anchor) :])
                 norms = self.blocks.stats.residual_norms
-                factors = {d: _ratio(*r[-2:]) for d, r in norms.items() if len(r) > 1}
+                factors = _largest({d: _ratio(*r[-2:]) for d, r in norms.items() if len(r) > 1}, self.blocks.comm.data)
                 gradients = {n: tuple(next(results) for _ in ps) for n, ps in weights.items()}
                 return Gradients(self.blocks.store.by_layer(gradients), factors)
         self.passes = self._used  # only now is it known which keys were whose
@@ -107,6 +109,14 @@ class Rehearsal:
 def _ratio(before: float, after: float) -> float:
     """To 6 digits: the last ones of a norm depend on the number of ranks, and decisions must not."""
     return float(f"{after / before:.6g}") if before else 0.0
+
+
+def _largest(factors: dict[str, float], replicas: Comm) -> dict[str, float]:
+    """Of all replicas; not a number where it is none on one of them."""
+    if replicas.size == 1:
+        return factors
+    everyone = [json.loads(message) for message in replicas.gather(json.dumps(factors).encode())]
+    return {d: max((f[d] for f in everyone), key=lambda f: math.inf if math.isnan(f) else f) for d in factors}
 
 
 def _checked(loss: torch.Tensor) -> torch.Tensor:
@@ -129,7 +139,7 @@ def _own_weights(blocks: LayerParallel) -> dict[int, tuple[torch.nn.Parameter, .
 
 
 def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tuple[float, float]:
-    """Cosine of two gradients and ||a - b|| / ||b||, over the parameters of all ranks. Collective.
+    """Cosine of two gradients and ||a - b|| / ||b||, over the parameters of all ranks and replicas. Collective.
 
     Added up layer by layer in the order of the layers: the same to the last bit on every rank, for any number of ranks.
     """
@@ -142,6 +152,7 @@ def gradient_agreement(a: Gradients, b: Gradients, blocks: LayerParallel) -> tup
                 products = (p * p).sum(), (q * q).sum(), (p * q).sum(), (p - q).square().sum()
                 sums[n] += torch.stack(products).cpu()
     blocks.comm.sum_ordered([sums])
+    blocks.comm.data.sum_ordered([sums])
     aa, bb, ab, dd = (sum(column) for column in sums.t().tolist())
     if aa == bb == 0:
         return 1.0, 0.0

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum, fingerprint
@@ -32,6 +33,7 @@ from .optimizer_marks import mark_states
 from .pass_checks import POOR_GRADIENTS
 from .pass_keys import CheckpointedPasses, PassKeys, in_backward
 from .plain_pass import is_plain, plain_pass
+from .replica_watch import ReplicaWatch
 from .shared_parameters import SharedParameters, gather_state_dict
 from .solve_pass import SolveFunction, SolvePass
 from .ties import tied_outside
@@ -121,11 +123,12 @@ class LayerParallel(nn.Module):
             "chain slices": chain_slices,
             "consistency": consistency,
         }
-        comm.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
+        comm.world.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         # Unless a state dict is loaded the first pass refuses weights that were not alike.
-        self._first_weights = [digest.decode() for digest in comm.gather(checksum(modules).encode())]
+        self._first_weights = [digest.decode() for digest in comm.world.gather(checksum(modules).encode())]
+        self._replica_watch = ReplicaWatch(comm.data)
         self._store.register(self)
-        if dealt.idle_ranks and comm.rank == 0:
+        if dealt.idle_ranks and comm.world.rank == 0:
             warnings.warn(
                 f"ranks {dealt.idle_ranks} own none of the {len(layers)} layers: there are fewer intervals of "
                 f"{interval(options)} layers than ranks. Take fewer ranks or a smaller cfactor",
@@ -137,7 +140,7 @@ class LayerParallel(nn.Module):
             getattr(m, "batch_first", True) is False for module in modules for m in module.modules()
         )
         self.stats = Stats()
-        self.pass_keys, self._checkpointed = PassKeys(), CheckpointedPasses()
+        self.pass_keys, self._checkpointed = PassKeys(comm.data.rank), CheckpointedPasses()
         self._done: set[str] = set()
         self._slices_found: dict[int, int] = {}
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
@@ -231,7 +234,7 @@ class LayerParallel(nn.Module):
         """The mean over intervals of ||e_K|| / ||end - u_K|| in the last pass with a consistency term. Collective."""
         own = self.stats.relative_errors.values()
         sums = torch.tensor([sum(own), len(own)], dtype=torch.float64, device="cpu")
-        self.comm.sum_ordered([sums])
+        self.comm.world.sum_ordered([sums])
         return float(sums[0] / sums[1])
 
     @property
@@ -321,8 +324,11 @@ class LayerParallel(nn.Module):
                     f"{name} = {count} cuts along the first dimension, which is the sequence for layers with "
                     "batch_first=False: make them with batch_first=True"
                 )
-        self.stats = Stats()
         keys = self.conditions.keys
+        if self.training and torch.is_grad_enabled() and keys is None:
+            given = [*state, *(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))]
+            self._replica_watch.look(given, [*self.parameters()])
+        self.stats = Stats()
         if keys is None and in_backward():  # a checkpoint around the stack runs an earlier pass again
             keys = iter([self._checkpointed.repeated_key(state)])
         number, key = self.pass_keys.next(keys, self.training)
@@ -350,7 +356,7 @@ class LayerParallel(nn.Module):
         return outputs[0] if single else outputs
 
     def dropout_key(self, step: int, microbatch: int = 0) -> None:
-        """Keys the random numbers of the next pass; without it passes are counted. Same on every rank."""
+        """Keys the random numbers of the next pass; without it passes are counted. Same on every rank of a replica."""
         self.pass_keys.choose(step, microbatch)
 
     def train(self, mode: bool = True) -> Self:

@@ -65,7 +65,7 @@ def warn_of_poor_gradients(setup: PassSetup) -> None:
     if looked_after or not setup.training or setup.number < _PASSES_IN_GOOD_FAITH:
         return
     setup.done.add(POOR_GRADIENTS)
-    if setup.comm.rank == 0:
+    if setup.comm.world.rank == 0:
         warnings.warn(
             f"gradients of {options} are approximations, and nothing looks after them: training may diverge, without a "
             "sign in the first steps. Let mlpint.ErrorControl(stack) measure them, or keep the coarse model true with "

@@ -13,13 +13,17 @@ from ..state import State
 
 Key = tuple[int, int]  # step, microbatch
 
-# Counted passes use microbatches that no training loop reaches, so that the kinds of key never meet.
+# Counted passes use microbatches that no training loop reaches, so that the kinds of key never meet; from these on one
+# for each replica of a mesh, which drop out other units.
 _COUNTED = 1 << 40
-_EVALUATION = _COUNTED + 1
+_EVALUATION = 1 << 41
 
 
 class PassKeys:
     """Counts the passes through a stack and gives each its key.
+
+    Args:
+        replica: of the mesh.
 
     Attributes:
         passes: how many there were in training mode, those apart that repeated earlier ones. Evaluation in between
@@ -28,7 +32,8 @@ class PassKeys:
         recent: the keys of the latest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replica: int = 0) -> None:
+        self.replica = replica
         self.passes = self.number = 0
         self.recent: deque[Key] = deque(maxlen=64)
         self._chosen: Key | None = None
@@ -45,7 +50,8 @@ class PassKeys:
         if repeated is None:
             self.number += 1
             self.passes += training
-            key = (self.passes, _COUNTED) if training else (self.number, _EVALUATION)
+            kind = (self.passes, _COUNTED) if training else (self.number, _EVALUATION)
+            key = kind[0], kind[1] + self.replica
         else:
             key = next(repeated)
         key, self._chosen = self._chosen or key, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
     """Names of the parameters and buffers that should be equal on several ranks and are not. Collective.
 
     Compared bit by bit (by checksums): everything outside the LayerParallel stacks, on all ranks, and parameters that
-    layers of several ranks share, on those. The replicas stay equal as long as all ranks compute them alike from equal
-    values. They can drift where a GPU kernel adds up in an order of its own (embedding gradients, ``index_add_``,
-    ``torch.use_deterministic_algorithms`` turns these off), where ranks run on different machines or library versions,
-    where ranks draw different random numbers (dropout outside the stack), or where the training loop gives them
-    different batches or scales.
+    layers of several ranks share, on those; in a mesh the layers of all its replicas too. They stay equal as long as
+    all ranks compute them alike from equal values. They can drift where a GPU kernel adds up in an order of its own
+    (embedding gradients, ``index_add_``, ``torch.use_deterministic_algorithms`` turns these off), where ranks run on
+    different machines or library versions, where ranks draw different random numbers (dropout outside the stack), or
+    where the training loop gives them different batches or scales.
 
     Args:
         model: the same on every rank.
@@ -35,18 +36,23 @@ def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
     Returns:
         Names in the order of the model, the same on every rank; empty if all is well.
     """
-    comm = _comm(model, comm)
+    comm = comm_of(model, comm)
     mine = {
         "outside": {name: _digest(t) for name, t in tensors_outside(model).items()},
         "shared": {key: [name, _digest(p)] for key, (name, p, _) in _shared(model).items()},
     }
-    theirs = [json.loads(m) for m in comm.gather(json.dumps(mine).encode())]
+    if comm.data.size > 1:
+        mine["layers"] = {name: _digest(t) for name, t in _of_layers(model).items()}
+    theirs = [json.loads(m) for m in comm.world.gather(json.dumps(mine).encode())]
     names = dict.fromkeys(name for t in theirs for name in t["outside"])
     differing = [name for name in names if len({t["outside"].get(name) for t in theirs}) > 1]
     for key in dict.fromkeys(key for t in theirs for key in t["shared"]):
         holders = [t["shared"][key] for t in theirs if key in t["shared"]]
         if len({digest for _, digest in holders}) > 1:
             differing.append(holders[0][0])
+    for name in dict.fromkeys(name for t in theirs for name in t.get("layers", ())):
+        if len({t["layers"][name] for t in theirs if name in t["layers"]}) > 1 and name not in differing:
+            differing.append(name)
     return differing
 
 
@@ -54,18 +60,22 @@ def sync_replicas(model: nn.Module, comm: Any = None) -> None:
     """Makes all replicas equal again: rank 0's values, and the state of its random number generators. Collective.
 
     Covers what :func:`check_replicas` compares; a parameter that layers of several ranks share gets the value of the
-    lowest of them. :func:`mlpint.parallelize` does it once. Where replicas can drift (see there), do it every so many
-    steps; the optimiser's moments are not touched, so that the cause of a drift goes on acting in between.
+    lowest of them, and in a mesh layers get those of the first replica. :func:`mlpint.parallelize` does it once. Where
+    replicas can drift (see there), do it every so many steps; the optimiser's moments are not touched, so that the
+    cause of a drift goes on acting in between.
     """
-    comm = _comm(model, comm)
+    comm = comm_of(model, comm)
     outside = tensors_outside(model)
-    comm.vote({"parameters and buffers outside the stack": describe(outside)}, "the model")
+    comm.world.vote({"parameters and buffers outside the stack": describe(outside)}, "the model")
     for tensor in outside.values():
         if tensor.numel():
-            comm.broadcast(tensor, 0)
+            comm.world.broadcast(tensor, 0)
+    for tensor in _of_layers(model).values() if comm.data.size > 1 else ():
+        if tensor.numel():
+            comm.data.broadcast(tensor, 0)
     for _, parameter, (stack, ranks) in _shared(model).values():
         _send_from_first(stack.comm, parameter, ranks)
-    _share_random_state(comm)
+    _share_random_state(comm)  # replicas of a mesh keep their own: they drop out other units
 
 
 def tensors_outside(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,14 +89,23 @@ def tensors_outside(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for tensor, name in names.items()}
 
 
-def describe(tensors: dict[str, torch.Tensor]) -> str:
+def _of_layers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's parameters and buffers of layers, each once, by name."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, stack in stacks_of(model)
+        for name, tensor in (*stack.named_parameters(), *stack.named_buffers())
+    }
+
+
+def describe(tensors: Mapping[Any, torch.Tensor]) -> str:
     """A short text that is equal only where names, shapes and dtypes are."""
     text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{len(tensors)} of {sum(t.numel() for t in tensors.values())} elements, digest {digest}"
 
 
-def _comm(model: nn.Module, comm: Any) -> Comm:
+def comm_of(model: nn.Module, comm: Any) -> Comm:
     if comm is None:
         for _, stack in stacks_of(model):
             return stack.comm

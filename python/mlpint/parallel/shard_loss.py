@@ -39,7 +39,9 @@ def shard_loss(
         loss = mlpint.shard_loss(head, model.transformer(tokens), targets, comm=comm)
 
     Equal to the mean of ``fn`` on all tokens to rounding, and the same on all ranks, as are the gradients: of ``y`` and
-    of all parameters that ``fn`` uses, also of those that the model uses elsewhere (tied embeddings).
+    of all parameters that ``fn`` uses, also of those that the model uses elsewhere (tied embeddings). In a mesh of
+    replicas the losses that are trained on have the mean number of tokens as their divisor, so that the mean of these
+    losses over the replicas is that over all tokens, however many of them each replica has.
 
     Args:
         fn: called with a share of the tokens as rows: ``y`` as [n, features], each target as [n, ...]. n may be 0. It
@@ -76,6 +78,10 @@ def shard_loss(
     total, divisor, errors = sums
     if errors:
         raise ValueError("shard_loss: " + next(m.decode() for m in comm.gather(share.error.encode()) if m))
+    if comm.data.size > 1 and torch.is_grad_enabled():
+        divisor = divisor.clone()
+        comm.data.sum_ordered([divisor])
+        divisor = divisor / comm.data.size
     agree(comm, {"operation": "shard_loss", "parameters of the function": describe(share.weights)})
     return _ShardedLoss.apply(share, (total / divisor).to(share.sum.dtype), divisor, y, *share.weights)
 

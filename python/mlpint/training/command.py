@@ -23,7 +23,7 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
     Args:
         config: what to do.
         task: what is trained, with the same data on every rank.
-        comm: the ranks.
+        comm: the ranks, those of one replica in a mesh of several.
         checkpoint: to go on from.
 
     Returns:
@@ -34,8 +34,8 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
             no number.
     """
     if config.run.device == "cpu":
-        comm.device = torch.device("cpu")
-    _agree(config, task, comm)
+        comm.use(torch.device("cpu"))
+    _agree(config, task, comm.world)
     try:
         trainer = Trainer(config, task, comm)
     except ValueError as error:  # what the number of ranks does not allow, alike on all of them
@@ -44,7 +44,7 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
         trainer.resume(checkpoint)
     elif config.run.init_from:
         trainer.start_from(config.run.init_from)
-    with run_directory(config, comm, checkpoint) as directory:
+    with run_directory(config, comm.world, checkpoint) as directory:
         _run(trainer, directory)
     return directory
 

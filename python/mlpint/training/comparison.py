@@ -22,7 +22,7 @@ class Comparison:
 
     Attributes:
         seconds, exact_seconds: medians for one forward and backward.
-        gradient_error: ||g - g_exact|| / ||g_exact|| on one batch, over all parameters of all ranks.
+        gradient_error: ||g - g_exact|| / ||g_exact|| on one batch (of each replica), over all parameters of all ranks.
         gradient_cosine: <g, g_exact> / (||g|| ||g_exact||) there.
     """
 
@@ -46,20 +46,20 @@ def compare(
         blocks: the stack.
         pass_: forward and backward on batch 0, 1, ...; the same random numbers for the same batch.
         count: batches.
-        comm: the ranks.
+        comm: the ranks, those of one replica in a mesh of several.
     """
     seconds: dict[str, list[float]] = {"parallel": [], "exact": []}
     gradients: dict[str, dict[nn.Parameter, torch.Tensor]] = {}
     for n in range(-1, count):  # batch -1 warms up both ways and gives the gradients
         for way in ("parallel", "exact") if n % 2 else ("exact", "parallel"):
             model.zero_grad(set_to_none=True)
-            comm.barrier()
+            comm.world.barrier()
             started = time.perf_counter()
             exactly = {"options": exact_options(blocks.options)} if way == "exact" else {}
             with blocks.using(consistency=0.0, **exactly):
                 pass_(max(n, 0))
             _finish()
-            comm.barrier()  # so that the time is that of the slowest rank
+            comm.world.barrier()  # so that the time is that of the slowest rank
             if n >= 0:
                 seconds[way].append(time.perf_counter() - started)
             else:
@@ -77,13 +77,16 @@ def _finish() -> None:
 def _difference(
     ours: dict[nn.Parameter, torch.Tensor], exact: dict[nn.Parameter, torch.Tensor], blocks: LayerParallel, comm: Comm
 ) -> tuple[float, float]:
-    """Relative error and cosine over all ranks. Outside the stack every rank has the same gradients: rank 0's count."""
+    """Relative error and cosine over all ranks and replicas.
+
+    Outside the stack every rank of a replica has the same gradients: its rank 0's count.
+    """
     of_stack = set(blocks.parameters())
     sums = torch.zeros(4, dtype=torch.float64)
     for parameter in ours:
         if comm.rank == 0 or parameter in of_stack:
             a, b = ours[parameter].double().flatten(), exact[parameter].double().flatten()
             sums += torch.stack([a @ a, b @ b, a @ b, (a - b) @ (a - b)]).cpu()
-    comm.sum_ordered([sums])
+    comm.world.sum_ordered([sums])
     aa, bb, ab, dd = sums.tolist()
     return math.sqrt(dd / bb), ab / math.sqrt(aa * bb)

@@ -207,6 +207,9 @@ class RunConfig(Section):
     steps: int = key(300, "optimiser steps; with multilevel those of the whole network", least=1)
     seed: int = key(0, "seed of the weights, the data order and dropout", least=0, below=2**63)
     dtype: str = key("fp32", "fp32 or bf16 (autocast)", choices=("fp32", "bf16"))
+    data_parallel: int = key(
+        1, "replicas of the model, each spread over 1/N of the ranks and trained on its own batches", least=1
+    )
     device: str = key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     threads: int = key(
         0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0, most=4096

@@ -33,11 +33,11 @@ class Report:
     """
 
     def __init__(self, trainer: Trainer, directory: Path) -> None:
-        self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm
+        self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm.world
         self.started, self.first = time.perf_counter(), trainer.step
         self.interval: list[float] = []
         self.exact_steps = 0
-        self.per_step = self.config.data.accumulate * trainer.task.per_batch
+        self.per_step = trainer.batches_a_step * trainer.task.per_batch
         self.bar: Any = None
         self.metrics: Metrics | None = None  # None on all ranks but the first, which alone reports
         collectively(self.comm, self._open)
@@ -66,7 +66,7 @@ class Report:
         idle = f", idle ranks {trainer.blocks.layout.idle_ranks}" if trainer.blocks.layout.idle_ranks else ""
         self._say(
             f"{model.layers} layers, dim {model.dim}, {model.heads} heads; "
-            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(self.comm)} over {self.comm.name}{idle}"
+            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(trainer.comm)} over {self.comm.name}{idle}"
         )
         self._say(task.describe())
         if trainer.initial_weights:
@@ -121,7 +121,8 @@ class Report:
         if phase is not None:
             line["network"], line["fine_step"] = phase.name, phase.fine_step + 1
         if flops is not None:
-            line["flops"], line["flops_all"] = flops.blocks, flops.all
+            replicas = self.config.run.data_parallel
+            line["flops"], line["flops_all"] = replicas * flops.blocks, replicas * flops.all
         if self.trainer.relative_error is not None:
             line["relative_error"] = self.trainer.relative_error
         if control is not None:
@@ -183,7 +184,7 @@ class Report:
         if comparison is not None:
             mode = short_form(self.trainer.blocks.options)
             self._say(
-                f"one forward and backward on {_ranks(self.comm)}, medians of {self.config.run.compare}: "
+                f"one forward and backward on {_ranks(self.trainer.comm)}, medians of {self.config.run.compare}: "
                 f"layer-parallel {mode} {comparison.seconds:.3f} s, exact serial sweep "
                 f"{comparison.exact_seconds:.3f} s, ratio {comparison.speedup:.2f}x\n"
                 f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
@@ -204,7 +205,8 @@ class _Lines(logging.Handler):
 
 
 def _ranks(comm: Comm) -> str:
-    return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    replicas = f"{comm.data.size} replicas of " if comm.data.size > 1 else ""
+    return f"{replicas}{comm.size} rank{'s' if comm.size > 1 else ''}"
 
 
 def _memory(device: torch.device) -> float:

@@ -27,6 +27,7 @@ from ..mgrit.options import MGRIT
 from ..multilevel import Multilevel, Phase
 from ..nn import random_keys
 from ..parallel.clip import scale_down, squared_grad_norm
+from ..parallel.data_parallel import average_gradients
 from ..parallel.layer_parallel import LayerParallel
 from .comparison import Comparison, compare
 from .config import SolverConfig, TrainConfig
@@ -44,7 +45,8 @@ class Trainer:
     Args:
         config: of the run.
         task: what is trained.
-        comm: the ranks.
+        comm: the ranks, those of one replica in a mesh of several. Microbatch m of the replica r of D is the microbatch
+            m D + r of a run without replicas, with the same random numbers.
 
     Attributes:
         model, blocks, optimizer: ``blocks`` is the layer-parallel stack inside the model.
@@ -52,7 +54,8 @@ class Trainer:
         flops: the meter; None where the blocks differ from each other.
         initial_weights: where weights that were not drawn came from, in one line; empty where all were drawn.
         step: optimiser steps done, on all levels.
-        position: batches taken from the training data.
+        position: batches taken from the training data, by all replicas.
+        batches_a_step: of all replicas.
         phase: the last step's phase of multilevel training; None without.
         decision: what error control made of the last step, or that it was skipped; else None.
         skipped, bad_steps: steps skipped without error control, in all and in a row.
@@ -66,6 +69,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, task: Task, comm: Comm) -> None:
         self.config, self.task, self.comm, self.device = config, task, comm, comm.device
+        self.batches_a_step = config.data.accumulate * comm.data.size
         solver = config.solver
         torch.manual_seed(config.run.seed)  # every rank builds the same model
         self.model = task.model()
@@ -140,7 +144,7 @@ class Trainer:
         if phase is None:
             with self.flops.step() if self.flops else nullcontext():
                 return self._train_step((self.step, self.config.run.steps))
-        self.position = phase.batch_index * self.config.data.accumulate
+        self.position = phase.batch_index * self.batches_a_step
         with phase:
             loss, norm = self._train_step((phase.clock, phase.clock_steps))
             skipped = self.decision is not None and self.decision.skip
@@ -149,16 +153,18 @@ class Trainer:
 
     def _train_step(self, clock: tuple[int, int]) -> tuple[float, float]:
         accumulate, limit = self.config.data.accumulate, self.config.optimizer.clip or math.inf
+        own = range(self.comm.data.rank, self.batches_a_step, self.comm.data.size)
         # In units of the loss whose gradients are accumulated; networks made of some of the layers do without.
         fine = self.phase is None or self.phase.fine
         self.blocks.consistency = self.config.solver.consistency_at(self.step) / accumulate if fine else 0.0
-        losses = [self.forward_backward(self.step, m, self.position + m) for m in range(accumulate)]
+        losses = [self.forward_backward(self.step, m, self.position + m) for m in own]
+        average_gradients(self.model, self.comm)
         self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
         self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
-        loss = sum(losses) / accumulate
+        loss = self._mean(sum(losses) / accumulate)
         self.decision = None
         if self.control is not None and fine:
-            last = self.step, accumulate - 1, self.position + accumulate - 1
+            last = self.step, own[-1], self.position + own[-1]
             self.decision = self.control.step(loss, lambda: self.training_loss(*last))
             if self.decision.skip:
                 self._go_on()
@@ -176,6 +182,14 @@ class Trainer:
         self._go_on()
         return loss, norm
 
+    def _mean(self, loss: float) -> float:
+        """Over the replicas."""
+        if self.comm.data.size == 1:
+            return loss
+        total = torch.tensor([loss], dtype=torch.float64, device="cpu")
+        self.comm.data.sum_ordered([total])
+        return float(total) / self.comm.data.size
+
     def _skipped(self, loss: float, norm: float) -> Decision:
         """What error control does of steps that are not finite, where there is none: leave them out, up to a limit."""
         self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
@@ -188,13 +202,13 @@ class Trainer:
             )
         options, reason = self.blocks.options, f"not finite; skipped, {self.bad_steps} in a row: {what}"
         decision = Decision(self.step + 1, "skip", options, options, reason, skip=True)
-        if self.comm.rank == 0:
+        if self.comm.world.rank == 0:
             _log.warning("%s", decision)
         return decision
 
     def _go_on(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.position = self.step + 1, self.position + self.config.data.accumulate
+        self.step, self.position = self.step + 1, self.position + self.batches_a_step
 
     # --- what has been learnt ----------------------------------------------------------------------------------------
 
@@ -221,16 +235,18 @@ class Trainer:
         count = self.config.run.compare
         if not count or self.blocks.options.exact:
             return None
-        first = self.position
-        return compare(
-            self.model, self.blocks, lambda n: self.forward_backward(self.step, n, first + n), count, self.comm
-        )
+
+        def pass_(n: int) -> float:
+            n = n * self.comm.data.size + self.comm.data.rank
+            return self.forward_backward(self.step, n, self.position + n)
+
+        return compare(self.model, self.blocks, pass_, count, self.comm)
 
     # --- stopping and going on ---------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
         """Writes a checkpoint of this step. Collective."""
-        info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.size}
+        info = {"config": dataclasses.asdict(self.config), "position": self.position, "ranks": self.comm.world.size}
         info["task"] = self.task.identity()
         if self.control is not None:
             info["control"] = self.control.state_dict()
@@ -252,7 +268,7 @@ class Trainer:
         Raises:
             UserError: on all ranks; see :func:`mlpint.training.initial_weights.start_from`.
         """
-        self.initial_weights = start_from(path, self.model, self.config, self.task, self.comm)
+        self.initial_weights = start_from(path, self.model, self.config, self.task, self.comm.world)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Goes on where a checkpoint was written, before the first step. Collective.
@@ -268,7 +284,7 @@ class Trainer:
         multilevel = self.multilevel
         if multilevel is not None:
             tensors: dict[str, torch.Tensor] = {}
-            collectively(self.comm, lambda: tensors.update(checkpoint.extra(multilevel.wants)))
+            collectively(self.comm.world, lambda: tensors.update(checkpoint.extra(multilevel.wants)))
             try:
                 multilevel.load_state_dict({"info": checkpoint.info["multilevel"], "tensors": tensors})
             except ValueError as error:

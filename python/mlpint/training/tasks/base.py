@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -101,11 +102,20 @@ class Task(abc.ABC):
         """Measures on held-out data, by name; one of them is ``loss``. Collective; the model is in eval mode."""
         sums: dict[str, tuple[float, float]] = {}
         count = self.validation_batches(self.config.run.eval_batches)
-        for i in range(count):
+        for i in range(comm.data.rank, count, comm.data.size):  # each replica takes its share
             batch = tuple(t.to(device) for t in self.validation(i, count))
             for name, (value, weight) in self.measure(model, batch).items():
                 total, weights = sums.get(name, (0, 0))
                 sums[name] = total + value, weights + weight
+        if comm.data.size > 1:
+            shares = [json.loads(message) for message in comm.data.gather(json.dumps(sums).encode())]
+            sums = {
+                name: (
+                    sum(share[name][0] for share in shares if name in share),
+                    sum(share[name][1] for share in shares if name in share),
+                )
+                for name in dict.fromkeys(name for share in shares for name in share)
+            }
         return {name: total / weight for name, (total, weight) in sums.items()}
 
     def sample(self, model: nn.Module, device: torch.device, comm: Comm) -> Sample | None:
