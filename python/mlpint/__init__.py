@@ -7,6 +7,7 @@ from .comm import Comm, init
 from .control import ErrorControl, gradient_bias
 from .hf import parallelize
 from .layers.arguments import PerLayer
+from .layers.source import LayerFactory
 from .mgrit import MGRIT
 from .multilevel import Multilevel
 from .parallel import (
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "Comm",
     "ErrorControl",
+    "LayerFactory",
     "LayerParallel",
     "MGRIT",
     "Multilevel",

@@ -390,6 +390,56 @@ def what_a_shared_head_refuses(comm):
 
 
 @float64
+def a_factory_makes_a_ranks_own_layers(comm):
+    """With the weights of the whole network, whatever the ranks; torch's generator goes on as if nothing had been."""
+    made = []
+
+    def make(n):
+        made.append(n)
+        return Residual(scale=0.1 * (n + 1))
+
+    torch.manual_seed(7)
+    factory = mlpint.LayerFactory(7, make)
+    x = torch.randn(3, 4)
+    stack = LayerParallel(factory, MGRIT(2, 2, 5, 5), comm=comm)
+    own = sorted(stack.local_layers)
+    assert made == [*own[:1], *own] or made == [0] and not own, (made, own)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    reference = nn.ModuleList(mlpint.LayerFactory(7, make))
+    assert torch.equal(x, torch.randn(3, 4)) and torch.equal(drawn, torch.rand(1))
+    for n, layer in stack.local_layers.items():
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), reference[n].parameters(), strict=True))
+    stack(x).square().sum().backward()
+    plain(reference, x).square().sum().backward()
+    assert_gradients_equal(stack, reference)
+    assert list(stack.state_dict()) == list(reference.state_dict())
+
+    one = Residual()
+    bad = [
+        (lambda n: "layer", "not a torch.nn.Module"),
+        (lambda n: one, "must make a new module"),
+        (lambda n: Residual(4 + n), "make all alike"),
+    ]
+    for make_badly, word in bad:
+        factory = mlpint.LayerFactory(7, make_badly)
+        raises(ValueError, word, lambda factory=factory: LayerParallel(factory, EXACT, comm=comm))
+    LayerParallel(mlpint.LayerFactory(7, lambda n: Residual(4 + n), alike=False), EXACT, comm=comm)
+    generator = torch.Generator()
+
+    def unseeded(n):
+        layer = Residual()
+        nn.init.normal_(layer.inner.weight, generator=generator)
+        return layer
+
+    raises(ValueError, "does not govern", lambda: LayerParallel(mlpint.LayerFactory(7, unseeded), EXACT, comm=comm))
+    raises(ValueError, "layers = 0", lambda: mlpint.LayerFactory(0, make))
+    unlike = mlpint.LayerFactory(7, make, seed=comm.rank)
+    if comm.size > 1:
+        raises(ValueError, "the ranks disagree", lambda: LayerParallel(unlike, EXACT, comm=comm))
+
+
+@float64
 def clipping_counts_shared_modules_once(comm):
     shared = Residual()
     layers = [shared, Residual(), Residual(), shared]

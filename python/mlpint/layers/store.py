@@ -9,11 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..nn import BlockStack
 from .evaluator import LayerCall, LayerEvaluator
-from .module_store import ModuleStore
 from .random_keys import LayerRandom
-from .stack_store import StackStore
 
 Tensors = tuple[torch.Tensor, ...]
 # What watches evaluations: called with the layer's index, the name of its class, its parameters, inputs and output.
@@ -72,10 +69,3 @@ class LayerStore(Protocol):
 
     def may_have(self, entry: str) -> bool:
         """Whether a layer's state dict may have an entry; the children refuse what they can tell themselves."""
-
-
-def make_store(layers: Sequence[nn.Module] | BlockStack, indices: Sequence[int]) -> LayerStore:
-    """Keeps some of the layers of a network."""
-    if isinstance(layers, BlockStack):
-        return StackStore(layers.select(indices))
-    return ModuleStore({n: layers[n] for n in indices})

@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..comm.communicator import Comm
-from ..comm.fingerprint import checksum, fingerprint
+from ..comm.fingerprint import checksum
 from ..layers.arguments import check_arguments, has_arguments_by_layer, selected
 from ..layers.consistency import intervals_of
 from ..layers.random_keys import LayerRandom
-from ..layers.store import LayerStore, make_store
+from ..layers.source import LayerFactory, LayerSource
+from ..layers.store import LayerStore
 from ..mgrit.layout import Layout, interval
 from ..mgrit.learnt_operators import LearntOperators
 from ..mgrit.options import MGRIT
@@ -51,7 +52,8 @@ class LayerParallel(nn.Module):
     Args:
         layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer
             whose state is one tensor may return a tuple that starts with it (Hugging Face). Or an
-            :class:`mlpint.nn.BlockStack`, whose blocks are evaluated for all intervals of a rank at once.
+            :class:`mlpint.nn.BlockStack`, whose blocks are evaluated for all intervals of a rank at once. Or a
+            :class:`mlpint.LayerFactory`, of which each rank makes its own layers alone.
         options: how the depth is solved; may be replaced between steps through :attr:`options`.
 
     Keyword args:
@@ -84,7 +86,7 @@ class LayerParallel(nn.Module):
 
     def __init__(
         self,
-        layers: Iterable[nn.Module] | BlockStack,
+        layers: Iterable[nn.Module] | BlockStack | LayerFactory,
         options: MGRIT | None = None,
         *,
         comm: Any = None,
@@ -98,13 +100,13 @@ class LayerParallel(nn.Module):
         consistency: float = 0.0,
     ) -> None:
         super().__init__()
-        layers = layers if isinstance(layers, BlockStack) else list(layers)
-        modules: list[nn.Module] = [layers] if isinstance(layers, BlockStack) else layers
+        source = LayerSource(layers)
         options = MGRIT() if options is None else options
-        _check(modules, options)
+        if not isinstance(options, MGRIT):
+            raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
         self.comm = comm = Comm.of(comm)
-        dealt = Layout.deal(layout, len(layers), comm.size, options, open_layers, close_layers, step_size)
-        self._store = make_store(layers, dealt.local_indices(comm.rank))
+        dealt = Layout.deal(layout, len(source), comm.size, options, open_layers, close_layers, step_size)
+        self._store = source.store(dealt.local_indices(comm.rank), comm.world)
         seed = comm.broadcast(torch.tensor([torch.initial_seed() & (2**63 - 1)], device="cpu"))  # rank 0's
         self._layer_random = LayerRandom(int(seed))
         self.conditions = Conditions(
@@ -113,7 +115,7 @@ class LayerParallel(nn.Module):
         if consistency:
             intervals_of(dealt, options)
         alike = {
-            "layers": f"{len(layers)} with {fingerprint(modules)}",
+            "layers": source.description,
             "options": options,
             "step size": step_size,
             "open and close layers": f"{open_layers} and {close_layers}",
@@ -125,26 +127,26 @@ class LayerParallel(nn.Module):
         }
         comm.world.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         # Unless a state dict is loaded the first pass refuses weights that were not alike.
-        self._first_weights = [digest.decode() for digest in comm.world.gather(checksum(modules).encode())]
+        self._first_weights = [digest.decode() for digest in comm.world.gather(checksum(source.modules).encode())]
         self._replica_watch = ReplicaWatch(comm.data)
         self._store.register(self)
         if dealt.idle_ranks and comm.world.rank == 0:
             warnings.warn(
-                f"ranks {dealt.idle_ranks} own none of the {len(layers)} layers: there are fewer intervals of "
+                f"ranks {dealt.idle_ranks} own none of the {len(source)} layers: there are fewer intervals of "
                 f"{interval(options)} layers than ranks. Take fewer ranks or a smaller cfactor",
                 stacklevel=2,
             )
-        self._layer_count = len(layers)
+        self._layer_count = len(source)
         # Attention that takes (sequence, batch, features), torch's own by default.
         self._sequence_first = any(
-            getattr(m, "batch_first", True) is False for module in modules for m in module.modules()
+            getattr(m, "batch_first", True) is False for module in (source.modules or [self]) for m in module.modules()
         )
         self.stats = Stats()
         self.pass_keys, self._checkpointed = PassKeys(comm.data.rank), CheckpointedPasses()
         self._done: set[str] = set()
         self._slices_found: dict[int, int] = {}
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
-        self._shared = SharedParameters(modules, dealt.rank_of, comm)
+        self._shared = SharedParameters(source.modules, dealt.rank_of, comm)
         # With several ranks the result requires gradients on all of them alike, whatever this rank's layers need.
         self.anchor = torch.zeros((), device="cpu", requires_grad=comm.size > 1)
         if comm.size > 1:
@@ -404,13 +406,3 @@ class LayerParallel(nn.Module):
                 if not (index.isdigit() and int(index) < len(self) and self.store.may_have(entry)):
                     unexpected.append(name)
         self.store.load(state_dict, prefix, missing, errors)
-
-
-def _check(modules: list[nn.Module], options: MGRIT) -> None:
-    if not modules:
-        raise ValueError("LayerParallel got no layers")
-    for n, module in enumerate(modules):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"layer {n} is a {type(module).__name__}, not a torch.nn.Module")
-    if not isinstance(options, MGRIT):
-        raise TypeError(f"options must be an mlpint.MGRIT, got {type(options).__name__}")
