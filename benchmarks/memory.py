@@ -8,9 +8,10 @@ step with a tiny network, so that code and libraries loaded on first use count f
 and trains it; a figure is the peak of resident memory over what the process held before building: parameters,
 gradients, optimiser state, activations, messages and whatever the allocator did not give back.
 
-Two peaks: while training, and while building. LayerParallel is handed all layers and keeps its own, so building peaks
-at the whole network's parameters on every rank, here and in any script that creates the model before it is spread.
-Exit code 1 if a rank's peak while training is above --limit times the serial network's.
+Two peaks: while training, and while building. The ranks make their own layers alone (mlpint.LayerFactory); with --whole
+LayerParallel is handed all layers and keeps its own, so that building peaks at the whole network's parameters on every
+rank, as in any script that creates the model before it is spread. Exit code 1 if a rank's peak while training is above
+--limit times the serial network's.
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ def train(stack, batch, sequence, dim, steps):
 
 
 def measure(wrap, args) -> dict[str, float]:
-    """Peaks over the resident memory before, in bytes."""
-    train(wrap([Block(8, 1, 1) for _ in range(8)]), 2, 4, 8, steps=2)
-    before = settle()
+    """Peaks over the resident memory before, in bytes.
+
+    wrap: the stack of so many layers, and what makes one of them.
+    """
     torch.manual_seed(0)
-    stack = wrap([Block(args.dim, args.heads, args.layers) for _ in range(args.layers)])
+    train(wrap(8, lambda n: Block(8, 1, 1)), 2, 4, 8, steps=2)
+    before = settle()
+    stack = wrap(args.layers, lambda n: Block(args.dim, args.heads, args.layers))
     building = status("VmHWM") - before
     built = settle() - before
     train(stack, args.batch, args.sequence, args.dim, args.steps)
@@ -74,12 +78,13 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--setting", default="2,1,4", help="forward iterations, backward iterations, cfactor")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="make all layers on every rank")
     parser.add_argument("--limit", type=float, default=0.6)
     parser.add_argument("--serial", action="store_true", help="measure the serial network in this process, print JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.serial:
-        print(json.dumps(measure(lambda layers: torch.nn.Sequential(*layers), args)))
+        print(json.dumps(measure(lambda count, make: torch.nn.Sequential(*map(make, range(count))), args)))
         return 0
 
     import mlpint
@@ -94,7 +99,8 @@ def main() -> int:
     forward, backward, cfactor = map(int, args.setting.split(","))
     options = MGRIT(cfactor=cfactor, forward_iters=forward, backward_iters=backward)
 
-    def wrap(layers):
+    def wrap(count, make):
+        layers = list(map(make, range(count))) if args.whole else mlpint.LayerFactory(count, make)
         return LayerParallel(layers, options, comm=comm, recompute=args.recompute)
 
     own = measure(wrap, args)
@@ -110,7 +116,7 @@ def main() -> int:
             training, building, built, before = (peaks[k] / MIB for k in ("training", "building", "built", "before"))
             print(
                 f"{name}: peak while training {training:.1f} ({peaks['training'] / serial['training']:.2f}x serial), "
-                f"while building {building:.1f}, parameters kept {built:.1f}; before {before:.0f}"
+                f"while building {building:.1f} ({building / built:.2f}x the {built:.1f} kept); before {before:.0f}"
             )
         return int(worst > args.limit * serial["training"])
     return 0
