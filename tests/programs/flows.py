@@ -1,6 +1,7 @@
 """What others do with a model after parallelize: clipping, accelerate, Trainer, PEFT. On any number of ranks."""
 
 import copy
+import json
 import os
 import shutil
 
@@ -10,7 +11,7 @@ import peft
 import torch
 import transformers
 from runner import raises, run, shared_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_  # held by its own name, as many scripts do
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -193,6 +194,90 @@ def adapters_are_saved_whole(comm):
         torch.testing.assert_close(state, llama().state_dict(), rtol=0, atol=0)
 
 
+def _t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 3, "num_decoder_layers": 4}
+    return transformers.T5Config(**sizes, vocab_size=30, decoder_start_token_id=0, dropout_rate=0.0)
+
+
+def _gpt2():
+    sizes = {"n_layer": 5, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 30}
+    return transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=1)
+
+
+KINDS = [
+    (transformers.GPT2LMHeadModel, _gpt2(), ["transformer.h"]),  # with a tied head
+    (LlamaForCausalLM, llama().config, ["model.layers"]),  # with buffers that are in no file
+    (transformers.T5ForConditionalGeneration, _t5(), ["encoder.block", "decoder.block"]),
+]
+
+
+def files_are_read_by_those_who_need_them(comm):
+    """Several files, of which a rank reads its own layers' and the edges'."""
+    for kind, config, paths in KINDS:
+        torch.manual_seed(4)
+        reference = kind(config).eval()
+        with shared_folder(comm) as folder:
+            if comm.rank == 0:
+                reference.save_pretrained(folder, max_shard_size="20KB")
+            comm.barrier()
+            model = parallelize(kind, folder, EXACT, comm=comm)
+            elsewhere = [n for n, p in model.named_parameters() if p.is_meta]
+            assert not elsewhere and not model.training, elsewhere
+            assert all(isinstance(model.get_submodule(path), LayerParallel) for path in paths)
+            assert_same(model, reference)
+            for each in (model, reference):
+                backward(each)
+            assert_gradients(model, reference)
+            state = model.state_dict()
+            assert all(torch.equal(t, state[name]) for name, t in reference.state_dict().items())
+
+            index = folder / "model.safetensors.index.json"
+            if comm.rank == 0:
+                listed = json.loads(index.read_text())
+                taken = next(name for name in listed["weight_map"] if name.startswith(f"{paths[0]}.1."))
+                file = folder / listed["weight_map"].pop(taken)
+                index.write_text(json.dumps(listed))
+                save_file({n: t for n, t in load_file(file).items() if n != taken}, file, metadata={"format": "pt"})
+            comm.barrier()
+            raises(UserError, "lacks weights of layers", lambda: parallelize(kind, folder, EXACT, comm=comm))  # noqa: B023
+
+
+def weights_are_drawn_for_any_number_of_ranks(comm):
+    for kind, config, paths in KINDS:
+        models = []
+        for ranks in (comm, comm.data):  # of which the latter is this rank alone
+            torch.manual_seed(4)
+            models.append(parallelize(kind, config, EXACT, comm=ranks))
+        ours, theirs = (model.state_dict() for model in models)
+        unlike = [name for name in {**ours, **theirs} if not torch.equal(ours[name], theirs[name])]
+        assert not unlike, (kind, unlike)
+        first, second = (ours[f"{paths[0]}.{n}.{_matrix(ours, paths[0])}"] for n in (0, 1))
+        assert not torch.equal(first, second)
+        assert models[0].training and not any(p.is_meta for p in models[0].parameters())
+        torch.manual_seed(5)
+        plain = kind(config).state_dict()
+        for name, tensor in ours.items():  # as transformers draws them
+            assert tensor.shape == plain[name].shape and tensor.dtype == plain[name].dtype
+            spread, expected = tensor.std(), plain[name].std()
+            close = (
+                abs(spread - expected) <= 0.35 * expected if tensor.numel() > 200 else (spread > 0) == (expected > 0)
+            )
+            assert close, (name, spread, expected)
+        assert_same(*(model.eval() for model in models))
+    raises(TypeError, "LayerFactory", lambda: parallelize(nn.Linear, config, comm=comm))
+    raises(TypeError, "needs a configuration", lambda: parallelize(kind, comm=comm))
+
+
+def _matrix(state, path):
+    return next(n for n, t in state.items() if n.startswith(f"{path}.0.") and t.dim() == 2).removeprefix(f"{path}.0.")
+
+
+def assert_same(model, reference):
+    with torch.no_grad():
+        outputs = [m(input_ids=IDS, labels=IDS) for m in (model, reference)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__":
     run(
         [
@@ -202,5 +287,7 @@ if __name__ == "__main__":
             compiled_whole,
             trainer_saves_and_resumes,
             adapters_are_saved_whole,
+            files_are_read_by_those_who_need_them,
+            weights_are_drawn_for_any_number_of_ranks,
         ]
     )

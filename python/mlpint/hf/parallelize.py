@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 from torch import nn
 
@@ -10,22 +11,29 @@ from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum
 from ..mgrit.options import MGRIT
 from ..nn import BlockStack
-from ..parallel.clip import stacks_of
 from ..parallel.layer_parallel import LayerParallel
 from ..parallel.replicas import sync_replicas
 from . import families as huggingface
+from .build import build
+from .find_stacks import find_stacks
 from .trial import Trial
 
-_LISTS = (nn.ModuleList, nn.Sequential)
+
+@overload
+def parallelize(model: nn.Module, options: MGRIT | None = None, **kwargs: Any) -> nn.Module: ...
+
+
+@overload
+def parallelize(model: type, source: Any, options: MGRIT | None = None, **kwargs: Any) -> nn.Module: ...
 
 
 def parallelize(
-    model: nn.Module,
-    options: MGRIT | None = None,
-    *,
+    model: Any,
+    *args: Any,
     comm: Any = None,
     stack: str | None = None,
     check: bool = True,
+    load: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Replaces the stack of layers in a model by a :class:`LayerParallel` of them. Collective.
@@ -44,8 +52,13 @@ def parallelize(
 
     Call it before the optimiser is made, which must not hold on to the layers of other ranks.
 
+    A model that no rank has the memory for is made here: ``parallelize(GPT2LMHeadModel, source, options, comm=comm)``.
+    Each rank makes what lies outside the stacks and its own layers alone. ``source`` is a configuration, whose weights
+    are drawn layer by layer, the same for any number of ranks; or what ``from_pretrained`` takes, a directory or a
+    name, of whose safetensors files each rank reads its own part. Models of several ranks are not tried (see check).
+
     Args:
-        model: the same on every rank; changed in place.
+        model: the same on every rank; changed in place. Or a class of the transformers library, before ``source``.
         options: how the depth is solved.
 
     Keyword args:
@@ -54,6 +67,7 @@ def parallelize(
             A model with several stacks takes one call for each.
         check: whether a model of the transformers library runs a small batch as it is and once more with its stacks
             replaced, so that a loop that does more than this function knows of is refused.
+        load: with a class and a directory or name: further arguments of ``from_pretrained``, such as ``dtype``.
         **kwargs: further arguments of :class:`LayerParallel` (open_layers, recompute, ...).
 
     Returns:
@@ -65,12 +79,20 @@ def parallelize(
             :class:`LayerParallel` raises. The model is as it was.
     """
     comm = Comm.of(comm)
-    if len(set(comm.gather(checksum([model]).encode()))) > 1:
+    if isinstance(model, type):
+        if not args:
+            raise TypeError(f"parallelize({model.__name__}, ...) needs a configuration or what from_pretrained takes")
+        source, args = args[0], args[1:]
+        model = build(model, source, *args, comm=comm, stack=stack, load=load or {}, **kwargs)
+    elif load is not None:
+        raise ValueError("load is for a class of the transformers library and what its from_pretrained takes")
+    options = args[0] if args else None
+    whole = not any(map(int, comm.world.gather(b"1" if _has_parts_elsewhere(model) else b"0")))
+    if whole and len(set(comm.world.gather(checksum([model]).encode()))) > 1:
         sync_replicas(model, comm)  # layers of several drawings would make up no model of anybody's
-    candidates = _candidates(model)
-    paths = _choose(model, candidates) if stack is None else [_named(model, stack, candidates)]
+    paths = find_stacks(model, stack)
     comm.vote({"stack": ", ".join(paths), "class": type(model).__name__}, "the model")
-    trial = Trial(model, comm) if check else None
+    trial = Trial(model, comm) if check and whole else None
     replacements: dict[str, nn.Module] = {}
     for path in paths:
         layers: Any = model.get_submodule(path)
@@ -97,97 +119,14 @@ def parallelize(
     return model
 
 
+def _has_parts_elsewhere(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters()) and not all(p.is_meta for p in model.parameters())
+
+
 def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     for place, module in modules.items():
         parent, _, name = place.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
-
-
-def _choose(model: nn.Module, candidates: dict[str, int]) -> list[str]:
-    kind = type(model).__name__
-    if not candidates:
-        done = [name for name, _ in stacks_of(model)]
-        raise ValueError(
-            f"no stack of layers in {kind}"
-            + (f" beside the layer-parallel one at {done[0]!r}" if done else "")
-            + ": looked for an mlpint.nn.BlockStack, or an nn.ModuleList or nn.Sequential of at least 2 modules of one "
-            'class (torch.nn\'s own elementary ones aside); name it with stack="encoder.layers" or the like'
-        )
-    parts = [
-        {name: n for name, n in candidates.items() if name.startswith(f"{part}.")}
-        for part in huggingface.encoder_and_decoder(model)
-    ]
-    if parts and all(parts) and sum(map(len, parts)) == len(candidates):
-        best = [_best(model, part) for part in parts]
-    else:
-        best = [_best(model, candidates)]
-    chosen = [name for name in best if name is not None]
-    if len(chosen) < len(best):
-        raise ValueError(f"{kind} has several stacks of layers; {_name_one(candidates)}")
-    if "" in chosen:
-        raise ValueError(
-            f"the {kind} is itself the stack and cannot be replaced in itself; use model = LayerParallel(model, ...)"
-        )
-    return chosen
-
-
-def _best(model: nn.Module, candidates: dict[str, int]) -> str | None:
-    """The longest that is also the largest; None if there is no such, or not just one."""
-    size = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in candidates}
-    best = max(candidates, key=lambda name: (candidates[name], size[name]))
-    others = [name for name in candidates if name != best]
-    unclear = any(candidates[name] == candidates[best] or size[name] > size[best] for name in others)
-    return None if unclear else best
-
-
-def _candidates(model: nn.Module) -> dict[str, int]:
-    """Stacks of at least two layers of one class that do not lie in one another's layers: lengths by name."""
-    inside = {m for _, stack in stacks_of(model) for m in stack.modules()}
-    found: dict[str, int] = {}
-    for name, module in model.named_modules():
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if module not in inside and not nested and _is_stack(module) and len(module) >= 2:
-            kinds = set() if isinstance(module, BlockStack) else {type(layer) for layer in module}
-            if not kinds or len(kinds) == 1 and not _is_elementary(module[0]):
-                found[name] = len(module)
-    return found
-
-
-def _is_stack(module: nn.Module) -> bool:
-    return isinstance(module, BlockStack) or _is_list(module)
-
-
-def _is_list(module: nn.Module) -> bool:
-    """A list of modules without a forward of its own, its members numbered from 0."""
-    plain = (nn.ModuleList.forward, nn.Sequential.forward)
-    numbered = list(module._modules) == [str(n) for n in range(len(module._modules))]
-    return isinstance(module, _LISTS) and type(module).forward in plain and numbered
-
-
-def _is_elementary(layer: nn.Module) -> bool:
-    containers = (*_LISTS, nn.ModuleDict)
-    return isinstance(layer, containers) or type(layer).__module__.startswith("torch.nn.") and not [*layer.children()]
-
-
-def _named(model: nn.Module, stack: str, candidates: dict[str, int]) -> str:
-    module: Any
-    try:
-        module = model.get_submodule(stack)
-    except AttributeError:
-        module = None
-    if not stack or module is None or not _is_stack(module) or not len(module):
-        what = "no module" if module is None else f"a {type(module).__name__}"
-        raise ValueError(
-            f"stack = {stack!r} is {what} in {type(model).__name__}: must name an nn.ModuleList or nn.Sequential with "
-            f"numbered layers, or a BlockStack; {_name_one(candidates)}"
-        )
-    return stack
-
-
-def _name_one(candidates: dict[str, int]) -> str:
-    if not candidates:
-        return "none was found"
-    return "name one: " + " or ".join(f'stack="{name}" ({length} layers)' for name, length in candidates.items())
 
 
 def _check_ties(model: nn.Module, layers: nn.Module, places: list[str]) -> None:

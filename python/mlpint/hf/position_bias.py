@@ -11,7 +11,7 @@ from torch import nn
 from ..mgrit.options import MGRIT
 from .looped_stack import LoopedStack, outline
 
-_PLACE = ("layer", "0", "SelfAttention", "relative_attention_bias")  # of the table in the first layer
+BIAS_TABLE = ("layer", "0", "SelfAttention", "relative_attention_bias")  # of the table in the first layer
 
 
 def hands_on_a_bias(layer: nn.Module) -> bool:
@@ -43,7 +43,7 @@ class BiasedStack(LoopedStack):
         super().__init__(layers, options, **kwargs)
         self._maker = (self_made,)  # in a tuple, so as not to be a submodule
         if 0 not in self.local_layers:
-            self.add_module("0", _Path(_PLACE, table))
+            self.add_module("0", _Path(BIAS_TABLE, table))
         self._bias: torch.Tensor | None = None  # of the pass under way
         # Before transformers 5, which scales in the open, layers without an attention to the encoder had no bias of it
         # to return, and a bias that they were given had to bring the mask with it.

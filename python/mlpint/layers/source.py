@@ -112,6 +112,7 @@ class LayerSource:
 
     Attributes:
         modules: those that are here before any rank has kept its own: all, or none of a factory's.
+        whole: whether they have memory here, which those of other ranks may lack.
         description: what ranks compare, once :meth:`store` has been called.
     """
 
@@ -127,6 +128,7 @@ class LayerSource:
                     raise TypeError(f"layer {n} is a {type(module).__name__}, not a torch.nn.Module")
         if not len(self):
             raise ValueError("LayerParallel got no layers")
+        self.whole = not any(p.is_meta for module in self.modules for p in module.parameters())
         self.description = f"{len(self)} with {fingerprint(self.modules)}"
 
     def __len__(self) -> int:

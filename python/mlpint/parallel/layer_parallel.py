@@ -127,7 +127,8 @@ class LayerParallel(nn.Module):
         }
         comm.world.vote({name: str(value) for name, value in alike.items()}, "LayerParallel")
         # Unless a state dict is loaded the first pass refuses weights that were not alike.
-        self._first_weights = [digest.decode() for digest in comm.world.gather(checksum(source.modules).encode())]
+        digest = checksum(source.modules) if source.whole else ""
+        self._first_weights = [message.decode() for message in comm.world.gather(digest.encode())]
         self._replica_watch = ReplicaWatch(comm.data)
         self._store.register(self)
         if dealt.idle_ranks and comm.world.rank == 0:
