@@ -10,12 +10,14 @@ import warnings
 from functools import partial
 
 import torch
+import torch.distributed.checkpoint
 from layers import Attention, Residual, assert_close, assert_gradients_equal, copies, plain
-from runner import raises, run
+from runner import raises, run, shared_folder
 from torch import nn
 
 import mlpint
-from mlpint import MGRIT, LayerParallel
+from mlpint import MGRIT, LayerParallel, checkpoint
+from mlpint.errors import UserError
 from mlpint.nn.random_keys import key
 
 EXACT = MGRIT(cfactor=2, forward_iters=0, backward_iters=0)
@@ -437,6 +439,33 @@ def a_factory_makes_a_ranks_own_layers(comm):
     unlike = mlpint.LayerFactory(7, make, seed=comm.rank)
     if comm.size > 1:
         raises(ValueError, "the ranks disagree", lambda: LayerParallel(unlike, EXACT, comm=comm))
+
+
+@float64
+def the_whole_goes_to_the_first_rank_alone(comm):
+    """In host memory, and from there into torch's own kind of checkpoint."""
+    reference = nn.Sequential(nn.Linear(4, 4), nn.ModuleList(Residual() for _ in range(5)), nn.BatchNorm1d(4))
+    model = copy.deepcopy(reference)
+    model[1] = LayerParallel(model[1], MGRIT(2, 2), comm=comm)
+    state = checkpoint.gather(model)
+    if comm.rank == 0:
+        assert list(state) == list(reference.state_dict())
+        assert all(torch.equal(state[name], t) for name, t in reference.state_dict().items())
+    else:
+        assert state == {}
+    assert len(model.state_dict()) == len(reference.state_dict())  # elsewhere it is everybody's
+    with shared_folder(comm) as folder:
+        checkpoint.export(model, folder / "dcp")
+        if comm.rank == 0:
+            other = copy.deepcopy(reference)
+            for parameter in other.parameters():
+                nn.init.zeros_(parameter)
+            torch.distributed.checkpoint.load(other.state_dict(), checkpoint_id=folder / "dcp", no_dist=True)
+            for name, tensor in reference.state_dict().items():
+                assert torch.equal(other.state_dict()[name], tensor), name
+        comm.barrier()
+        (folder / "file").touch()
+        raises(UserError, "file", lambda: checkpoint.export(model, folder / "file" / "below"))
 
 
 @float64

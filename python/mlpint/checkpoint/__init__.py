@@ -6,7 +6,8 @@ by the names they have in the unwrapped model, so nothing depends on the number 
 the newest checkpoint. Nothing in a checkpoint is ever unpickled.
 """
 
+from .export import export, gather
 from .manifest import Checkpoint, open_checkpoint
 from .state import check_shapes, load, model_tensors, save
 
-__all__ = ["Checkpoint", "check_shapes", "load", "model_tensors", "open_checkpoint", "save"]
+__all__ = ["Checkpoint", "check_shapes", "export", "gather", "load", "model_tensors", "open_checkpoint", "save"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,14 +81,51 @@ class SharedParameters:
 
 
 def gather_state_dict(local: dict[str, torch.Tensor], comm: Comm, prefix: str) -> OrderedDict[str, torch.Tensor]:
-    """Every rank's entries on every rank, in the order of the layers. Collective."""
-    agree(comm, {"operation": "state_dict", "prefix": prefix})
-    tensors = gather_tensors(local, comm)
+    """Every rank's entries on every rank, in the order of the layers; see also :func:`on_first_rank`. Collective."""
+    agree(comm, {"operation": "state_dict", "prefix": prefix, "on the first rank alone": str(_on_first)})
+    tensors = _gather_on_first(local, comm) if _on_first else gather_tensors(local, comm)
     order = sorted(tensors, key=lambda name: int(name[len(prefix) :].split(".", 1)[0]))
     gathered: OrderedDict[str, Any] = OrderedDict((name, tensors[name]) for name in order)
     if hasattr(local, "_metadata"):
         gathered._metadata = local._metadata  # type: ignore[attr-defined]
     return gathered
+
+
+_on_first = False
+
+
+@contextmanager
+def on_first_rank() -> Iterator[None]:
+    """Inside, what state dicts have of other ranks' layers goes to rank 0 alone, into host memory."""
+    global _on_first
+    _on_first = True
+    try:
+        yield
+    finally:
+        _on_first = False
+
+
+def _gather_on_first(local: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
+    """Every rank's tensors in rank 0's host memory; elsewhere a rank's own."""
+    if comm.size == 1:
+        return dict(local)
+    transport = comm.transport.control
+    own = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in local.items()]
+    entries = [json.loads(message) for message in comm.gather(json.dumps(own).encode())]
+    if comm.rank > 0:
+        for tensor in local.values():  # one at a time: a copy on the host of one tensor is all that this takes
+            if tensor.numel():
+                transport.post(0, _TAG, State([tensor.detach().cpu()]))
+                transport.flush()
+        return dict(local)
+    tensors = {name: tensor.detach().cpu() for name, tensor in local.items()}
+    for owner in range(1, comm.size):
+        for name, shape, dtype in entries[owner]:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+            if tensor.numel():
+                transport.receive(owner, _TAG, State([tensor])).wait(transport.stall_limit)
+            tensors.setdefault(name, tensor)
+    return tensors
 
 
 def gather_tensors(local: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
