@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import tempfile
+import threading
 import time
 import warnings
 
@@ -407,6 +408,15 @@ def a_parameter_tied_to_the_outside(comm):
     if comm.size > 1:
         texts = refused(comm, "2.inner.weight", lambda: model(x))
         assert all("used outside" in t for t in texts)
+        # Beside another thread modules are found in another way.
+        model, ended = nets(comm, tie=True)[1], threading.Event()
+        thread = threading.Thread(target=ended.wait)
+        thread.start()
+        try:
+            refused(comm, "2.inner.weight", lambda: model(x))
+        finally:
+            ended.set()
+            thread.join()
     else:
         reference(x).sum().backward()
         model(x).sum().backward()
