@@ -21,6 +21,8 @@ BIN = Path(sys.executable).parent
 SIZES = {
     "small": "--layers 20 --dim 64 --heads 4 --sequence 32 --batch 8",
     "headline": "--layers 32 --dim 128 --heads 4 --sequence 64 --batch 8",
+    "64 layers": "--layers 64 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
+    "128 layers": "--layers 128 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
 }
 COMMON = (
     "--steps 1000 --eval-every 100 --eval-batches 20 --beta2 .95 --control off --sample 0 --compare 8 --log-every 1000"
@@ -34,17 +36,29 @@ SETTINGS = {
         f"injection (1,1) cf 4, mu {mu}": f"--coarse injection --forward-iters 1 --consistency {mu}"
         for mu in (0.03, 0.1, 0.3, 1, 3)
     },
+    "injection (1,1) cf 4, mu 1, control": "--coarse injection --forward-iters 1 --consistency 1 --control gradient "
+    "--control-every 100",
     "injection (1,1) cf 8, mu 1": "--coarse injection --forward-iters 1 --cfactor 8 --consistency 1",
     "fitted (1,1) cf 4": "--coarse fitted --forward-iters 1",
     **{f"fitted (1,1) cf 4, mu {mu}": f"--coarse fitted --forward-iters 1 --consistency {mu}" for mu in (0.1, 0.3, 1)},
     "fitted (1,1) cf 8, mu 1": "--coarse fitted --forward-iters 1 --cfactor 8 --consistency 1",
 }
+SETTINGS |= {
+    f"injection (1,1) cf {cf}{named}": f"--coarse injection --forward-iters 1 --cfactor {cf}{flag}"
+    for cf in (8, 16)
+    for named, flag in (("", ""), (", mu 1", " --consistency 1"))
+}
+DEEP = ("exact", *(f"injection (1,1) cf {cf}{mu}" for cf in (4, 8, 16) for mu in ("", ", mu 1")))
 HEADLINE = ("exact", "injection (1,1) cf 4, mu 1", "injection (1,1) cf 8, mu 1", "fitted (1,1) cf 4, mu 1")
+
+
+def measured(line: dict) -> bool:
+    return bool(line.get("control") and line["control"].get("measured"))
 
 
 def run(size: str, name: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = shlex.split(f"{SIZES[size]} {COMMON} {SETTINGS[name]} --seed {seed} --out {folder}/run")
+        arguments = shlex.split(f"{COMMON} {SIZES[size]} {SETTINGS[name]} --seed {seed} --out {folder}/run")
         command = [BIN / "mpirun", "-n", "2", BIN / "mlpint", "train", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
@@ -55,6 +69,10 @@ def run(size: str, name: str, seed: int) -> dict:
         "setting": name,
         "seed": seed,
         "val_loss": {line["step"]: line["val_loss"] for line in steps if line.get("val_loss") is not None},
+        "checks": {line["step"]: line["control"]["measured"]["cosine"] for line in steps if measured(line)},
+        "exact_steps": sum(line["mode"] == "exact" for line in steps)
+        if "--control gradient" in SETTINGS[name]
+        else None,
         "relative_error": {line["step"]: line["relative_error"] for line in steps[99::100] if "relative_error" in line},
         "seconds_a_step": sorted(line["seconds"] for line in steps)[len(steps) // 2],
         "cosine": compared and compared["gradient_cosine"],
@@ -75,7 +93,7 @@ def main() -> None:
     done = {(row["size"], row["setting"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for size in [args.only] if args.only else SIZES:
-            for name in args.settings or (SETTINGS if size == "small" else HEADLINE):
+            for name in args.settings or {"small": SETTINGS, "headline": HEADLINE}.get(size, DEEP):
                 if (size, name, seed) in done:
                     continue
                 rows.append(run(size, name, seed))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlpint import MGRIT
-from mlpint.planning.cost_model import plan
+from mlpint.planning.simulation import Costs, layer_parallel
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "critical_path.py"
 
@@ -46,7 +46,7 @@ def test_chains_in_slices(benchmark, iterations, ranks, speed_up):
     options = MGRIT(2, 4, *iterations)
     units = benchmark.step_units(64, ranks, options, "block", slices=8)
     assert 3 * 64 / units >= speed_up
-    assert plan(64, ranks, options, chain_slices=8).layer_parallel == pytest.approx(units, rel=0.05)
+    assert layer_parallel(64, ranks, options, Costs(), chain_slices=8).time == pytest.approx(units, rel=0.001)
 
 
 @pytest.mark.parametrize("iterations", [(1, 1), (2, 1), (2, 2), (1, 0), (0, 1)])
@@ -57,4 +57,28 @@ def test_chains_in_slices(benchmark, iterations, ranks, speed_up):
 def test_plan_prices_what_is_counted(benchmark, layout, coarse, iterations, cfactor, ranks):
     options = MGRIT(2, cfactor, *iterations, coarse=coarse)
     units = benchmark.step_units(64, ranks, options, layout)
-    assert plan(64, ranks, options, layout=layout).layer_parallel == pytest.approx(units, rel=0.12)
+    assert layer_parallel(64, ranks, options, Costs(), layout=layout).time == pytest.approx(units, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("depth", "ranks", "cfactor", "iterations", "coarse", "slices", "hop"),
+    [
+        (28, 6, 4, (1, 1), "injection", 1, 0.0),
+        (28, 6, 4, (1, 1), "injection", 4, 0.0),
+        (33, 4, 4, (1, 1), "scaled", 1, 0.2),
+        (30, 3, 8, (1, 2), "fitted", 1, 0.0),
+        (13, 3, 2, (1, 1), "injection", 2, 0.0),
+        (33, 3, 4, (1, 1), "sum", 4, 0.1),
+        (32, 4, 4, (2, 2), "sum", 2, 0.0),
+        (40, 5, 4, (3, 2), "injection", 2, 0.1),
+        (64, 8, 4, (2, 1), "injection", 8, 0.2),
+        (32, 4, 4, (2, 2), "identity", 1, 0.0),
+        (7, 1, 3, (2, 2), "injection", 1, 0.5),
+    ],
+)
+def test_the_simulation_is_what_is_counted(benchmark, depth, ranks, cfactor, iterations, coarse, slices, hop):
+    """Ragged intervals, slices and hops; it knows nothing of C-points that neighbours exchange."""
+    options = MGRIT(2, cfactor, *iterations, coarse=coarse)
+    units = benchmark.step_units(depth, ranks, options, "block", slices, hop)
+    simulated = layer_parallel(depth, ranks, options, Costs(latency=hop), chain_slices=slices).time
+    assert simulated == pytest.approx(units, rel=0.05)

@@ -32,7 +32,7 @@ _COMMANDS = {
         "Trains a transformer, by default a byte-level GPT, layer-parallel over the ranks of mpirun or torchrun. Every "
         "flag is also a key of the TOML file; flags go before the file, the file before the checkpoint of --resume.",
     ),
-    "plan": _Command("mlpint.cli.plan", "compare serial, pipeline and layer-parallel by a cost model"),
+    "plan": _Command("mlpint.cli.plan", "find the fastest way to use so many ranks, and what to type"),
     "bench": _Command(
         "mlpint.bench.command",
         "time kernels and blocks against plain PyTorch",
