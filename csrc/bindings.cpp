@@ -7,6 +7,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cyclic.hpp"
 #include "python_propagator.hpp"
@@ -30,6 +31,19 @@ template <class AnySolver>
 std::tuple<std::string, int, int> where(const AnySolver& solver) {
   const Where& w = solver.where();
   return {w.operation, w.level, w.position};
+}
+
+template <class AnySolver>
+int iteration(const AnySolver& solver) {
+  return solver.where().iteration;
+}
+
+// Returns (begin, end, operation, level, iteration) of each wait.
+std::vector<std::tuple<double, double, std::string, int, int>> waits(const SolveResult& result) {
+  std::vector<std::tuple<double, double, std::string, int, int>> all;
+  for (const Wait& w : result.waits)
+    all.emplace_back(w.begin, w.end, w.where.operation, w.where.level, w.where.iteration);
+  return all;
 }
 
 }  // namespace
@@ -62,7 +76,10 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("final_value", [](const SolveResult& r) { return unwrap(r.final_value); })
       .def_readonly("iterations", &SolveResult::iterations)
       .def_readonly("residual_norms", &SolveResult::residual_norms)
-      .def_readonly("waited", &SolveResult::waited);
+      .def_readonly("waited", &SolveResult::waited)
+      .def_property_readonly("waits", &waits);
+
+  m.def("note_waits", [](bool on) { WaitClock::notes = on; }, py::arg("on"));
 
   py::class_<Solver>(m, "Solver")
       .def(py::init([](const Grid& grid, const Partition& partition, std::vector<int> ranks,
@@ -74,7 +91,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("grid"), py::arg("partition"), py::arg("ranks"), py::arg("transport"), py::arg("coarse"),
            py::arg("fcf"), py::arg("tolerance"), py::arg("norms"))
       .def("solve", &solve<Solver>, py::arg("propagator"), py::arg("initial"), py::arg("iterations"))
-      .def_property_readonly("where", &where<Solver>);
+      .def_property_readonly("where", &where<Solver>)
+      .def_property_readonly("iteration", &iteration<Solver>);
 
   py::class_<CyclicSolver>(m, "CyclicSolver")
       .def(py::init([](const Grid& grid, std::vector<int> owners, std::shared_ptr<Transport> transport,
@@ -84,5 +102,6 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::arg("grid"), py::arg("owners"), py::arg("transport"), py::arg("tolerance"), py::arg("norms"))
       .def("solve", &solve<CyclicSolver>, py::arg("propagator"), py::arg("initial"), py::arg("iterations"))
-      .def_property_readonly("where", &where<CyclicSolver>);
+      .def_property_readonly("where", &where<CyclicSolver>)
+      .def_property_readonly("iteration", &iteration<CyclicSolver>);
 }

@@ -11,7 +11,10 @@ MgritSolve::MgritSolve(const Grid& grid, Transport& transport, Propagator& propa
       propagator_(propagator),
       options_(options),
       slices_(propagator.slices()),
-      where_(where) {}
+      where_(where),
+      clock_(where) {
+  where_ = Where{};
+}
 
 SolveResult MgritSolve::run(State initial, int iterations) {
   SolveResult result;
@@ -22,6 +25,7 @@ SolveResult MgritSolve::run(State initial, int iterations) {
     begin(std::move(initial));
     const int coarsest = grid_.levels() - 1;
     for (int i = 1; i <= iterations; ++i) {
+      where_.iteration = i;
       if (i > 1) {
         const double square = relax_and_restrict(0, rule.needs_norms());
         if (rule.needs_norms()) rule.record(square);
@@ -37,6 +41,7 @@ SolveResult MgritSolve::run(State initial, int iterations) {
     result.residual_norms = rule.norms();
   }
   result.waited = clock_.seconds();
+  result.waits = clock_.waits();
   where_.operation = "idle";
   return result;
 }

@@ -20,6 +20,7 @@
 #include "stopping.hpp"
 #include "transport/transport.hpp"
 #include "transport/wait_clock.hpp"
+#include "where.hpp"
 
 namespace mlpint {
 
@@ -36,13 +37,7 @@ struct SolveResult {
   int iterations = 0;                  // number that was done
   std::vector<double> residual_norms;  // after iteration 1, 2, ... where they were asked for
   double waited = 0;                   // seconds that this rank waited for others
-};
-
-// Where says what this rank is doing, for error messages.
-struct Where {
-  const char* operation = "idle";
-  int level = 0;
-  int position = 0;  // depth along the direction of the solve
+  std::vector<Wait> waits;             // each of them, where they are noted
 };
 
 class MgritSolve {

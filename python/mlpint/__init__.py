@@ -18,6 +18,7 @@ from .parallel import (
     clip_grad_norm_,
     shard_loss,
     sync_replicas,
+    trace,
 )
 
 try:
@@ -43,4 +44,5 @@ __all__ = [
     "shard_loss",
     "sync_replicas",
     "testing",
+    "trace",
 ]

@@ -203,6 +203,13 @@ class SolveResult:
     @property
     def waited(self) -> float:
         """Seconds that this rank waited for others."""
+    @property
+    def waits(self) -> list[tuple[float, float, str, int, int]]:
+        """Begin and end on the clock of ``time.perf_counter``, operation, level and iteration of each wait; empty
+        unless :func:`note_waits` is on."""
+
+def note_waits(on: bool) -> None:
+    """Has the solvers of this process note each wait, or stop doing so."""
 
 class Solver:
     """MGRIT for contiguous ownership; ``ranks[s]`` is the rank at slot s along the direction of the solve.
@@ -230,6 +237,9 @@ class Solver:
     @property
     def where(self) -> tuple[str, int, int]:
         """What this rank is doing: operation, level, depth along the direction of the solve."""
+    @property
+    def iteration(self) -> int:
+        """From 1; 0 in exact sweeps."""
 
 class CyclicSolver:
     """Two-level MGRIT with the ``sum`` operator; ``owners[p]`` is the rank that owns the fine step from depth p."""
@@ -240,3 +250,5 @@ class CyclicSolver:
     def solve(self, propagator: _Propagator, initial: Any, iterations: int) -> SolveResult: ...
     @property
     def where(self) -> tuple[str, int, int]: ...
+    @property
+    def iteration(self) -> int: ...

@@ -1,6 +1,8 @@
 """`mlpint train`, alone and on several ranks, held to a training loop in plain PyTorch."""
 
 import copy
+import itertools
+import json
 import math
 
 import pytest
@@ -342,7 +344,7 @@ def two_ranks(tmp_path_factory):
     """What two ranks print and write who train ("run"), then go on from the middle of that ("again")."""
     directory = tmp_path_factory.mktemp("two")
     start = directory / "run" / "checkpoints" / "step-00000003"
-    first = ["train", *flags(**RANKS, sample=5, compare=1, out=directory / "run")]
+    first = ["train", "--trace", *flags(**RANKS, sample=5, compare=1, out=directory / "run")]
     second = ["train", f"--resume={start}", f"--out={directory}/again", "--compare=0"]
     program = f"import sys; from mlpint.cli import main; sys.exit(main({first}) or main({second}))"
     return run(program, 2, "mpich").check(), directory
@@ -363,6 +365,47 @@ def test_two_ranks_train_as_one_does(two_ranks, tmp_path):
     )
     assert ours["gradient_error"] == pytest.approx(theirs["gradient_error"], rel=1e-2)
     assert ours["gradient_cosine"] == pytest.approx(theirs["gradient_cosine"], rel=1e-5)
+
+
+def test_a_trace_has_all_ranks_on_one_clock(two_ranks, tmp_path, capsys):
+    directory = two_ranks[1] / "run"
+    events = [e for e in json.loads((directory / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert (directory / "trace.png").read_bytes().startswith(b"\x89PNG")
+    steps = {(e["pid"], e["args"]["number"]): e for e in events if e["name"] == "step"}
+    assert sorted(steps) == [(rank, step) for rank in (0, 1) for step in (4, 5, 6)]
+    for (rank, step), whole in steps.items():
+        inside = [e for e in events if e["pid"] == rank and whole["ts"] <= e["ts"] < whole["ts"] + whole["dur"]]
+        assert all(e["ts"] + e["dur"] <= whole["ts"] + whole["dur"] + 1 for e in inside)
+        kinds = ("chain", "relaxation", "last sweep", "serial layers", "wait", "head", "optimiser")
+        parts = sorted((e["ts"], e["ts"] + e["dur"]) for e in inside if e["name"] in kinds)
+        assert all(end <= begin + 1 for (_, end), (begin, _) in itertools.pairwise(parts))  # one thing at a time
+        # (2,1), cf 2: each own layer has its last visit in both directions once, forwards with what a chain has taken.
+        own = range(0, 5) if rank == 0 else range(5, 10)
+        visited = [
+            n for e in inside if e["name"] == "last sweep" and e["cat"] == "backward" for n in e["args"]["layers"]
+        ]
+        serial = [
+            n for e in inside if e["name"] == "serial layers" and e["cat"] == "backward" for n in e["args"]["layers"]
+        ]
+        chained = [n for e in inside if e["name"] == "chain" and e["cat"] == "backward" for n in e["args"]["layers"]]
+        assert {*visited, *serial, *chained} == {*own}, (rank, step, visited, serial, chained)
+        assert {e["args"]["iteration"] for e in inside if e["name"] == "chain" and e["cat"] == "forward"} == {1, 2}
+    # Forwards rank 1 can only go on once rank 0 has sent, and it sends after its chain's first steps.
+    for step in (4, 5, 6):
+        chains = [
+            [e for e in events if e["pid"] == rank and e["name"] == "chain" and e["cat"] == "forward"]
+            for rank in (0, 1)
+        ]
+        span = steps[0, step]
+        first = [min(e["ts"] for e in c if span["ts"] <= e["ts"] < span["ts"] + span["dur"]) for c in chains]
+        assert first[0] < first[1]
+    capsys.readouterr()
+    assert cli.main(["report", str(directory), "--out", str(tmp_path / "a.png")]) == 0
+    assert f"{tmp_path}/a-trace.png" in capsys.readouterr().out and (tmp_path / "a-trace.png").exists()
+    (tmp_path / "trace.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_bytes((directory / "metrics.jsonl").read_bytes())
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "b.png")]) == 2
+    assert "is no trace of mlpint train" in capsys.readouterr().err
 
 
 def test_error_control_decides_on_two_ranks_as_on_one(tmp_path):

@@ -1,4 +1,4 @@
-"""``mlpint report``: the loss curves of several runs in one picture."""
+"""``mlpint report``: the loss curves of several runs in one picture, and a step of each that has a trace."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ConfigError, UserError
 from ..training.metrics import read_lines
 from ..training.plots import OVER, loss_curves
+from ..training.trace_picture import TRACE, draw_trace
 
 
 def add_flags(parser: Any) -> None:
@@ -34,8 +35,14 @@ def run(options: argparse.Namespace) -> None:
         runs[name] = read_lines(path)
         if not any("loss" in line for line in runs[name]):
             raise UserError(f"{path}: holds no step with a loss")
+    written = [Path(options.out)]
     try:
-        loss_curves(runs, Path(options.out), options.over)
+        loss_curves(runs, written[0], options.over)
+        for name in options.runs:
+            if (trace := Path(name) / TRACE).exists():
+                number = f"-{len(written)}" if len(written) > 1 else ""
+                written.append(written[0].with_name(f"{written[0].stem}-trace{number}.png"))
+                draw_trace(trace, written[-1])
     except OSError as error:
-        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from None
-    print(f"written: {options.out}")
+        raise UserError(f"{written[-1]}: cannot be written ({error.strerror})") from None
+    print(f"written: {', '.join(map(str, written))}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._core import Sweep
-from ..mgrit import vectors
+from ..mgrit import recorder, vectors
 from ..mgrit.learnt_operator import LearntOperator
 from ..state import State
 from .batch_slices import BatchSlices
@@ -108,8 +108,12 @@ class Propagator:
         index: int = -1,
     ) -> list[State]:
         evaluator = self.evaluator if index < 0 else self._parts[index]
+        layers = [self.layer(p) for p in positions]
         try:
-            return self.steps(evaluator, [self.layer(p) for p in positions], inputs, outputs, level, sweep)
+            if recorder.active is None:
+                return self.steps(evaluator, layers, inputs, outputs, level, sweep)
+            with recorder.active.evaluation(layers, level, self.direction, index):
+                return self.steps(evaluator, layers, inputs, outputs, level, sweep)
         except BaseException as error:
             where = f"{evaluator.where}, level {level}, {self.direction} {self.operations[sweep]}"
             annotate(error, self.rank, where)

@@ -3,7 +3,7 @@
 The pass through the solver, the exact pass of a process alone, shared parameters, the sharded head, clipping, replicas,
 the data x layer mesh, CUDA graphs and the conformance test of a user's block. May import :mod:`mlpint.layers` and what
 that may. Public: :class:`LayerParallel`, :func:`average_gradients`, :func:`capture`, :func:`clip_grad_norm_`,
-:func:`check_replicas`, :func:`shard_loss`, :func:`sync_replicas` and :mod:`mlpint.testing`.
+:func:`check_replicas`, :func:`shard_loss`, :func:`sync_replicas`, :func:`trace` and :mod:`mlpint.testing`.
 """
 
 from . import foreign_clipping, loss_scaling  # noqa: F401 (at work once a stack of several ranks is called)
@@ -13,6 +13,7 @@ from .data_parallel import average_gradients
 from .layer_parallel import LayerParallel
 from .replicas import check_replicas, sync_replicas
 from .shard_loss import shard_loss
+from .trace import trace
 
 __all__ = [
     "LayerParallel",
@@ -22,4 +23,5 @@ __all__ = [
     "clip_grad_norm_",
     "shard_loss",
     "sync_replicas",
+    "trace",
 ]

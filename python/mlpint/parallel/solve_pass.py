@@ -19,6 +19,7 @@ from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, kept_buffers, refuse_gradient
 from ..layers.sliced_evaluator import SlicedEvaluator, chained_layers
+from ..mgrit import recorder
 from ..mgrit.solvers import AnySolver
 from ..mgrit.stats import Stats
 from ..state import State, describe, version
@@ -290,7 +291,8 @@ class SolvePass:
     def _solve(self, propagator: Propagator, initial: State | None) -> State | None:
         direction, solver = propagator.direction, self._solver(propagator.direction)
         try:
-            result = solver.solve(propagator, initial, self.options.iterations(direction))
+            with recorder.active.solve(solver, direction) if recorder.active else nullcontext():
+                result = solver.solve(propagator, initial, self.options.iterations(direction))
         except BaseException as error:
             if not getattr(error, "__notes__", None):
                 operation, level, position = solver.where
@@ -300,6 +302,8 @@ class SolvePass:
         self.stats.iterations[direction] = result.iterations
         self.stats.residual_norms[direction] = result.residual_norms
         self.stats.seconds["wait"] += result.waited
+        if recorder.active is not None:
+            recorder.active.waits(result, direction)
         return result.final_value
 
     def _serial_forward(self, evaluator: LayerEvaluator, layers: range, state: State) -> State:
@@ -325,7 +329,8 @@ class SolvePass:
             state = self.microbatches.join(finals)
         if self.comm.size > 1:
             started = time.perf_counter()
-            self.comm.transport.broadcast(state, owner)
+            with recorder.span("share"):
+                self.comm.transport.broadcast(state, owner)
             self.stats.seconds["wait"] += time.perf_counter() - started
         return state.tensors
 
@@ -387,7 +392,8 @@ class SolvePass:
             },
         )
         with self.conditions.layer_random.preserved(tensors[0].device), graphs_kept(), _own_graphs():
-            yield
+            with recorder.span(direction, iterations=self.options.iterations(direction)):
+                yield
         self.comm.synchronize()  # the script may wait for the GPU next, and nothing limits that wait
         self.stats.seconds[direction] += time.perf_counter() - started
 

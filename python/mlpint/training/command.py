@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,11 +11,16 @@ import torch
 from ..checkpoint import Checkpoint
 from ..comm.communicator import Comm
 from ..errors import ConfigError
+from ..mgrit.recorder import span
+from ..parallel.trace import trace
 from .config import TrainConfig
 from .report import Report
 from .run_directory import run_directory
 from .tasks import Task
+from .trace_picture import TRACE
 from .trainer import Trainer
+
+_TRACED_FROM = 10  # steps after which what happens once is over
 
 
 def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
@@ -51,10 +57,16 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
 
 def _run(trainer: Trainer, directory: Path) -> None:
     report, run = Report(trainer, directory), trainer.config.run
-    with report.decisions():
+    traced = _traced(trainer)
+    with report.decisions(), ExitStack() as tracing:
         for phase in trainer.phases():
+            if traced and trainer.step == traced[0]:
+                tracing.enter_context(trace(directory / TRACE, trainer.comm))
             started = time.perf_counter()
-            loss, norm = trainer.train_step(phase)
+            with span("step", number=trainer.step + 1):
+                loss, norm = trainer.train_step(phase)
+            if traced and trainer.step == traced[-1] + 1:
+                tracing.close()
             seconds = time.perf_counter() - started
             done, last = trainer.step, trainer.step == trainer.total
             due = run.eval_every and done % run.eval_every == 0
@@ -64,6 +76,14 @@ def _run(trainer: Trainer, directory: Path) -> None:
             if save_every and (done % save_every == 0 or last):
                 trainer.save(directory / "checkpoints")
     report.close(trainer.sample(), trainer.compare())
+
+
+def _traced(trainer: Trainer) -> range:
+    """The steps that are traced, from 0: three once training is under way, or the last of a shorter run."""
+    if not trainer.config.run.trace:
+        return range(0)
+    end = min(trainer.step + _TRACED_FROM + 3, trainer.total)
+    return range(max(trainer.step, end - 3), end)
 
 
 def _agree(config: TrainConfig, task: Task, comm: Comm) -> None:

@@ -215,6 +215,7 @@ class RunConfig(Section):
         0, "torch threads per rank; 0: one if there are several ranks, else torch's choice", least=0, most=4096
     )
     out: str = key("", "directory for results; empty: runs/NNN, the next free number")
+    trace: bool = key(False, "write a trace of three steps of all ranks to trace.json and draw the last of them")
     init_from: str = key("", "run directory or checkpoint whose weights a new run starts from")
     resume: str = key("", "run directory (its latest checkpoint) or checkpoint to go on from")
     checkpoint_every: int = key(0, "steps between checkpoints, the last step included; 0: none", least=0)

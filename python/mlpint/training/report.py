@@ -21,6 +21,7 @@ from .comparison import Comparison
 from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
 from .tasks import Sample
+from .trace_picture import TRACE, draw_trace
 from .trainer import Trainer
 
 
@@ -169,6 +170,8 @@ class Report:
         lines = read_lines(self.directory / "metrics.jsonl")
         label, control = short_form(self.config.solver.mgrit()), self.trainer.control
         loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
+        if (self.directory / TRACE).exists():
+            draw_trace(self.directory / TRACE, self.directory / "trace.png")
         if sample is not None:
             (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
             self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")

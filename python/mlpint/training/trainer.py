@@ -24,6 +24,7 @@ from ..control.ladder import exact_options, short_form
 from ..errors import ConfigError, TrainingError
 from ..flops import FlopMeter
 from ..mgrit.options import MGRIT
+from ..mgrit.recorder import span
 from ..multilevel import Multilevel, Phase
 from ..nn import random_keys
 from ..parallel.clip import scale_down, squared_grad_norm
@@ -158,14 +159,16 @@ class Trainer:
         fine = self.phase is None or self.phase.fine
         self.blocks.consistency = self.config.solver.consistency_at(self.step) / accumulate if fine else 0.0
         losses = [self.forward_backward(self.step, m, self.position + m) for m in own]
-        average_gradients(self.model, self.comm)
+        with span("average over replicas") if self.comm.data.size > 1 else nullcontext():
+            average_gradients(self.model, self.comm)
         self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
         self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
         loss = self._mean(sum(losses) / accumulate)
         self.decision = None
         if self.control is not None and fine:
             last = self.step, own[-1], self.position + own[-1]
-            self.decision = self.control.step(loss, lambda: self.training_loss(*last))
+            with span("error control") if self.control.check_due else nullcontext():
+                self.decision = self.control.step(loss, lambda: self.training_loss(*last))
             if self.decision.skip:
                 self._go_on()
                 return loss, math.nan
@@ -178,7 +181,8 @@ class Trainer:
         scale_down(self.model, norm, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(*clock, self.config.optimizer)
-        self.optimizer.step()
+        with span("optimiser"):
+            self.optimizer.step()
         self._go_on()
         return loss, norm
 

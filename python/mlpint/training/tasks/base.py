@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...comm.communicator import Comm
+from ...mgrit.recorder import span
 from ...parallel import LayerParallel, shard_loss
 from ..config import TrainConfig
 from ..models import Shape
@@ -141,10 +142,11 @@ def cross_entropy(
         losses = F.cross_entropy(logits, wanted, ignore_index=ignored, reduction="sum", label_smoothing=smoothing)
         return losses, (wanted != ignored).sum()
 
-    if isinstance(model.blocks, LayerParallel) and model.blocks.comm.size > 1:
-        return shard_loss(head, states, targets, comm=model.blocks.comm)
-    total, count = head(states.flatten(0, -2), targets.flatten())
-    return total / count
+    with span("head"):
+        if isinstance(model.blocks, LayerParallel) and model.blocks.comm.size > 1:
+            return shard_loss(head, states, targets, comm=model.blocks.comm)
+        total, count = head(states.flatten(0, -2), targets.flatten())
+        return total / count
 
 
 def measured(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, tuple[float, float]]:
