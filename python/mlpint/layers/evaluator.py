@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -64,7 +63,7 @@ class LayerEvaluator(Protocol):
     @property
     def finishes_on_chain(self) -> bool: ...
 
-    gradients: dict[torch.Tensor, torch.Tensor]
+    gradients: GradientSums
 
     def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
         """The states after the layers; ``is_final`` where these are final, so that a backward can follow."""
@@ -81,12 +80,20 @@ class LayerEvaluator(Protocol):
         """
 
 
-def merge_gradients(evaluators: Sequence[LayerEvaluator]) -> dict[torch.Tensor, torch.Tensor]:
-    """Sums the gradients of several microbatches."""
-    if len(evaluators) == 1:
-        return evaluators[0].gradients
-    total: dict[torch.Tensor, Any] = defaultdict(lambda: 0)
-    for evaluator in evaluators:
-        for weight, gradient in evaluator.gradients.items():
-            total[weight] = total[weight] + gradient
-    return total
+class GradientSums(dict[torch.Tensor, torch.Tensor]):
+    """Gradients by parameter, added up as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: set[torch.Tensor] = set()
+
+    def add(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Adds in place only what was made here: autograd may give several parameters one tensor as their gradient."""
+        old = self.get(weight)
+        if old is None:
+            self[weight] = gradient
+        elif weight in self._own:
+            old += gradient
+        else:
+            self[weight] = old + gradient
+            self._own.add(weight)

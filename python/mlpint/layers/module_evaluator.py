@@ -12,7 +12,7 @@ from torch import nn
 from ..mgrit import vectors
 from ..state import State, version
 from .arguments import arguments_of, has_arguments_by_layer
-from .evaluator import LayerCall
+from .evaluator import GradientSums, LayerCall
 from .layer_output import output_tensors
 from .side_effects import refuse_gradient
 from .tapes import GraphTape, RecomputeTape, Tape, TwoPartTape
@@ -34,7 +34,7 @@ class ModuleEvaluator:
         self._same_for_all = None if has_arguments_by_layer(*call.arguments) else call.arguments
         self.single, self.evaluations = call.single, call.stats.evaluations
         self.tapes: dict[int, Tape] = {}
-        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients = GradientSums()
         self.where = ""
 
     @property
@@ -89,8 +89,7 @@ class ModuleEvaluator:
         result, gradients = tape.finish(state.tensors, known.tensors if known else None, self._counter(level))
         for weight, gradient in zip(self._weights(n), gradients, strict=True):
             if gradient is not None:
-                old = self.gradients.get(weight)
-                self.gradients[weight] = gradient if old is None else old + gradient
+                self.gradients.add(weight, gradient)
         return State(result)
 
     def _counter(self, level: int) -> Callable[[str], None]:

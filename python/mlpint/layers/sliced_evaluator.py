@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-import torch
-
 from .._core import Grid
 from ..mgrit.layout import Layout
 from ..mgrit.options import MGRIT
@@ -31,7 +29,7 @@ class SlicedEvaluator:
         self, whole: LayerEvaluator, parts: Sequence[LayerEvaluator], slices: BatchSlices, chained: Collection[int]
     ) -> None:
         self.whole, self.parts, self.slices, self.chained = whole, parts, slices, chained
-        self.gradients: dict[torch.Tensor, torch.Tensor] = whole.gradients
+        self.gradients = whole.gradients
         for part in parts:
             part.gradients = whole.gradients
         self._active = whole

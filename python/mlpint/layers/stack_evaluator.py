@@ -15,7 +15,7 @@ from ..nn.settings import Weights
 from ..nn.step_context import StepContext, for_products
 from ..state import State
 from .arguments import PerLayer
-from .evaluator import LayerCall
+from .evaluator import GradientSums, LayerCall
 from .saved_rows import SavedRows
 
 
@@ -70,7 +70,7 @@ class StackEvaluator:
         self.lengths = key_lengths(*call.arguments, call.single)
         self.evaluations, self.recompute = call.stats.evaluations, call.recompute
         self.where = ""
-        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradients = GradientSums()
         self._step = BATCHED_STEPS[stack.settings.norm]
         self._indices = stack.indices
         self._rows = {n: i for i, n in enumerate(stack.indices)}

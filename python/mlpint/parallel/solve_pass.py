@@ -15,7 +15,7 @@ from .._core import Sweep
 from ..comm.agreement import agree
 from ..layers.batch_slices import BatchSlices, Tensors, can_be_sliced
 from ..layers.consistency import ConsistencyPart, ConsistencyTerm
-from ..layers.evaluator import LayerCall, LayerEvaluator, merge_gradients
+from ..layers.evaluator import LayerCall, LayerEvaluator
 from ..layers.propagators import AdjointPropagator, ForwardPropagator, Propagator, annotate
 from ..layers.side_effects import ArgumentWatch, kept_buffers, refuse_gradient
 from ..layers.sliced_evaluator import SlicedEvaluator, chained_layers
@@ -100,7 +100,10 @@ class SolvePass:
         self.microbatches, self.chain = self._slices()
         count = len(self.microbatches) if self.microbatches else 1
         self.terms = [ConsistencyPart(self.term) if self.term else None for _ in range(count)]
-        return [self._make_evaluator(self.microbatches, i, count) for i in range(count)]
+        evaluators = [self._make_evaluator(self.microbatches, i, count) for i in range(count)]
+        for evaluator in evaluators[1:]:  # one sum of all: what microbatches leave behind does not pile up
+            evaluator.gradients = evaluators[0].gradients
+        return evaluators
 
     def _make_evaluator(self, microbatches: BatchSlices | None, i: int, count: int) -> LayerEvaluator:
         step, microbatch = self.setup.key
@@ -134,7 +137,7 @@ class SolvePass:
             self.conditions.recompute,
             self.extra_leaves,
             self.parameters,
-            adds=self.chain is not None,
+            adds=self.chain is not None or self.microbatches is not None,
             autocast_dtype=self.autocast_dtype,
         )
         self._watches.append(ArgumentWatch(call.arguments))
@@ -258,7 +261,7 @@ class SolvePass:
                 if wants_state:
                     shared = iter(self._share(finals, template, layout.first_rank))
                     result = [next(shared) if f else None for f in floating]
-                gradients = merge_gradients(self.evaluators)
+                gradients = self.evaluators[0].gradients
                 result += self._sum_extras(gradients)
                 self.setup.shared.sum(gradients)
                 result += [gradients.get(p) for p in self.weights]
