@@ -13,6 +13,7 @@ from .multilevel import Multilevel
 from .parallel import (
     LayerParallel,
     average_gradients,
+    averaged_gradients,
     capture,
     check_replicas,
     clip_grad_norm_,
@@ -35,6 +36,7 @@ __all__ = [
     "Multilevel",
     "PerLayer",
     "average_gradients",
+    "averaged_gradients",
     "capture",
     "check_replicas",
     "clip_grad_norm_",

@@ -1,6 +1,8 @@
 """A mesh of two replicas, of one or two ranks for the layers each, against one process with the whole batch."""
 
+import contextlib
 import copy
+from unittest import mock
 
 import torch
 from layers import Residual, assert_close, copies
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 import mlpint
 from mlpint import MGRIT, ErrorControl, LayerParallel, checkpoint
 from mlpint.control.ladder import exact_options
+from mlpint.parallel import data_parallel
 
 EXACT, CONVERGED = MGRIT(levels=1), MGRIT(2, 2, 3, 3)
 IGNORED = -100
@@ -55,7 +58,7 @@ def sharded(model, tokens, targets, comm):
     return mlpint.shard_loss(head, model.states(tokens), targets, comm=comm)
 
 
-def compared(comm, options, steps=4, accumulate=1, **more):
+def compared(comm, options, steps=4, accumulate=1, early=False, **more):
     """Trains both for some steps; gradients, norms, losses and weights are equal to rounding in each."""
     torch.set_default_dtype(torch.float64)
     reference = Model()
@@ -66,9 +69,15 @@ def compared(comm, options, steps=4, accumulate=1, **more):
         for m in range(accumulate):
             number = (step * accumulate + m) * comm.data.size
             loss = sharded(model, *batch(number + comm.data.rank), comm)
-            (loss / accumulate).backward()
             total += loss.item() / accumulate
-        mlpint.average_gradients(model)
+            # A penalty on weights is no part of what the stack's own backward finds.
+            penalty = 1e-2 * sum((p**2).sum() for p in model.parameters()) if step == 3 else 0.0
+            loss = loss / accumulate + penalty
+            last = early and m == accumulate - 1
+            with mlpint.averaged_gradients(model) if last else contextlib.nullcontext():
+                loss.backward()
+        if not early:
+            mlpint.average_gradients(model)
         losses = torch.tensor([total])
         comm.data.sum_ordered([losses])
 
@@ -78,7 +87,8 @@ def compared(comm, options, steps=4, accumulate=1, **more):
             tokens, targets = map(torch.cat, zip(*map(batch, range(first, first + comm.data.size)), strict=True))
             logits = reference.head(reference.states(tokens)).flatten(0, 1)
             loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
-            (loss / accumulate).backward()
+            penalty = 1e-2 * sum((p**2).sum() for p in reference.parameters()) if step == 3 else 0.0
+            (loss / accumulate + penalty).backward()
             expected += loss.item() / accumulate
         assert_close(losses / comm.data.size, torch.tensor([expected]), 1e-12, "loss")
         norms = mlpint.clip_grad_norm_(model, 0.3), nn.utils.clip_grad_norm_(reference.parameters(), 0.3)
@@ -96,6 +106,12 @@ def is_one_process_with_the_whole_batch(comm):
     compared(comm, EXACT)
     compared(comm, CONVERGED)
     compared(comm, EXACT, serial_microbatches=2, accumulate=2)
+    begun = []
+    finish = data_parallel._EarlySums.finish
+    with mock.patch.object(data_parallel._EarlySums, "finish", lambda sums: begun.append(finish(sums)) or begun[-1]):
+        compared(comm, CONVERGED, accumulate=2, early=True, chain_slices=2)
+    assert [bool(parameters) for parameters in begun] == [True, True, True, False]  # of the penalty it knows nothing
+    compared(comm, EXACT, early=True)
 
 
 def who_is_who(comm):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from ..comm.communicator import Comm
 from ..layers.consistency import check_weight
@@ -76,6 +78,7 @@ class PassSetup:
         done: checks that the stack has made and warnings that it has given, of those that are due once.
         slices_found: what ``chain_slices="auto"`` has come to, by the number of samples.
         tied_outside: names the layers' parameters that are used outside the stack too.
+        gradients_ready: what takes this rank's gradients as soon as they are known, asked for in the backward.
         stats: to be filled by the pass.
     """
 
@@ -90,4 +93,5 @@ class PassSetup:
     done: set[str]
     slices_found: dict[int, int]
     tied_outside: Callable[[], list[str]]
+    gradients_ready: Callable[[], Callable[[dict[Any, torch.Tensor]], None] | None]
     stats: Stats

@@ -7,15 +7,21 @@ what lies outside the stacks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .._core import USER_TAG
 from ..comm.agreement import agree
+from ..comm.communicator import Comm
+from ..state import State
+from .clip import stacks_of
 from .replicas import comm_of, describe
 
+_TAG = USER_TAG + 14
 _BUCKET = 1 << 25  # bytes that are summed at a time: what this takes in memory beside the gradients
 
 
@@ -44,9 +50,44 @@ def average_gradients(model: nn.Module, comm: Any = None) -> None:
         ValueError: sparse gradients.
     """
     data = comm_of(model, comm).data
+    if data.size > 1:
+        _average([p for p in model.parameters() if _is_ours(p)], data)
+
+
+@contextmanager
+def averaged_gradients(model: nn.Module, comm: Any = None) -> Iterator[None]:
+    """As :func:`average_gradients` at the end of the body, in which the backward runs. Collective.
+
+    ::
+
+        loss = loss_of(model(inputs))
+        with mlpint.averaged_gradients(model):
+            loss.backward()
+
+    What a rank's layers contribute is on its way as soon as the rank is through with its part of the adjoint, while
+    other ranks still are at theirs.
+    """
+    data = comm_of(model, comm).data
     if data.size == 1:
+        yield
         return
-    parameters = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    early, stacks = _EarlySums(data), [stack for _, stack in stacks_of(model)]
+    for stack in stacks:
+        stack.gradients_ready = early.start
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.gradients_ready = None
+    done = early.finish()
+    _average([p for p in model.parameters() if _is_ours(p) and p not in done], data)
+
+
+def _is_ours(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and not isinstance(parameter, DTensor)
+
+
+def _average(parameters: list[nn.Parameter], data: Comm) -> None:
     agree(data, {"operation": "average_gradients", "parameters": describe(dict(enumerate(parameters)))})
     if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
         raise ValueError("average_gradients: a gradient is sparse; make the embedding with sparse=False")
@@ -59,6 +100,63 @@ def average_gradients(model: nn.Module, comm: Any = None) -> None:
     for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
         torch._foreach_div_(bucket, data.size)  # before the sum, which half precision might not hold
         data.sum_ordered(bucket)
+
+
+class _EarlySums:
+    """Sums over replicas that begin before the backward is over, each rank's own gradients at a time."""
+
+    def __init__(self, data: Comm) -> None:
+        self._data = data
+        self._under_way: list[tuple[list[nn.Parameter], torch.Tensor, dict[int, tuple[torch.Tensor, Any]]]] = []
+
+    def start(self, gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+        """Sends what these parameters will have as their gradients: what they have, and what is added to it."""
+        data, transport = self._data, self._data.transport
+        for dtype in dict.fromkeys(g.dtype for g in gradients.values()):
+            parameters = [p for p, g in gradients.items() if g.dtype == dtype and _is_ours(p)]
+            totals = [gradients[p] if p.grad is None else p.grad + gradients[p] for p in parameters]
+            flat = torch.cat([(t / data.size).flatten() for t in totals])
+            parts = flat.tensor_split(data.size)
+            arriving: dict[int, tuple[torch.Tensor, Any]] = {}
+            for r in range(data.size):
+                if r != data.rank and parts[data.rank].numel():
+                    into = torch.empty_like(parts[data.rank])
+                    arriving[r] = into, transport.receive(r, _TAG, State([into]))
+            for r in range(data.size):
+                if r != data.rank and parts[r].numel():
+                    transport.post(r, _TAG, State([parts[r].clone()]))
+            self._under_way.append((parameters, flat, arriving))
+
+    def finish(self) -> set[nn.Parameter]:
+        """Completes the sums; the parameters whose gradients they are."""
+        data, transport, done = self._data, self._data.transport, set[nn.Parameter]()
+        known: dict[nn.Parameter, int] = {p: n for n, (ps, _, _) in enumerate(self._under_way) for p in ps}
+        for number, (parameters, flat, arriving) in enumerate(self._under_way):
+            for _, transfer in arriving.values():
+                transfer.wait(transport.stall_limit)
+            # A penalty on weights, or a later pass of the same backward, has added more: that is not in the sum.
+            own = [p.grad for p in parameters if p.grad is not None]
+            same = len(own) == len(parameters) and torch.equal(
+                torch.cat([(g / data.size).flatten() for g in own]) if own else flat, flat
+            )
+            stale = not same or any(known[p] != number for p in parameters)
+            if data.transport.control.sum(float(stale)):
+                continue
+            parts = flat.tensor_split(data.size)
+            total = parts[data.rank]
+            terms = {r: into for r, (into, _) in arriving.items()} | {data.rank: total.clone()}
+            total.copy_(terms[0])
+            for r in range(1, data.size):
+                total += terms[r]
+            for r in range(data.size):
+                if parts[r].numel():
+                    data.broadcast(parts[r], r)
+            with torch.no_grad():
+                for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                    p.grad.copy_(mean.view_as(p))  # type: ignore[union-attr]
+            done.update(parameters)
+        transport.flush()
+        return done
 
 
 def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

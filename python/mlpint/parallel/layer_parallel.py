@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NoReturn, Self, SupportsIndex
 
@@ -145,6 +145,7 @@ class LayerParallel(nn.Module):
         self.stats = Stats()
         self.pass_keys, self._checkpointed = PassKeys(comm.data.rank), CheckpointedPasses()
         self._done: set[str] = set()
+        self.gradients_ready: Callable[[dict[Any, torch.Tensor]], None] | None = None  # see averaged_gradients
         self._slices_found: dict[int, int] = {}
         self._solvers, self._operators = Solvers(comm), LearntOperators(comm.rank)
         self._shared = SharedParameters(source.modules, dealt.rank_of, comm)
@@ -349,6 +350,7 @@ class LayerParallel(nn.Module):
             self._done,
             self._slices_found,
             functools.partial(tied_outside, self, LayerParallel),
+            lambda: self.gradients_ready,
             self.stats,
         )
         if is_plain(self.conditions):

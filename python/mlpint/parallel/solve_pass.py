@@ -257,11 +257,14 @@ class SolvePass:
                     final = self._solve(propagator, lam if owns_last else None)
                     if final is not None:
                         finals.append(self._serial_backward(evaluator, layout.open_indices, final))
+                gradients = self.evaluators[0].gradients
+                if (ready := self.setup.gradients_ready()) is not None:  # other ranks may still be at their layers
+                    shared_by_ranks = {p for p, _ in self.setup.shared.parameters}
+                    ready({p: gradients[p] for p in self.weights if p in gradients and p not in shared_by_ranks})
                 result: list[torch.Tensor | None] = [None] * len(floating)
                 if wants_state:
                     shared = iter(self._share(finals, template, layout.first_rank))
                     result = [next(shared) if f else None for f in floating]
-                gradients = self.evaluators[0].gradients
                 result += self._sum_extras(gradients)
                 self.setup.shared.sum(gradients)
                 result += [gradients.get(p) for p in self.weights]

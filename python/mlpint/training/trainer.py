@@ -28,7 +28,7 @@ from ..mgrit.recorder import span
 from ..multilevel import Multilevel, Phase
 from ..nn import random_keys
 from ..parallel.clip import scale_down, squared_grad_norm
-from ..parallel.data_parallel import average_gradients
+from ..parallel.data_parallel import averaged_gradients
 from ..parallel.layer_parallel import LayerParallel
 from .comparison import Comparison, compare
 from .config import SolverConfig, TrainConfig
@@ -158,9 +158,9 @@ class Trainer:
         # In units of the loss whose gradients are accumulated; networks made of some of the layers do without.
         fine = self.phase is None or self.phase.fine
         self.blocks.consistency = self.config.solver.consistency_at(self.step) / accumulate if fine else 0.0
-        losses = [self.forward_backward(self.step, m, self.position + m) for m in own]
-        with span("average over replicas") if self.comm.data.size > 1 else nullcontext():
-            average_gradients(self.model, self.comm)
+        losses = [self.forward_backward(self.step, m, self.position + m) for m in own[:-1]]
+        with averaged_gradients(self.model, self.comm):
+            losses.append(self.forward_backward(self.step, own[-1], self.position + own[-1]))
         self.iterations, self.mode = dict(self.blocks.stats.iterations), short_form(self.blocks.options)
         self.relative_error = self.blocks.relative_error() if self.blocks.consistency else None
         loss = self._mean(sum(losses) / accumulate)
