@@ -46,6 +46,13 @@ std::vector<std::tuple<double, double, std::string, int, int>> waits(const Solve
   return all;
 }
 
+// Returns (time, to, operation, level, iteration) of each message.
+std::vector<std::tuple<double, int, std::string, int, int>> sent(const SolveResult& result) {
+  std::vector<std::tuple<double, int, std::string, int, int>> all;
+  for (const Sent& s : result.sent) all.emplace_back(s.at, s.to, s.where.operation, s.where.level, s.where.iteration);
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -77,7 +84,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("iterations", &SolveResult::iterations)
       .def_readonly("residual_norms", &SolveResult::residual_norms)
       .def_readonly("waited", &SolveResult::waited)
-      .def_property_readonly("waits", &waits);
+      .def_property_readonly("waits", &waits)
+      .def_property_readonly("sent", &sent);
 
   m.def("note_waits", [](bool on) { WaitClock::notes = on; }, py::arg("on"));
 

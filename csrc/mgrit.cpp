@@ -42,6 +42,7 @@ SolveResult MgritSolve::run(State initial, int iterations) {
   }
   result.waited = clock_.seconds();
   result.waits = clock_.waits();
+  result.sent = clock_.messages();
   where_.operation = "idle";
   return result;
 }
@@ -56,6 +57,7 @@ void MgritSolve::evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep
 
 void MgritSolve::post(int kind, int level, int to, const State& value) {
   transport_.post(to, tag::of_level(kind, level), value);
+  clock_.sent(to);
 }
 
 TransferPtr MgritSolve::expect(int kind, int level, int from, State& into, int slice) {

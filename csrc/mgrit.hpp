@@ -38,6 +38,7 @@ struct SolveResult {
   std::vector<double> residual_norms;  // after iteration 1, 2, ... where they were asked for
   double waited = 0;                   // seconds that this rank waited for others
   std::vector<Wait> waits;             // each of them, where they are noted
+  std::vector<Sent> sent;              // messages, likewise
 };
 
 class MgritSolve {

@@ -1,4 +1,4 @@
-// WaitClock waits for other ranks and counts how long that takes; where it is told to, it notes each wait.
+// WaitClock waits for other ranks and counts how long that takes; where it is told to, it notes each wait and message.
 #pragma once
 
 #include <chrono>
@@ -12,6 +12,13 @@ namespace mlpint {
 // One wait, in seconds of the steady clock.
 struct Wait {
   double begin, end;
+  Where where;
+};
+
+// One message that was sent to a rank.
+struct Sent {
+  double at;
+  int to;
   Where where;
 };
 
@@ -30,11 +37,16 @@ class WaitClock {
     seconds_ += end - begin;
     if (notes && where_) waits_.push_back({begin, end, *where_});
   }
+  // Notes a message that has just been posted.
+  void sent(int to) {
+    if (notes && where_) sent_.push_back({now(), to, *where_});
+  }
   // Returns the seconds that all waits have taken so far.
   double seconds() const { return seconds_; }
   const std::vector<Wait>& waits() const { return waits_; }
+  const std::vector<Sent>& messages() const { return sent_; }
 
-  static inline bool notes = false;  // whether waits are noted, in the whole process
+  static inline bool notes = false;  // whether anything is noted, in the whole process
 
  private:
   static double now() {
@@ -44,6 +56,7 @@ class WaitClock {
   const Where* where_ = nullptr;
   double seconds_ = 0;
   std::vector<Wait> waits_;
+  std::vector<Sent> sent_;
 };
 
 }  // namespace mlpint

@@ -207,9 +207,12 @@ class SolveResult:
     def waits(self) -> list[tuple[float, float, str, int, int]]:
         """Begin and end on the clock of ``time.perf_counter``, operation, level and iteration of each wait; empty
         unless :func:`note_waits` is on."""
+    @property
+    def sent(self) -> list[tuple[float, int, str, int, int]]:
+        """Time, receiver, operation, level and iteration of each message that was sent from rank to rank; likewise."""
 
 def note_waits(on: bool) -> None:
-    """Has the solvers of this process note each wait, or stop doing so."""
+    """Has the solvers of this process note each wait and message, or stop doing so."""
 
 class Solver:
     """MGRIT for contiguous ownership; ``ranks[s]`` is the rank at slot s along the direction of the solve.

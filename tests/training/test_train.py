@@ -390,15 +390,15 @@ def test_a_trace_has_all_ranks_on_one_clock(two_ranks, tmp_path, capsys):
         chained = [n for e in inside if e["name"] == "chain" and e["cat"] == "backward" for n in e["args"]["layers"]]
         assert {*visited, *serial, *chained} == {*own}, (rank, step, visited, serial, chained)
         assert {e["args"]["iteration"] for e in inside if e["name"] == "chain" and e["cat"] == "forward"} == {1, 2}
-    # Forwards rank 1 can only go on once rank 0 has sent, and it sends after its chain's first steps.
+    # Rank 1's first chain in a step waits for the message that rank 0 sends after its own first one.
+    everything = json.loads((directory / "trace.json").read_text())["traceEvents"]
+    sent = [e for e in everything if e["name"] == "message" and e["cat"] == "forward" and e["args"]["in"] == "chain"]
+    assert sent and all((e["pid"], e["args"]["to"]) == (0, 1) for e in sent)
     for step in (4, 5, 6):
-        chains = [
-            [e for e in events if e["pid"] == rank and e["name"] == "chain" and e["cat"] == "forward"]
-            for rank in (0, 1)
-        ]
-        span = steps[0, step]
-        first = [min(e["ts"] for e in c if span["ts"] <= e["ts"] < span["ts"] + span["dur"]) for c in chains]
-        assert first[0] < first[1]
+        begin, end = (steps[0, step]["ts"] + d for d in (0, steps[0, step]["dur"]))
+        chains = [e["ts"] for e in events if e["name"] == "chain" and e["cat"] == "forward" and e["pid"] == 1]
+        own = sorted(e["ts"] for e in sent if begin <= e["ts"] < end)
+        assert len(own) == 2 and own[0] < min(t for t in chains if begin <= t < end)
     capsys.readouterr()
     assert cli.main(["report", str(directory), "--out", str(tmp_path / "a.png")]) == 0
     assert f"{tmp_path}/a-trace.png" in capsys.readouterr().out and (tmp_path / "a-trace.png").exists()

@@ -52,8 +52,11 @@ class Recorder:
             details["slice"] = slice_index
         self.events.append(Event(kind, begin, time.perf_counter(), details))
 
-    def waits(self, result: Any, direction: str) -> None:
-        """Those of a solve that is over."""
+    def exchanges(self, result: Any, direction: str) -> None:
+        """The waits and messages of a solve that is over."""
+        for at, to, operation, level, iteration in result.sent:
+            details = {"direction": direction, "in": _KINDS.get(operation, operation), "to": to}
+            self.events.append(Event("message", at, at, details | {"level": level, "iteration": iteration}))
         for begin, end, operation, level, iteration in result.waits:
             details = {"direction": direction, "in": _KINDS.get(operation, operation)}
             self.events.append(Event("wait", begin, end, details | {"level": level, "iteration": iteration}))

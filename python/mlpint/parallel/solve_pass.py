@@ -309,7 +309,7 @@ class SolvePass:
         self.stats.residual_norms[direction] = result.residual_norms
         self.stats.seconds["wait"] += result.waited
         if recorder.active is not None:
-            recorder.active.waits(result, direction)
+            recorder.active.exchanges(result, direction)
         return result.final_value
 
     def _serial_forward(self, evaluator: LayerEvaluator, layers: range, state: State) -> State:

@@ -42,8 +42,8 @@ def trace(path: str | os.PathLike[str], comm: Any = None) -> Iterator[None]:
             loss = loss_of(model(inputs)); loss.backward(); optimizer.step()
 
     The file is opened by ``chrome://tracing`` or ui.perfetto.dev: a row for each rank with chains (by slice),
-    relaxation, last sweeps, waits for other ranks and serial layers, each with direction, level, iteration and layers.
-    On GPUs the times are those of the calls, not of the kernels.
+    relaxation, last sweeps, messages sent, waits for other ranks and serial layers, each with its direction, level,
+    iteration and layers. On GPUs the times are those of the calls, not of the kernels.
 
     Args:
         path: of the JSON file.
@@ -75,8 +75,10 @@ def as_chrome(ranks: list[list[Event]]) -> dict[str, Any]:
     for rank, own in enumerate(ranks):
         events.append({"ph": "M", "pid": rank, "tid": 0, "name": "process_name", "args": {"name": f"rank {rank}"}})
         for e in sorted(own, key=lambda e: (e.begin, -e.end)):
-            entry = {"ph": "X", "pid": rank, "tid": 0, "name": e.kind, "cat": e.details.get("direction", "step")}
-            entry |= {"ts": (e.begin - start) * 1e6, "dur": (e.end - e.begin) * 1e6, "args": e.details}
+            entry = {"pid": rank, "tid": 0, "name": e.kind, "cat": e.details.get("direction", "step")}
+            entry |= {"ts": (e.begin - start) * 1e6, "args": e.details}
+            instant = e.kind == "message"
+            entry |= {"ph": "i", "s": "t"} if instant else {"ph": "X", "dur": (e.end - e.begin) * 1e6}
             if e.kind in _COLOURS:
                 entry["cname"] = _COLOURS[e.kind]
             events.append(entry)
