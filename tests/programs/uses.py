@@ -149,6 +149,8 @@ def a_whole_layer_is_replaced(comm):
         stack.local_layers[3] = Residual()
 
     refused(comm, "item assignment", assign)
+    for use in (lambda: [layer(x) for layer in stack], lambda: stack[0], lambda: stack[1:]):
+        refused(comm, "is called", use, TypeError)
     blocks = LayerParallel(mlpint.nn.BlockStack(4, 8, 2), MGRIT(cfactor=2), comm=comm)
     for name in "stacked", "1":
         refused(comm, "stacked|blocks", functools.partial(setattr, blocks, name, Residual()), AttributeError)

@@ -277,6 +277,15 @@ class LayerParallel(nn.Module):
     def __len__(self) -> int:
         return len(self.layout)
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            "a LayerParallel stack is called, x = blocks(x, ...), in the place of the loop over its layers: most of "
+            "them are on other ranks, and it is their solver. Those of this rank are in blocks.local_layers"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return self[0]
+
     def extra_repr(self) -> str:
         return f"{len(self)} layers on {self.comm.size} ranks, {self.options}"
 
