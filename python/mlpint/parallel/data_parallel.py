@@ -6,13 +6,13 @@ what lies outside the stacks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .._core import USER_TAG
 from ..comm.agreement import agree
@@ -84,7 +84,8 @@ def averaged_gradients(model: nn.Module, comm: Any = None) -> Iterator[None]:
 
 
 def _is_ours(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and not isinstance(parameter, DTensor)
+    sharding = sys.modules.get("torch.distributed.tensor")  # which takes most of a second to import
+    return parameter.requires_grad and not (sharding is not None and isinstance(parameter, sharding.DTensor))
 
 
 def _average(parameters: list[nn.Parameter], data: Comm) -> None:
