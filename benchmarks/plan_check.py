@@ -2,8 +2,9 @@
 
     mpirun -n 2 python benchmarks/plan_check.py
 
-Measures layer, head and messages as the planner does, then trains with each setting in turn (forward, backward and the
-mean over replicas; no optimiser). Prints seconds predicted and measured (medians of --repeats), their ratio, and how
+Measures layer, head and messages as the planner does, before and after it trains with each setting in turn (forward,
+backward and the mean over replicas; no optimiser), and takes the mean of both predictions: a shared machine may be
+slower for minutes. Prints seconds predicted and measured (medians of --repeats), their ratio, and how
 many pairs of settings are in the wrong order by more than a tenth.
 """
 
@@ -86,11 +87,9 @@ def main() -> None:
     config = TrainConfig.of({n: getattr(args, n) for n in names} | {"open_layers": 0, "close_layers": 0})
     network, small, loss, _ = network_of(config, torch.device("cpu"))
     layer, state, layer_args, kwargs = first_call(small, loss)
-    costs = measure(layer, state, layer_args, kwargs, loss, 1, comm)
-    bandwidth_time = costs.transfer / state.nbytes
-    predicted = [price(way, network, costs, costs.latency, bandwidth_time).time for way in WAYS]
     steps = [steps_of(way, config, comm) for way in WAYS]
     seconds: list[list[float]] = [[] for _ in WAYS]
+    measured_costs = [measure(layer, state, layer_args, kwargs, loss, 1, comm)]
     for _ in range(args.repeats + 2):
         for step, times in zip(steps, seconds, strict=True):
             comm.barrier()
@@ -98,10 +97,13 @@ def main() -> None:
             step()
             comm.barrier()
             times.append(time.perf_counter() - start)
+    measured_costs.append(measure(layer, state, layer_args, kwargs, loss, 1, comm))
     if comm.rank:
         return
+    prices = [[price(w, network, c, c.latency, c.transfer / state.nbytes).time for w in WAYS] for c in measured_costs]
+    predicted = [statistics.mean(pair) for pair in zip(*prices, strict=True)]
     measured = [statistics.median(times[2:]) for times in seconds]
-    print(machine.describe(), f"{comm.size} ranks ({comm.name}); {costs}", sep="\n")
+    print(machine.describe(), f"{comm.size} ranks ({comm.name}); {measured_costs}", sep="\n")
     print("  predicted   measured  ratio  way")
     for way, p, t in zip(WAYS, predicted, measured, strict=True):
         print(f"{p * 1e3:8.1f} ms{t * 1e3:8.1f} ms{p / t:7.2f}  {way.name}")

@@ -22,9 +22,10 @@ from ..state import State
 from .simulation import Costs
 
 _TAG = USER_TAG + 12
-_SECONDS = 0.3  # that one figure may take
+_SECONDS = 0.2  # that one figure may take in a round
+_ROUNDS = 3
 _SLICES = (2, 4, 8, 16)
-_COPIES = 4
+_COPIES = 16  # of a layer, so that their weights and what they keep do not stay in a cache as those of one would
 # Where there is one rank alone: MPI on one machine.
 LATENCY, BYTES_A_SECOND = 20e-6, 5e9
 
@@ -56,20 +57,27 @@ def measure(
 ) -> Costs:
     """Seconds, medians of the slowest rank; all ranks measure at once, as they will train.
 
+    The figures are taken in turn, several times, since a machine may be slower for a while.
+
     Args:
         layer: one of the network's, and what it is called with, on the whole batch.
         whole: the loss of a network with so many layers, for its backward; what it takes beyond them is the head's.
     """
-    times = {m: _of_layer(layer, *_sliced(state, args, kwargs, m), comm) for m in _counts(len(state))}
-    forward, input_vjp, combined = times[1]
     # What the solver itself adds to an evaluation.
     stack = LayerParallel([copy.deepcopy(layer) for _ in range(_COPIES)], MGRIT(2, _COPIES, 0, 0), comm=comm.data)
 
     def step() -> None:
         stack(state.detach().requires_grad_(), *args, **kwargs).backward(torch.ones_like(state))
 
-    factor = max(1.0, _median(step, comm) / _COPIES / (forward + combined))
-    head = max(0.0, _median(lambda: whole().backward(), comm) - layers_in_whole * (forward + combined))
+    rounds = []
+    for _ in range(_ROUNDS):
+        times = {m: _of_layer(layer, *_sliced(state, args, kwargs, m), comm) for m in _counts(len(state))}
+        rounds.append((times, _median(step, comm), _median(lambda: whole().backward(), comm)))
+    middle = statistics.median
+    times = {m: tuple(map(middle, zip(*(r[0][m] for r in rounds), strict=True))) for m in rounds[0][0]}
+    forward, input_vjp, combined = times[1]
+    factor = max(1.0, middle(r[1] / _COPIES / (r[0][1][0] + r[0][1][2]) for r in rounds))
+    head = max(0.0, middle(r[2] - layers_in_whole * (r[0][1][0] + r[0][1][2]) for r in rounds))
     slices = {m: m * sum(ts) / (forward + input_vjp + combined) for m, ts in times.items() if m > 1}
     latency, a_byte = _messages(state, comm)
     own = [forward * factor, input_vjp * factor, combined * factor, head, latency, a_byte * state.nbytes]
