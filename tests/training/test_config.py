@@ -63,6 +63,7 @@ def elsewhere(tmp_path, monkeypatch):
         (["--dtype", "fp8"], ["dtype = 'fp8'", "fp32, bf16"]),
         (["--device", "tpu"], ["device = 'tpu'", "auto, cpu, cuda"]),
         (["--vocabulary", "100"], ["vocabulary = 100", "at least 256"]),
+        (["--batch", "4", "--chain-slices", "5"], ["chain_slices = 5: must be at most the 4 sequences"]),
         (["--dropout", "0.1", "--chain-slices", "2"], ["chain_slices = 2 with dropout = 0.1", "control = off"]),
         (["--consistency", "-1"], ["consistency = -1.0", "at least 0"]),
         (["--consistency", "nan"], ["consistency = nan"]),
@@ -100,7 +101,7 @@ def test_wrong_file(text, words, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["plan", "--ranks", "0"], ["plan", "--ranks", "two"], ["plan", "--microbatches", "0"], ["report"]],
+    [[], ["fly"], ["plan", "--ranks", "0"], ["plan", "--ranks", "two"], ["plan", "--rows", "0"], ["report"]],
 )
 def test_wrong_command(arguments, capsys, tmp_path):
     fails(capsys, tmp_path, *arguments)

@@ -254,6 +254,10 @@ class TrainConfig:
                 f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "
                 f"must be less than layers = {model.layers}"
             )
+        if solver.chain_slices > self.data.batch:
+            raise ConfigError(
+                f"chain_slices = {solver.chain_slices}: must be at most the {self.data.batch} sequences of a batch"
+            )
         if model.dropout and solver.chain_slices != 1 and solver.measure is not None:
             raise ConfigError(
                 f"chain_slices = {solver.chain_slices} with dropout = {model.dropout}: error control compares with "
