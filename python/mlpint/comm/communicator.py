@@ -10,6 +10,7 @@ import torch
 
 from .. import _core
 from ..state import State
+from .sum_in_parts import SumInParts
 from .waiting import operation
 
 _GATHER, _SUM = _core.USER_TAG + 8, _core.USER_TAG + 9
@@ -178,24 +179,14 @@ class Comm:
         transport.broadcast(State(moved), 0)
 
     def _sum_in_parts(self, transport: _core.Transport, moved: list[torch.Tensor]) -> None:
-        """Every rank adds a part up, so that none sends or receives more than twice the whole."""
         flat = torch.cat([m.flatten() for m in moved])
-        parts = flat.tensor_split(self.size)
-        own, others = parts[self.rank], [r for r in range(self.size) if r != self.rank]
-        for r in others:
-            transport.post(r, _SUM, State([parts[r]]))
-        arrived = {self.rank: own.clone()}
-        for r in others:
-            arrived[r] = torch.empty_like(own)
-            transport.receive(r, _SUM, State([arrived[r]])).wait(transport.stall_limit)
-        transport.flush()
-        own.copy_(arrived[0])
-        for r in range(1, self.size):
-            own += arrived[r]
-        for r in range(self.size):
-            transport.broadcast(State([parts[r]]), r)
+        SumInParts(transport, flat, _SUM).complete()
         for tensor, total in zip(moved, flat.split([m.numel() for m in moved]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+    def begin_sum(self, flat: torch.Tensor, tag: int) -> SumInParts:
+        """Begins a sum as :meth:`sum_ordered`'s of one flat tensor; see there for the tag."""
+        return SumInParts(self._transport(flat), flat, tag)
 
     @operation("gather")
     def gather(self, message: bytes) -> list[bytes]:

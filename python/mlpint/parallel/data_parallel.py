@@ -17,7 +17,7 @@ from torch import nn
 from .._core import USER_TAG
 from ..comm.agreement import agree
 from ..comm.communicator import Comm
-from ..state import State
+from ..comm.sum_in_parts import SumInParts
 from .clip import stacks_of
 from .replicas import comm_of, describe
 
@@ -108,64 +108,47 @@ class _EarlySums:
 
     def __init__(self, data: Comm) -> None:
         self._data = data
-        self._under_way: list[tuple[list[nn.Parameter], torch.Tensor, dict[int, tuple[torch.Tensor, Any]]]] = []
+        self._under_way: list[tuple[list[nn.Parameter], SumInParts]] = []
 
     def start(self, gradients: dict[nn.Parameter, torch.Tensor]) -> None:
         """Sends what these parameters will have as their gradients: what they have, and what is added to it."""
-        data, transport = self._data, self._data.transport
         for dtype in dict.fromkeys(g.dtype for g in gradients.values()):
             parameters = [p for p, g in gradients.items() if g.dtype == dtype and _is_ours(p)]
             totals = [gradients[p] if p.grad is None else p.grad + gradients[p] for p in parameters]
-            flat = torch.cat([(t / data.size).flatten() for t in totals])
-            parts = flat.tensor_split(data.size)
-            arriving: dict[int, tuple[torch.Tensor, Any]] = {}
-            for r in range(data.size):
-                if r != data.rank and parts[data.rank].numel():
-                    into = torch.empty_like(parts[data.rank])
-                    arriving[r] = into, transport.receive(r, _TAG, State([into]))
-            for r in range(data.size):
-                if r != data.rank and parts[r].numel():
-                    transport.post(r, _TAG, State([parts[r].clone()]))
-            self._under_way.append((parameters, flat, arriving))
+            self._under_way.append((parameters, self._data.begin_sum(self._share(totals), _TAG)))
 
     def finish(self) -> set[nn.Parameter]:
         """Completes the sums; the parameters whose gradients they are."""
-        data, transport, done = self._data, self._data.transport, set[nn.Parameter]()
-        known: dict[nn.Parameter, int] = {p: n for n, (ps, _, _) in enumerate(self._under_way) for p in ps}
-        for number, (parameters, flat, arriving) in enumerate(self._under_way):
-            for _, transfer in arriving.values():
-                transfer.wait(transport.stall_limit)
+        done = set[nn.Parameter]()
+        latest = {p: total for parameters, total in self._under_way for p in parameters}
+        for parameters, total in self._under_way:
+            total.wait()
             # A penalty on weights, or a later pass of the same backward, has added more: that is not in the sum.
             own = [p.grad for p in parameters if p.grad is not None]
-            same = len(own) == len(parameters) and torch.equal(
-                torch.cat([(g / data.size).flatten() for g in own]) if own else flat, flat
-            )
-            stale = not same or any(known[p] != number for p in parameters)
-            if data.transport.control.sum(float(stale)):
+            same = len(own) == len(parameters) and torch.equal(self._share(own), total.flat)
+            stale = not same or any(latest[p] is not total for p in parameters)
+            if self._data.transport.control.sum(float(stale)):
                 continue
-            parts = flat.tensor_split(data.size)
-            total = parts[data.rank]
-            terms = {r: into for r, (into, _) in arriving.items()} | {data.rank: total.clone()}
-            total.copy_(terms[0])
-            for r in range(1, data.size):
-                total += terms[r]
-            for r in range(data.size):
-                if parts[r].numel():
-                    data.broadcast(parts[r], r)
+            total.complete()
             with torch.no_grad():
-                for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                    p.grad.copy_(mean.view_as(p))  # type: ignore[union-attr]
+                for gradient, mean in zip(own, total.flat.split([g.numel() for g in own]), strict=True):
+                    gradient.copy_(mean.view_as(gradient))
             done.update(parameters)
-        transport.flush()
         return done
+
+    def _share(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """What a rank contributes to the mean."""
+        return torch.cat([(g / self._data.size).flatten() for g in gradients])
 
 
 def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     bucket: list[torch.Tensor] = []
+    size = 0
     for gradient in gradients:
         bucket.append(gradient)
-        if sum(g.nbytes for g in bucket) >= _BUCKET:
+        size += gradient.nbytes
+        if size >= _BUCKET:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         yield bucket

@@ -338,7 +338,7 @@ class LayerParallel(nn.Module):
                     "batch_first=False: make them with batch_first=True"
                 )
         keys = self.conditions.keys
-        if self.training and torch.is_grad_enabled() and keys is None:
+        if not self._replica_watch.is_over and self.training and torch.is_grad_enabled() and keys is None:
             given = [*state, *(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))]
             self._replica_watch.look(given, [*self.parameters()])
         self.stats = Stats()

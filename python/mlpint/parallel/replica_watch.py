@@ -25,8 +25,13 @@ class ReplicaWatch:
         self._data, self._looks = data, 0
         self._versions: list[int] | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to compare."""
+        return self._data.size == 1 or self._looks == _LOOKS
+
     def look(self, given: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
-        """Before a training pass. Collective over the replicas where there is something to compare.
+        """Before a training pass, unless it is over. Collective over the replicas where there is something to compare.
 
         Args:
             given: the state before the stack and the layers' arguments.
@@ -36,7 +41,7 @@ class ReplicaWatch:
             RuntimeError: on all replicas; they are given the same data, or their weights differ.
         """
         versions = [version(w) for w in weights]
-        if self._data.size == 1 or self._looks == _LOOKS or versions == self._versions:
+        if versions == self._versions:
             return
         self._versions, self._looks = versions, self._looks + 1
         own = [_norms(given), _norms(weights)]

@@ -17,7 +17,6 @@ _COLOURS = {
     "serial layers": "tab:olive",
     "head": "tab:green",
     "error control": "tab:brown",
-    "average over replicas": "tab:pink",
     "optimiser": "tab:gray",
     "wait": "tab:red",
     "share": "tab:red",
