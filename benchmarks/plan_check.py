@@ -89,7 +89,7 @@ def main() -> None:
     layer, state, layer_args, kwargs = first_call(small, loss)
     steps = [steps_of(way, config, comm) for way in WAYS]
     seconds: list[list[float]] = [[] for _ in WAYS]
-    measured_costs = [measure(layer, state, layer_args, kwargs, loss, 1, comm)]
+    measured_costs = [measure(layer, state, layer_args, kwargs, loss, comm)]
     for _ in range(args.repeats + 2):
         for step, times in zip(steps, seconds, strict=True):
             comm.barrier()
@@ -97,7 +97,7 @@ def main() -> None:
             step()
             comm.barrier()
             times.append(time.perf_counter() - start)
-    measured_costs.append(measure(layer, state, layer_args, kwargs, loss, 1, comm))
+    measured_costs.append(measure(layer, state, layer_args, kwargs, loss, comm))
     if comm.rank:
         return
     prices = [[price(w, network, c, c.latency, c.transfer / state.nbytes).time for w in WAYS] for c in measured_costs]

@@ -134,7 +134,7 @@ def _sizes(options: argparse.Namespace, config: TrainConfig, comm: Comm) -> tupl
             raise ConfigError("measure: measures what --layer-ms, --head-ms, --hop-us and --bandwidth-GBps give")
         if comm.size > 1:
             torch.set_num_threads(1)
-        costs = measure(*first_call(small, loss), loss, 1, comm)
+        costs = measure(*first_call(small, loss), loss, comm)
         where = f"measured on {comm.size} rank{'s' if comm.size > 1 else ''}"
         if comm.size == 1:
             where += "; messages as MPI's on one machine (20 us, 5 GB/s): start it on 2 ranks to measure them"
@@ -142,13 +142,8 @@ def _sizes(options: argparse.Namespace, config: TrainConfig, comm: Comm) -> tupl
     if options.layer_ms is None:
         if any(value is not None for value in given):
             raise ConfigError("layer_ms: is needed beside --head-ms, --hop-us and --bandwidth-GBps, or --measure")
-        return (
-            network,
-            Costs(transfer=_HOP),
-            "layers",
-            _HOP / state.nbytes,
-            ("counted in forwards of one layer, a message at .2 of one, the head at none; small slices lose nothing"),
-        )
+        source = "counted in forwards of one layer, a message at .2 of one, the head at none; small slices lose nothing"
+        return network, Costs(transfer=_HOP), "layers", _HOP / state.nbytes, source
     f, a_byte = options.layer_ms / 1e3, 1 / (options.bandwidth_GBps or 10) / 1e9
     hop = (20.0 if options.hop_us is None else options.hop_us) / 1e6
     costs = Costs(f, f, 2 * f, {}, hop, a_byte * state.nbytes, (options.head_ms or 0.0) / 1e3)
@@ -177,12 +172,12 @@ def _priced(
             row = price(way, network, costs, costs.latency, bandwidth_time)
         except ValueError:
             continue
-        known = best.get((way.replicas, way.options, way.layout, way.consistency))
+        key = way.replicas, way.options, way.layout, way.consistency
         too_large = options.memory_GB is not None and row.memory > options.memory_GB * 1e9
         if row.cosine is None or row.cosine < options.least_cosine or row.idle or too_large:
             continue
-        if known is None or row.time < known.time:
-            best[way.replicas, way.options, way.layout, way.consistency] = row
+        if key not in best or row.time < best[key].time:
+            best[key] = row
     rows = sorted(best.values(), key=lambda row: row.time)
     if asked is not None:
         try:
@@ -217,9 +212,9 @@ def _show(
     print(f"{unit:>9}  speed-up  bubble  GB a rank  cosine  way")
     shown = rows[: options.rows + (asked is not None)]
     for row in shown:
-        cosine = (
-            "?" if row.cosine is None else "exact" if row.cosine == 1 and row.way.options.exact else f"{row.cosine:.3f}"
-        )
+        cosine = "?" if row.cosine is None else f"{row.cosine:.3f}"
+        if row.way.options.exact:
+            cosine = "exact"
         note = "  <- as given" if row.way is asked else ""
         note += f" ({row.idle} ranks idle)" if row.idle else ""
         print(
@@ -233,9 +228,9 @@ def _show(
 def _verdict(best: Priced, rows: list[Priced]) -> str:
     exact = min((row for row in rows if row.way.options.exact), key=lambda row: row.time, default=None)
     if best.way.options.exact:
-        kind = (
-            "an exact pipeline" if best.way.ranks > 1 else "data parallelism" if best.way.replicas > 1 else "one rank"
-        )
+        kind = "data parallelism" if best.way.replicas > 1 else "one rank"
+        if best.way.ranks > 1:
+            kind = "an exact pipeline"
         return f"Layer-parallel training brings nothing here: {kind} is exact and faster"
     if exact is None:
         return "No exact way fits"

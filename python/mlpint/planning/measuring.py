@@ -52,7 +52,6 @@ def measure(
     args: tuple,
     kwargs: dict[str, Any],
     whole: Callable[[], torch.Tensor],
-    layers_in_whole: int,
     comm: Comm,
 ) -> Costs:
     """Seconds, medians of the slowest rank; all ranks measure at once, as they will train.
@@ -61,7 +60,7 @@ def measure(
 
     Args:
         layer: one of the network's, and what it is called with, on the whole batch.
-        whole: the loss of a network with so many layers, for its backward; what it takes beyond them is the head's.
+        whole: the loss of a network with this layer alone, for its backward; what it takes beyond that is the head's.
     """
     # What the solver itself adds to an evaluation.
     stack = LayerParallel([copy.deepcopy(layer) for _ in range(_COPIES)], MGRIT(2, _COPIES, 0, 0), comm=comm.data)
@@ -74,10 +73,11 @@ def measure(
         times = {m: _of_layer(layer, *_sliced(state, args, kwargs, m), comm) for m in _counts(len(state))}
         rounds.append((times, _median(step, comm), _median(lambda: whole().backward(), comm)))
     middle = statistics.median
+    alone = [times[1][0] + times[1][2] for times, _, _ in rounds]  # the layer's forward and combined vjp
+    factor = max(1.0, middle(stacked / _COPIES / one for (_, stacked, _), one in zip(rounds, alone, strict=True)))
+    head = max(0.0, middle(loss - one for (_, _, loss), one in zip(rounds, alone, strict=True)))
     times = {m: tuple(map(middle, zip(*(r[0][m] for r in rounds), strict=True))) for m in rounds[0][0]}
     forward, input_vjp, combined = times[1]
-    factor = max(1.0, middle(r[1] / _COPIES / (r[0][1][0] + r[0][1][2]) for r in rounds))
-    head = max(0.0, middle(r[2] - layers_in_whole * (r[0][1][0] + r[0][1][2]) for r in rounds))
     slices = {m: m * sum(ts) / (forward + input_vjp + combined) for m, ts in times.items() if m > 1}
     latency, a_byte = _messages(state, comm)
     own = [forward * factor, input_vjp * factor, combined * factor, head, latency, a_byte * state.nbytes]
