@@ -84,6 +84,7 @@ def test_first_host_of_a_slurm_node_list(nodes, first):
 def test_stall_limit_must_be_a_positive_number(limit, monkeypatch):
     with pytest.raises(ValueError, match=f"stall_limit must be a positive number of seconds, got {limit!r}"):
         init(stall_limit=limit)
+    monkeypatch.setattr("mlpint.comm.start._current", None)  # of tests before this one in the same process
     monkeypatch.setenv("MLPINT_STALL_LIMIT", str(limit))
     with pytest.raises(ValueError, match=f"MLPINT_STALL_LIMIT must be a positive number of seconds, got '{limit}'"):
         Comm.of(None)
