@@ -5,9 +5,10 @@
 
 Each run is examples/TASK.toml with a setting's keys over it, from the same seed and in the same data order whatever the
 setting. ``paper``: the solver as there, as far as known: injection, its iterations and coarsening. ``best``: learnt
-coarse steps under error control. Tasks whose data nobody carries need --data: the directory with the files named in
-DATA. Classification starts from the BERT that the serial run of ``bert`` has trained, so run that first, or from
-nothing in the setting ``scratch``. Every run's directory is kept under --runs, so that ``mlpint report`` can draw them
+coarse steps under error control. ``consistent``: (1,1) with injection, the cheapest there is, and the consistency term,
+under error control. Tasks whose data nobody carries need --data: the directory with the files named in DATA.
+Classification starts from the BERT that the serial run of ``bert`` has trained, so run that first, or from nothing in
+the setting ``scratch``. Every run's directory is kept under --runs, so that ``mlpint report`` can draw them
 over each other; what they measured goes to the results, a line a run.
 """
 
@@ -51,6 +52,7 @@ SERIAL = {"levels": 1, "control": "off"}
 PAPER = {"coarse": "injection", "control": "off"}
 BEST = {"coarse": "fitted", "cfactor": 4, "forward_iters": 2, "backward_iters": 1, "control": "gradient"}
 BEST |= {"control_every": 50, "open_layers": 2, "close_layers": 2}
+CONSISTENT = BEST | {"coarse": "injection", "forward_iters": 1, "consistency": 1.0}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "serial": {task: SERIAL for task in DATA},
     "scratch": {"classification": SERIAL | {"init_from": ""}},
@@ -64,6 +66,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # Buffers at the decoder's end alone: translation_intervals.py.
     "best": {task: BEST for task in DATA} | {"translation": BEST | {"open_layers": 0, "close_layers": 4}},
+    # No interval may span encoder and decoder: injection goes on as the first layer of an interval began.
+    "consistent": {task: CONSISTENT for task in DATA}
+    | {"translation": CONSISTENT | {"cfactor": 3, "open_layers": 0, "close_layers": 3}},
 }
 
 

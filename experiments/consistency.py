@@ -38,6 +38,11 @@ SETTINGS = {
     },
     "injection (1,1) cf 4, mu 1, control": "--coarse injection --forward-iters 1 --consistency 1 --control gradient "
     "--control-every 100",
+    "injection (1,1) cf 4, mu adapted": "--coarse injection --forward-iters 1 --consistency 1 --control gradient "
+    "--control-every 100 --control-consistency",
+    "injection (1,1) cf 4, mu 1 to 0": "--coarse injection --forward-iters 1 --consistency 1 --consistency-final 0",
+    "injection (1,1) cf 4, residual control": "--coarse injection --forward-iters 1 --control residual "
+    "--control-every 50",
     "injection (1,1) cf 8, mu 1": "--coarse injection --forward-iters 1 --cfactor 8 --consistency 1",
     "fitted (1,1) cf 4": "--coarse fitted --forward-iters 1",
     **{f"fitted (1,1) cf 4, mu {mu}": f"--coarse fitted --forward-iters 1 --consistency {mu}" for mu in (0.1, 0.3, 1)},
@@ -47,6 +52,10 @@ SETTINGS |= {
     f"injection (1,1) cf {cf}{named}": f"--coarse injection --forward-iters 1 --cfactor {cf}{flag}"
     for cf in (8, 16)
     for named, flag in (("", ""), (", mu 1", " --consistency 1"))
+}
+SETTINGS |= {
+    f"{name}, muon": f"{SETTINGS[name]} --optimizer muon"
+    for name in ("exact", "exact, mu 1", "injection (1,1) cf 4", "injection (1,1) cf 4, mu 1")
 }
 DEEP = ("exact", *(f"injection (1,1) cf {cf}{mu}" for cf in (4, 8, 16) for mu in ("", ", mu 1")))
 HEADLINE = ("exact", "injection (1,1) cf 4, mu 1", "injection (1,1) cf 8, mu 1", "fitted (1,1) cf 4, mu 1")
@@ -70,9 +79,14 @@ def run(size: str, name: str, seed: int) -> dict:
         "seed": seed,
         "val_loss": {line["step"]: line["val_loss"] for line in steps if line.get("val_loss") is not None},
         "checks": {line["step"]: line["control"]["measured"]["cosine"] for line in steps if measured(line)},
-        "exact_steps": sum(line["mode"] == "exact" for line in steps)
-        if "--control gradient" in SETTINGS[name]
-        else None,
+        "factors": {
+            line["step"]: line["control"]["measured"]["convergence_factor"] for line in steps if measured(line)
+        },
+        "modes": [
+            (b["step"], b["mode"]) for a, b in zip([{}, *steps], steps, strict=False) if a.get("mode") != b["mode"]
+        ],
+        "mu": {line["step"]: line["consistency"] for line in steps[99::100] if "consistency" in line},
+        "exact_steps": sum(line["mode"] == "exact" for line in steps) if "--control " in SETTINGS[name] else None,
         "relative_error": {line["step"]: line["relative_error"] for line in steps[99::100] if "relative_error" in line},
         "seconds_a_step": sorted(line["seconds"] for line in steps)[len(steps) // 2],
         "cosine": compared and compared["gradient_cosine"],

@@ -70,6 +70,29 @@ def test_a_rung_that_the_layout_does_not_allow():
     assert len(ErrorControl(stack).ladder) == 7
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"consistency = \[1.0\]: must be at least 2 weights, ascending"),
+        ([1.0, 0.1], r"consistency = \[1.0, 0.1\]: must be at least 2 weights, ascending"),
+        ([0.0, 0.5], r"the stack's consistency, 1, is not among \[0.0, 0.5\]"),
+        ([-1.0, 1.0], "consistency = -1.0: must be a number of at least 0"),
+        ([1.0, float("nan")], "consistency = nan: must be a number of at least 0"),
+    ],
+)
+def test_weights_refused(weights, message):
+    stack = LayerParallel([nn.Linear(4, 4) for _ in range(16)], MGRIT(2, 4, 1, 1), consistency=1.0)
+    with pytest.raises(ValueError, match=message):
+        ErrorControl(stack, consistency=weights)
+
+
+def test_weights_need_a_term():
+    with pytest.raises(ValueError, match="consistency = 'auto': the stack has no consistency term to begin with"):
+        ErrorControl(blocks(), consistency="auto")
+    with pytest.raises(ValueError, match="consistency with rung MGRIT.*sum.* of the ladder"):
+        ErrorControl(blocks(MGRIT(2, 4, 1, 1, coarse="sum")), consistency=[0.0, 1.0])
+
+
 def test_calls_refused():
     stack = blocks()
     control = ErrorControl(stack, every=1)

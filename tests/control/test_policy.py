@@ -13,6 +13,7 @@ from mlpint.control.policy import MOST_PATIENCE, RETRY_AFTER, SETTLED_AFTER, Pol
 LADDER = (MGRIT(2, 4, 1, 1), MGRIT(2, 4, 2, 1), MGRIT(2, 4, 2, 2), MGRIT(1))
 GRADIENT = Policy(LADDER, "gradient", target=0.9, max_error=None, margin=0.5, patience=2)  # .95 has the margin
 RESIDUAL = Policy(LADDER, "residual", target=0.8, max_error=None, margin=0.5, patience=2)  # .4 has the margin
+WEIGHING = dataclasses.replace(GRADIENT, weights=(0.0, 0.1, 1.0, 10.0), given=2)  # .7 misses by little, .69 by far
 WITH_ERROR = dataclasses.replace(GRADIENT, max_error=0.2)
 NAN = math.nan
 STEP = 7
@@ -45,6 +46,7 @@ class Row:
     warning: str = ""
     policy: Policy = GRADIENT
     finite: bool = True
+    error: float | None = None  # of the coarse model
 
 
 MEETS_THE_TARGET = [
@@ -260,7 +262,74 @@ THE_STEP_IS_NOT_FINITE = [
     ),
 ]
 
+THE_CONSISTENCY_TERM_IS_THE_FIRST_LEVER = [
+    Row(
+        "a small miss raises the weight alone",
+        *(0, {"start": cosine(0.701)}, "raise", 0, {"weight": 2, "good": 0}),
+        before={"weight": 1, "good": 1},
+        reason="gradient cosine 0.7010, error 0.1: misses cosine 0.9",
+    ),
+    Row("whatever the options", 2, {"start": cosine(0.701)}, "raise", 2, {"weight": 2}, before={"weight": 1}),
+    Row(
+        "a large miss raises both, the weight at least to the first one",
+        *(0, {"start": cosine(0.699), "sharpen": BAD, 1: FAIR}, "climb", 1, {"weight": 2}),
+        before={"weight": 0},
+    ),
+    Row(
+        "a miss that was none raises nothing",
+        *(0, {"start": BAD, "sharpen": FAIR}, "hold", 0, {}),
+        before={"weight": 1},
+    ),
+    Row(
+        "where all rungs have missed it not long ago the weight is still raised",
+        *(1, {"start": BAD}, "hold", 1, {"missed_since": 2, "weight": 3}),
+        before={"missed_since": 1, "weight": 2},
+    ),
+    Row(
+        "the largest weight leaves it to the options",
+        *(0, {"start": cosine(0.8), "sharpen": cosine(0.8), 1: FAIR}, "climb", 1, {}),
+        before={"weight": 3},
+    ),
+    Row(
+        "a weight that was lowered too soon",
+        *(0, {"start": cosine(0.8)}, "raise", 0, {"weight": 2, "wanted": 4, "descended_since": None}),
+        before={"weight": 1, "descended_since": 1},
+    ),
+    Row(
+        "the margin for the first time", 0, {"start": GOOD}, "hold", 0, {"good": 1, "error": 0.3},
+        before={"weight": 2, "error": 0.1}, error=0.3,
+    ),
+    Row(
+        "the margin often enough lowers the weight",
+        *(0, {"start": GOOD}, "lower", 0, {"good": 0, "weight": 1, "descended_since": 0}),
+        before={"weight": 2, "good": 1},
+        reason="good enough 2 times: gradient cosine 0.9900",
+    ),
+    Row("there is no weight left", 0, {"start": GOOD}, "hold", 0, {"good": 2}, before={"good": 2}),
+    Row(
+        "without the margin, the coarse model's error grows",
+        *(0, {"start": FAIR}, "raise", 0, {"weight": 2, "error": 0.26, "good": 0}),
+        before={"weight": 1, "error": 0.2, "good": 1},
+        error=0.26,
+        reason="without the margin, and the coarse model's error grows",
+    ),
+    Row(
+        "without the margin, the coarse model's error does not grow much",
+        *(0, {"start": FAIR}, "hold", 0, {"error": 0.24, "good": 0}),
+        before={"weight": 1, "error": 0.2, "good": 1},
+        error=0.24,
+    ),
+    Row(
+        "dearer options are left before the weight is lowered",
+        *(1, {"start": GOOD, 0: GOOD}, "descend", 0, {"good": 0, "descended_since": 0}),
+        before={"good": 1, "weight": 2},
+    ),
+]  # fmt: skip
+for row in THE_CONSISTENCY_TERM_IS_THE_FIRST_LEVER:
+    row.policy = WEIGHING
+
 ROWS = [
+    *THE_CONSISTENCY_TERM_IS_THE_FIRST_LEVER,
     *(MEETS_THE_TARGET + A_CHEAPER_RUNG_WAS_TAKEN + MISSES_THE_TARGET),
     *(THE_ERROR_IS_LIMITED_TOO + THE_RESIDUAL_IS_MEASURED + THE_STEP_IS_NOT_FINITE),
 ]
@@ -269,8 +338,11 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
 def test_a_check(row):
     state, options = PolicyState(**{"wanted": row.policy.patience} | row.before), LADDER[row.place]
-    begin = row.policy.check if row.finite else row.policy.check_not_finite
-    check, answer, of_those_in_use, of_others = begin(state, STEP, options), None, [None], []
+    if row.finite:
+        check = row.policy.check(state, STEP, options, row.error)
+    else:
+        check = row.policy.check_not_finite(state, STEP, options)
+    answer, of_those_in_use, of_others = None, [None], []
     for asked, figures in row.answers.items():
         other = isinstance(asked, int)
         request = Request("measure", LADDER[asked]) if other else Request(asked, options)
@@ -285,5 +357,17 @@ def test_a_check(row):
     assert state_after == dataclasses.replace(state, **row.changed)
     assert row.reason in decision.reason and end.value.value.warning == row.warning
     assert decision.step == STEP and decision.skip is not row.finite
+    weights = row.policy.weights
+    assert decision.consistency == ((weights[state.weight], weights[state_after.weight]) if weights else None)
     if decision.action != "skip":
         assert decision.measured is of_those_in_use[-1] and decision.tried == tuple(of_others)
+
+
+def test_the_term_has_had_no_step_to_act_in_at_the_first_check():
+    check = WEIGHING.check(PolicyState(wanted=2, weight=1), 1, LADDER[0])
+    answers = iter([BAD, BAD, FAIR])
+    request = next(check)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            request = check.send(Measurement(request.options, **next(answers)))
+    assert end.value.value.decision.after == LADDER[1] and end.value.value.state.weight == 1

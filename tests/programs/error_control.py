@@ -29,7 +29,8 @@ class Training:
     def __init__(self, comm, layers, options, scale=1.0, **control):
         torch.manual_seed(1)
         self.width, self.scale = 8, scale
-        self.blocks = LayerParallel(copies(layers), options, comm=comm)
+        mu = 1.0 if control.get("consistency") else 0.0
+        self.blocks = LayerParallel(copies(layers), options, comm=comm, consistency=mu)
         self.head = nn.Linear(self.width, 3)
         self.optimizer = torch.optim.SGD([*self.blocks.parameters(), *self.head.parameters()], lr=0.05)
         self.control = ErrorControl(self.blocks, **control) if control else None
@@ -509,6 +510,41 @@ def resuming(comm):
             raise AssertionError(f"no error: {text}")
 
 
+def the_consistency_term_is_the_first_lever(comm):
+    """Raised where gradients are a little off, lowered where they are right; alike on all ranks, and once resumed."""
+    rough, fine = small_layers(16, 0.3), small_layers(16, 0.02)
+    control = {"consistency": "auto", "patience": 1}
+    options = MGRIT(2, 4, 1, 1)
+
+    off = Training(comm, rough, options, consistency="auto", every=1, reference="exact", **LENIENT)
+    cosine = off.step().measured.cosine
+    off.control.target = 1 - (1 - cosine) / 2  # missed by little
+    decision = off.step()
+    assert decision.action == "raise" and decision.after == options and decision.consistency == (1.0, 3.0), decision
+    assert off.blocks.consistency == off.control.consistency == 3 and "mu 1 -> 3" in str(decision)
+    control |= {"every": 4}
+
+    right = Training(comm, fine, options, **control, target=0.5)
+    right.steps(20)
+    assert [d.action for d in right.control.history].count("lower") == 4 and right.blocks.consistency == 0, (
+        right.history()
+    )
+    alone = Training(one(), fine, options, **control, target=0.5)
+    alone.steps(20)
+    assert alone.history() == right.history()
+    assert_alike(comm, off.history() + right.history())
+
+    cut, rest = (Training(comm, fine, options, **control, target=0.5) for _ in range(2))
+    cut.steps(7)
+    rest.blocks.load_state_dict(copy.deepcopy(cut.blocks.state_dict()))
+    rest.head.load_state_dict(cut.head.state_dict())
+    rest.count = cut.count
+    rest.control.load_state_dict(json.loads(json.dumps(cut.control.state_dict())))
+    assert rest.blocks.consistency == cut.blocks.consistency < 1
+    rest.steps(13)
+    assert cut.history() + rest.history() == right.history()
+
+
 def tied_frozen_and_idle(comm):
     """Each parameter counts once; ranks without layers take part."""
     shared = Residual(8)
@@ -609,6 +645,7 @@ if __name__ == "__main__":
             a_target_that_cannot_be_met,
             a_ladder_of_operators,
             resuming,
+            the_consistency_term_is_the_first_lever,
             tied_frozen_and_idle,
             the_cyclic_layout,
             the_bias_and_the_noise_of_gradients,

@@ -172,8 +172,17 @@ def test_shipped_examples_are_valid(request):
 
 def test_consistency_over_the_steps():
     config = SECTIONS["solver"](consistency=2.0, consistency_start=3, consistency_warmup=4)
-    assert [config.consistency_at(step) for step in range(9)] == [0, 0, 0, 0.5, 1, 1.5, 2, 2, 2]
-    assert SECTIONS["solver"](consistency=2.0).consistency_at(0) == 2.0
+    assert [config.consistency_part(step, 9) for step in range(9)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert SECTIONS["solver"](consistency=2.0).consistency_part(0, 9) == 1
+    falling = SECTIONS["solver"](consistency=2.0, consistency_warmup=2, consistency_final=0.2)
+    assert [falling.consistency_part(step, 5) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.6, 0.2])
+
+
+def test_the_controller_of_the_consistency_term_needs_both():
+    SECTIONS["solver"](consistency=1.0, coarse="injection", control_consistency=True)
+    for wrong in ({"control": "off", "consistency": 1.0}, {"levels": 1, "consistency": 1.0}, {}):
+        with pytest.raises(ConfigError, match="control_consistency needs error control, and a consistency above 0"):
+            SECTIONS["solver"](coarse="injection", control_consistency=True, **wrong)
 
 
 def test_learning_rate():

@@ -58,7 +58,7 @@ def trained(model, optimizer, steps):
     return losses
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_checkpoints_with_blocks_of_pytorchs_modules_go_on(kind, wrapped, tmp_path):
     torch.manual_seed(0)

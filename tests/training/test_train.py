@@ -128,7 +128,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
     assert len(losses_of(run_directory)) == 60
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_resuming_is_as_if_never_stopped(optimizer, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"steps": 6, "checkpoint_every": 2, "dropout": 0.1, "accumulate": 2, "optimizer": optimizer}
@@ -536,6 +536,7 @@ def test_one_ranks_gradient_that_is_no_number_is_named_and_never_taken(steps, va
 def test_the_consistency_term(tmp_path):
     """Two ranks as one, accumulated or not; its size is in the log; with what it is not for it is refused."""
     options = {"forward_iters": 1, "coarse": "injection", "cfactor": 2, "control": "off", "batch": 2, "steps": 4}
+    options["optimizer"] = "muon"
     late = {"accumulate": 2, "consistency_start": 3}
     for out, more in (("a", {"batch": 4}), ("b", {"accumulate": 2}), ("c", late)):
         arguments = flags(out=tmp_path / out, **{"consistency": 0.5} | options | more)

@@ -17,8 +17,10 @@ class Decision:
 
     Attributes:
         step: counted from 1.
-        action: ``"none"``, no check was due; ``"hold"``; ``"climb"`` or ``"descend"`` to other options; ``"skip"``.
+        action: ``"none"``, no check was due; ``"hold"``; ``"climb"`` or ``"descend"`` to other options; ``"raise"`` or
+            ``"lower"`` where only the consistency term's weight changes; ``"skip"``.
         before, after: the options of this step and of the next one.
+        consistency: the weight of the consistency term in this step and in the next one; None where control leaves it.
         reason: why, in one line.
         measured: the figures of the options in use, where there was a check.
         tried: those of other options, in the order in which they were measured.
@@ -27,17 +29,20 @@ class Decision:
     """
 
     step: int
-    action: Literal["none", "hold", "climb", "descend", "skip"]
+    action: Literal["none", "hold", "climb", "descend", "raise", "lower", "skip"]
     before: MGRIT
     after: MGRIT
     reason: str = ""
     measured: Measurement | None = None
     tried: tuple[Measurement, ...] = ()
     skip: bool = False
+    consistency: tuple[float, float] | None = None
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         change = "" if self.after == self.before else f" -> {short_form(self.after)}"
+        if self.consistency is not None and self.consistency[0] != self.consistency[1]:
+            change += f", mu {self.consistency[0]:g} -> {self.consistency[1]:g}"
         return f"step {self.step}, {short_form(self.before)}{change}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from ..comm.agreement import agree
 from ..errors import TrainingError
+from ..layers.consistency import check_weight, intervals_of
 from ..mgrit.options import MGRIT
 from ..parallel.layer_parallel import LayerParallel
 from .decision import Decision
@@ -25,6 +26,8 @@ from .rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
 _EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
+_PARTS = (0, 0.03, 0.1, 0.3, 1, 3)  # of the consistency term's weight at first: those to choose from
+_SOON = 4  # the part of a period after which a change of the consistency term is looked at
 
 
 class ErrorControl:
@@ -59,6 +62,13 @@ class ErrorControl:
     - ``"residual"``: the paper's rule. Iterations are doubled and the convergence factor of the last one, the larger of
       both directions, must not exceed the target. It says whether iterations help, not how wrong the gradient is.
 
+    Where ``consistency`` gives weights of the consistency term (:class:`LayerParallel`), the term's weight is the first
+    lever, since it makes the cheapest options right and costs no evaluation. If these miss the target by little, or are
+    near to that while the coarse model's error grows, the next larger weight is taken and nothing else changes; if they
+    miss it by far, options climb too until the larger weight has acted. Once the cheapest options meet the target with
+    the margin, the weight is lowered as options are, after ``patience`` checks. After a change there is a check within
+    a quarter of the period.
+
     A step whose loss or gradients are not finite on any rank is to be skipped on all. If the exact sweep's are finite
     on that batch, the solver is at fault and the options climb at once; otherwise the step is only counted, and after
     ``skip_limit`` in a row training ends with an error that names the layer.
@@ -76,6 +86,9 @@ class ErrorControl:
         ladder: options from cheap to exact, the stack's among them; by default :func:`default_ladder` of the stack's.
             Operators, cfactor and levels may differ from rung to rung. An operator that learns and is not in use
             learns from two passes before it is measured.
+        consistency: weights of the consistency term, ascending, the stack's among them; ``"auto"``: 0 and .03, .1, .3,
+            1 and 3 times the stack's; None leaves ``blocks.consistency`` alone. Control sets it after a check. Who
+            accumulates gradients over m passes sets it to :attr:`consistency` / m himself before them.
         max_error: largest ||g - g_ref|| / ||g_ref||, beside the cosine.
         reference: ``"finer"`` or ``"exact"``.
         margin: fraction of what the target allows (1 - cosine, convergence factor) that must be to spare for a cheaper
@@ -85,6 +98,7 @@ class ErrorControl:
 
     Attributes:
         ladder: the rungs.
+        weights: those of the consistency term; empty where control leaves it alone.
         history: decisions of checks and of skipped steps.
 
     Raises:
@@ -100,6 +114,7 @@ class ErrorControl:
         target: float | None = None,
         every: int = 200,
         ladder: Sequence[MGRIT] | None = None,
+        consistency: Sequence[float] | Literal["auto"] | None = None,
         max_error: float | None = None,
         reference: Literal["finer", "exact"] = "finer",
         margin: float = 0.3,
@@ -114,11 +129,15 @@ class ErrorControl:
         self.every, self.margin, self.patience, self.skip_limit = every, margin, patience, skip_limit
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)
-        names = ("measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder")
+        self.weights = self._checked_weights(consistency)
+        names = ["measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder"]
+        names += ["weights"]
         blocks.comm.world.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
         self.history: list[Decision] = []
         self.steps = 0
-        self._state = PolicyState(wanted=patience)
+        self._given = self.weights.index(blocks.consistency) if self.weights else 0
+        self._state = PolicyState(wanted=patience, weight=self._given)
+        self._check_at: int | None = None  # steps after which there is a check beside the periodic ones
         self._passes = 1
         self._checking = self._before = 0.0  # seconds: of checks; of training before a resumption
         self._started = time.perf_counter()
@@ -170,12 +189,40 @@ class ErrorControl:
             blocks.options = options
         return ladder
 
+    def _checked_weights(self, weights: Sequence[float] | Literal["auto"] | None) -> tuple[float, ...]:
+        if weights is None:
+            return ()
+        present = self.blocks.consistency
+        if weights == "auto" and not present:
+            raise ValueError("ErrorControl: consistency = 'auto': the stack has no consistency term to begin with")
+        found = tuple(part * present for part in _PARTS) if weights == "auto" else tuple(weights)
+        for weight in found:
+            check_weight(weight)
+        if len(found) < 2 or list(found) != sorted(set(found)):
+            raise ValueError(f"ErrorControl: consistency = {list(found)}: must be at least 2 weights, ascending")
+        if present not in found:
+            raise ValueError(f"ErrorControl: the stack's consistency, {present:g}, is not among {list(found)}")
+        for rung in self.ladder:
+            try:
+                intervals_of(self.blocks.layout, rung)
+            except ValueError as error:
+                raise ValueError(f"ErrorControl: consistency with rung {rung} of the ladder: {error}") from None
+        return found
+
     # --- one step ----------------------------------------------------------------------------------------------------
 
     @property
     def policy(self) -> Policy:
         """The rules by which the next check decides."""
-        return Policy(self.ladder, self.measure, self.target, self.max_error, self.margin, self.patience)
+        return Policy(
+            *(self.ladder, self.measure, self.target, self.max_error, self.margin, self.patience),
+            *(self.weights, self._given),
+        )
+
+    @property
+    def consistency(self) -> float:
+        """The weight of the consistency term that the next step is to have."""
+        return self.weights[self._state.weight] if self.weights else self.blocks.consistency
 
     @property
     def skipped(self) -> int:
@@ -186,7 +233,7 @@ class ErrorControl:
     def check_due(self) -> bool:
         """Whether the coming :meth:`step` will check."""
         early = _EARLY if self.every >= _EARLY[0] else ()
-        return self.steps % self.every == 0 or self.steps in [self.every // part for part in early]
+        return self.steps % self.every == 0 or self.steps in [self.every // part for part in early] + [self._check_at]
 
     @property
     def share(self) -> float:
@@ -241,10 +288,19 @@ class ErrorControl:
     def _check(self, rehearsal: Rehearsal, finite: bool) -> Decision:
         """Carries out what the policy asks for, then what it decides."""
         started, options, policy = time.perf_counter(), self.blocks.options, self.policy
-        check = (policy.check if finite else policy.check_not_finite)(self._state, self.steps + 1, options)
+        if finite:
+            error = self.blocks.relative_error() if self.weights and self.blocks.consistency else None
+            check = policy.check(self._state, self.steps + 1, options, error and float(f"{error:.6g}"))
+        else:
+            check = policy.check_not_finite(self._state, self.steps + 1, options)
         conclusion = _carried_out(check, self._gauge(rehearsal))
         decision = dataclasses.replace(conclusion.decision, seconds=time.perf_counter() - started)
+        changed = conclusion.state.weight != self._state.weight
         self._state, self.blocks.options = conclusion.state, decision.after
+        if self.weights:
+            self.blocks.consistency = self.consistency
+        if changed or self.weights and 0 < self._state.good < self._state.wanted:
+            self._check_at = self.steps + max(self.every // _SOON, 1)
         self._checking += decision.seconds
         self.history.append(decision)
         if self.blocks.comm.world.rank == 0:
@@ -274,6 +330,7 @@ class ErrorControl:
         return {
             "options": dataclasses.asdict(self.blocks.options),
             "steps": self.steps,
+            "check_at": self._check_at,
             **dataclasses.asdict(self._state),
             "checking": self._checking,
             "seconds": self._before + time.perf_counter() - self._started,
@@ -285,6 +342,7 @@ class ErrorControl:
         Raises:
             ValueError: options that are no rung of the ladder, or entries missing.
         """
+        state = {"check_at": None, "weight": self._given, "error": None} | state  # of before there was this lever
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"ErrorControl: the state lacks {', '.join(sorted(missing))}")
@@ -292,9 +350,13 @@ class ErrorControl:
         if options not in self.ladder:
             raise ValueError(f"ErrorControl: the state's options, {options}, are no rung of the ladder")
         self.blocks.options = options
-        self.steps = state["steps"]
+        if self.weights and not 0 <= state["weight"] < len(self.weights):
+            raise ValueError(f"ErrorControl: the state's weight, number {state['weight']}, is none of {self.weights}")
+        self.steps, self._check_at = state["steps"], state["check_at"]
         self._state = PolicyState(**{f.name: state[f.name] for f in dataclasses.fields(PolicyState)})
         self._checking, self._before, self._started = state["checking"], state["seconds"], time.perf_counter()
+        if self.weights:
+            self.blocks.consistency = self.consistency
 
 
 def _carried_out(check: Check, gauge: Gauge) -> Conclusion:

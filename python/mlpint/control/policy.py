@@ -19,6 +19,8 @@ from .measurement import Measurement
 RETRY_AFTER = 10  # checks after which a ladder that does not reach the target is tried again
 SETTLED_AFTER = 10  # checks that a cheaper rung must last not to have been taken too soon
 MOST_PATIENCE = 16
+MILD = 3  # a miss of at most so many times what the target allows is left to the consistency term alone
+GROWN = 1.25  # the coarse model's error over that of the check before, from which on it counts as growing
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class PolicyState:
     good: int = 0  # checks in a row that it has passed
     descended_since: int | None = None  # checks since a cheaper rung was taken that has not lasted yet
     missed_since: int | None = None  # checks since the whole ladder was found to miss the target
+    weight: int = 0  # place of the consistency term's weight among the policy's
+    error: float | None = None  # of the coarse model at the last check
     told: bool = False  # the user knows that no rung meets the target
     skipped: int = 0  # steps that were not finite
     skipped_in_a_row: int = 0
@@ -61,7 +65,11 @@ Check = Generator[Request, Any, Conclusion]  # what is sent is a Measurement; to
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules of climbing and descending; :class:`~mlpint.ErrorControl` says what the fields mean."""
+    """The rules of climbing and descending; :class:`~mlpint.ErrorControl` says what the fields mean.
+
+    The weight of the consistency term, where there are ``weights``, is the first lever: it makes cheap options good,
+    though only over some steps. It is raised before options climb, and lowered once they are the cheapest.
+    """
 
     ladder: tuple[MGRIT, ...]
     measure: Literal["gradient", "residual"]
@@ -69,9 +77,22 @@ class Policy:
     max_error: float | None
     margin: float
     patience: int
+    weights: tuple[float, ...] = ()  # of the consistency term, ascending; none: it is left alone
+    given: int = 0  # the place of the one that training began with
 
-    def check(self, state: PolicyState, step: int, options: MGRIT) -> Check:
-        """Decides after a step whose loss and gradients are finite; ``options`` are those in use."""
+    def check(self, state: PolicyState, step: int, options: MGRIT, error: float | None = None) -> Check:
+        """Decides after a step whose loss and gradients are finite; ``options`` are those in use.
+
+        ``error`` is the coarse model's in that step, where there is a consistency term.
+        """
+        grows = error is not None and state.error is not None and error > GROWN * state.error
+        conclusion = yield from self._check(replace(state, error=error), step, options, grows)
+        if not self.weights:
+            return conclusion
+        weights = self.weights[state.weight], self.weights[conclusion.state.weight]
+        return replace(conclusion, decision=replace(conclusion.decision, consistency=weights))
+
+    def _check(self, state: PolicyState, step: int, options: MGRIT, grows: bool) -> Check:
         measured: Measurement = yield Request("start", options)
         hold = Decision(step, "hold", options, options, f"{measured}", measured)
         if state.descended_since is not None:
@@ -80,12 +101,24 @@ class Policy:
             wanted = self.patience if settled else state.wanted
             state = replace(state, wanted=wanted, descended_since=None if settled else lasted)
         if self.meets(measured):
-            return (yield from self._try_below(replace(state, missed_since=None), hold, measured))
+            state = replace(state, missed_since=None)
+            if self.weights and options == self.ladder[0]:
+                return self._weigh(state, hold, measured, grows)
+            return (yield from self._try_below(state, hold, measured))
         state = replace(state, good=0)
+        heavier = self._heavier(state, hold, measured)
+        if heavier is not None and self._misses_mildly(measured):
+            return heavier
         if state.missed_since is not None and state.missed_since < RETRY_AFTER:
             reason = f"{measured}: misses {self._target}, as do all rungs"
-            return Conclusion(replace(hold, reason=reason), replace(state, missed_since=state.missed_since + 1))
-        return (yield from self._climb(state, hold))
+            conclusion = Conclusion(replace(hold, reason=reason), replace(state, missed_since=state.missed_since + 1))
+        else:
+            conclusion = yield from self._climb(state, hold)
+        exactly = conclusion.decision.measured
+        if heavier is None or exactly is None or self.meets(exactly):
+            return conclusion
+        # Far off: better options for now, and more weight on what makes the cheap ones good.
+        return replace(conclusion, state=replace(conclusion.state, weight=max(heavier.state.weight, self.given)))
 
     def check_not_finite(self, state: PolicyState, step: int, options: MGRIT) -> Check:
         """Decides after a step that is not finite. Where the exact sweep is, the solver is at fault."""
@@ -110,6 +143,34 @@ class Policy:
         """Larger is better; minus infinity where nothing could be measured."""
         quality = -m.largest_factor if self.measure == "residual" else m.cosine
         return -math.inf if quality is None or math.isnan(quality) else quality
+
+    def _misses_mildly(self, m: Measurement) -> bool:
+        return self.meets(m, margin=1 - MILD)
+
+    def _heavier(self, state: PolicyState, hold: Decision, measured: Measurement) -> Conclusion | None:
+        """More weight on the consistency term; None where there is no more, or the term had no step to act in."""
+        if hold.step == 1 or state.weight + 1 >= len(self.weights):
+            return None
+        wanted = state.wanted
+        if state.descended_since is not None:  # the weight was lowered too soon
+            wanted = max(self.patience, min(2 * wanted, MOST_PATIENCE))
+        state = replace(state, weight=state.weight + 1, good=0, wanted=wanted, descended_since=None)
+        return Conclusion(replace(hold, action="raise", reason=f"{measured}: misses {self._target}"), state)
+
+    def _weigh(self, state: PolicyState, hold: Decision, measured: Measurement, grows: bool) -> Conclusion:
+        """The cheapest options meet the target: whether with less weight on the consistency term, or soon not."""
+        if not self.meets(measured, self.margin):
+            state = replace(state, good=0)
+            heavier = self._heavier(state, hold, measured) if grows else None
+            if heavier is None:
+                return Conclusion(hold, state)
+            reason = f"{measured}: without the margin, and the coarse model's error grows"
+            return replace(heavier, decision=replace(heavier.decision, reason=reason))
+        good = state.good + 1
+        if good < state.wanted or not state.weight:
+            return Conclusion(hold, replace(state, good=min(good, state.wanted)))
+        state = replace(state, weight=state.weight - 1, good=0, descended_since=0)
+        return Conclusion(replace(hold, action="lower", reason=f"good enough {good} times: {measured}"), state)
 
     @property
     def _target(self) -> str:

@@ -6,6 +6,7 @@ Keys are unique over all sections, so a flag needs no section: ``cfactor = 4`` u
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,6 +62,9 @@ class SolverConfig(Section):
     consistency: float = key(0.0, "mu of the term that keeps the coarse model true; 0: none", least=0)
     consistency_start: int = key(0, "steps without that term at first", least=0)
     consistency_warmup: int = key(0, "steps in which mu then rises from 0", least=0)
+    consistency_final: float = key(
+        1.0, "mu at the last step, as a fraction, to which it goes by half a cosine", least=0, most=1
+    )
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "auto",
@@ -71,11 +75,19 @@ class SolverConfig(Section):
         0.0, "smallest gradient cosine, or largest convergence factor; 0: 0.95, or 1 for residual", least=0
     )
     control_every: int = key(200, "steps between checks of the error", least=1)
+    control_consistency: bool = key(
+        False, "error control raises mu before it raises iterations, and lowers it where there is room"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mgrit().exact and self.control in ("gradient", "residual"):
             raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
+        if self.control_consistency and (not self.consistency or self.measure is None):
+            raise ConfigError(
+                "control_consistency needs error control, and a consistency above 0 to begin with: "
+                f"control = {self.control!r}, consistency = {self.consistency:g}"
+            )
         if self.consistency:
             try:
                 check_operator(self.coarse)
@@ -92,10 +104,13 @@ class SolverConfig(Section):
         gradient = self.control == "gradient" or (self.control == "auto" and not self.mgrit().exact)
         return "gradient" if gradient else None
 
-    def consistency_at(self, step: int) -> float:
-        """mu in step 0, 1, ...."""
-        since = step + 1 - self.consistency_start
-        return self.consistency * min(max(since, 0) / max(self.consistency_warmup, 1), 1.0)
+    def consistency_part(self, step: int, steps: int) -> float:
+        """The part of mu in step 0, 1, ..., steps - 1 that its schedule allows."""
+        risen = self.consistency_start + self.consistency_warmup
+        if step < risen:
+            return max(step + 1 - self.consistency_start, 0) / max(self.consistency_warmup, 1)
+        progress = min((step - risen) / max(steps - 1 - risen, 1), 1.0)
+        return self.consistency_final + (1 - self.consistency_final) * (1 + math.cos(math.pi * progress)) / 2
 
     def mgrit(self) -> MGRIT:
         """The solver's options."""
@@ -126,7 +141,11 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
-    optimizer: str = key("adamw", "adamw or sgd", choices=("adamw", "sgd"))
+    optimizer: str = key(
+        "adamw",
+        "adamw, sgd, or muon for the layers' matrices with adamw for all else",
+        choices=("adamw", "sgd", "muon"),
+    )
     lr: float = key(1e-3, "highest learning rate", above=0)
     warmup: int = key(20, "steps of linear warm-up", least=0)
     schedule: str = key(
@@ -138,7 +157,7 @@ class OptimizerConfig(Section):
     final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
     beta2: float = key(0.999, "decay of adamw's average of squared gradients", least=0, below=1)
-    momentum: float = key(0.9, "momentum of sgd", least=0, below=1)
+    momentum: float = key(0.9, "momentum of sgd; muon's is .95", least=0, below=1)
     label_smoothing: float = key(0.0, "translation: part of the probability that all tokens share", least=0, below=1)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
 

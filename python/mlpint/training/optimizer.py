@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..nn.stack import named_rows
 from .config import OptimizerConfig
+from .muon import MuonWithAdamW
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (its first beta is 0.9) or SGD over the parameters that this rank holds; only matrices decay."""
+    """Of the parameters that this rank holds; only matrices decay.
+
+    AdamW (its first beta is 0.9), SGD, or Muon for the layers' matrices with AdamW for all else.
+
+    Raises:
+        ConfigError: an optimiser that this torch does not have.
+    """
     # Of stacked parameters what counts is one layer's row.
-    matrices = {p: p.dim() - (row is not None) >= 2 for _, p, row in named_rows(model) if p.requires_grad}
-    groups = [
-        {"params": [p for p, is_matrix in matrices.items() if is_matrix], "weight_decay": config.weight_decay},
-        {"params": [p for p, is_matrix in matrices.items() if not is_matrix], "weight_decay": 0.0},
-    ]
+    dims = {p: p.dim() - (row is not None) for _, p, row in named_rows(model) if p.requires_grad}
+    matrices = [p for p, dim in dims.items() if dim >= 2]
+    groups: list[dict[str, Any]] = [{"params": [p for p, dim in dims.items() if dim < 2], "weight_decay": 0.0}]
+    if config.optimizer == "muon":
+        of_layers = {p for name, p, _ in named_rows(model) if name.startswith("blocks.") and dims.get(p) == 2}
+        own = [p for p in matrices if p in of_layers]
+        groups.append({"params": own, "weight_decay": config.weight_decay, "muon": True})
+        matrices = [p for p in matrices if p not in of_layers]
+    groups.insert(0, {"params": matrices, "weight_decay": config.weight_decay})
+    if config.optimizer == "muon":
+        try:
+            return MuonWithAdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+        except RuntimeError as error:
+            raise ConfigError(f"optimizer = 'muon': {error}") from None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -125,7 +125,7 @@ class Report:
             replicas = self.config.run.data_parallel
             line["flops"], line["flops_all"] = replicas * flops.blocks, replicas * flops.all
         if self.trainer.relative_error is not None:
-            line["relative_error"] = self.trainer.relative_error
+            line["relative_error"], line["consistency"] = self.trainer.relative_error, self.trainer.consistency
         if control is not None:
             line["control"] = control
         self.metrics.write(line)
@@ -150,7 +150,7 @@ class Report:
 
     def _coarse_error(self) -> str:
         error = self.trainer.relative_error
-        return "" if error is None else f"e {error:.3f}  "
+        return "" if error is None else f"mu {self.trainer.consistency:.2g}  e {error:.3f}  "
 
     def close(self, sample: Sample | None, comparison: Comparison | None) -> None:
         collectively(self.comm, lambda: self._close(sample, comparison))
@@ -178,9 +178,11 @@ class Report:
         if control is not None and control.history:
             checks = [d for d in control.history if d.measured is not None]
             changes, steps = sum(d.after != d.before for d in control.history), self.trainer.step - self.first
+            weights = [d.consistency[1] for d in checks if d.consistency is not None]
+            mu = f", mu {weights[-1]:g} at last ({min(weights):g} to {max(weights):g})" if weights else ""
             self._say(
                 f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
-                f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact"
+                f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact{mu}"
             )
         if self.trainer.skipped:
             self._say(f"{self.trainer.skipped} steps skipped that were not finite")

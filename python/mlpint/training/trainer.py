@@ -61,6 +61,7 @@ class Trainer:
         decision: what error control made of the last step, or that it was skipped; else None.
         skipped, bad_steps: steps skipped without error control, in all and in a row.
         iterations: what the last step's solves took, by direction; 0 where exact.
+        consistency: mu of the last step.
         relative_error: of the coarse model in the last step, where there is a consistency term; else None.
         mode: the solver's options in the last step, in short.
 
@@ -90,13 +91,18 @@ class Trainer:
         self.phase: Phase | None = None
         self.decision: Decision | None = None
         self.iterations: dict[str, int] = {}
+        self.consistency = 0.0
         self.relative_error: float | None = None
         self.mode = short_form(self.blocks.options)
         self.control: ErrorControl | None = None
         self.blocks.looked_after()  # where control is off somebody has said so
         if solver.measure is not None:
             self.control = ErrorControl(
-                self.blocks, measure=solver.measure, target=solver.control_target or None, every=solver.control_every
+                self.blocks,
+                measure=solver.measure,
+                target=solver.control_target or None,
+                every=solver.control_every,
+                consistency="auto" if solver.control_consistency else None,
             )
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -157,7 +163,8 @@ class Trainer:
         own = range(self.comm.data.rank, self.batches_a_step, self.comm.data.size)
         # In units of the loss whose gradients are accumulated; networks made of some of the layers do without.
         fine = self.phase is None or self.phase.fine
-        self.blocks.consistency = self.config.solver.consistency_at(self.step) / accumulate if fine else 0.0
+        self.consistency = self._consistency() if fine else 0.0
+        self.blocks.consistency = self.consistency / accumulate
         losses = [self.forward_backward(self.step, m, self.position + m) for m in own[:-1]]
         with averaged_gradients(self.model, self.comm):
             losses.append(self.forward_backward(self.step, own[-1], self.position + own[-1]))
@@ -185,6 +192,12 @@ class Trainer:
             self.optimizer.step()
         self._go_on()
         return loss, norm
+
+    def _consistency(self) -> float:
+        """mu of this step."""
+        solver, control = self.config.solver, self.control
+        mu = control.consistency if control is not None and control.weights else solver.consistency
+        return mu * solver.consistency_part(self.step, self.config.run.steps)
 
     def _mean(self, loss: float) -> float:
         """Over the replicas."""
