@@ -97,7 +97,7 @@ def one(task: str, setting: str, seed: int, args: argparse.Namespace, comm: mlpi
         values["init_from"] = str(Path(args.runs) / "bert-serial-0")
     values |= SETTINGS[setting][task]
     more = dict(pair.split("=") for pair in args.keys.split())
-    values |= {key: parsed(KEYS[key], value) for key, value in more.items()}
+    values |= {key: value == "true" or parsed(KEYS[key], value) for key, value in more.items()}
     name = "-".join([task, setting, str(seed), *args.keys.split()])
     values |= {"seed": seed, "threads": 1, "out": str(Path(args.runs) / name)}
     values |= {"compare": 0 if setting == "serial" else 11}

@@ -72,6 +72,7 @@ def run(size: str, name: str, seed: int) -> dict:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
+    checks = [line for line in steps if measured(line)]
     compared = next((line["comparison"] for line in lines if "comparison" in line), None)
     return {
         "size": size,
