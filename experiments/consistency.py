@@ -79,13 +79,9 @@ def run(size: str, name: str, seed: int) -> dict:
         "setting": name,
         "seed": seed,
         "val_loss": {line["step"]: line["val_loss"] for line in steps if line.get("val_loss") is not None},
-        "checks": {line["step"]: line["control"]["measured"]["cosine"] for line in steps if measured(line)},
-        "factors": {
-            line["step"]: line["control"]["measured"]["convergence_factor"] for line in steps if measured(line)
-        },
-        "modes": [
-            (b["step"], b["mode"]) for a, b in zip([{}, *steps], steps, strict=False) if a.get("mode") != b["mode"]
-        ],
+        "checks": {line["step"]: line["control"]["measured"]["cosine"] for line in checks},
+        "factors": {line["step"]: line["control"]["measured"]["convergence_factor"] for line in checks},
+        "modes": [(b["step"], b["mode"]) for a, b in pairwise([{}, *steps]) if a.get("mode") != b["mode"]],
         "mu": {line["step"]: line["consistency"] for line in steps[99::100] if "consistency" in line},
         "exact_steps": sum(line["mode"] == "exact" for line in steps) if "--control " in SETTINGS[name] else None,
         "relative_error": {line["step"]: line["relative_error"] for line in steps[99::100] if "relative_error" in line},
