@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
