@@ -22,6 +22,9 @@ BIN = Path(sys.executable).parent
 SIZES = {
     "small": "--layers 20 --dim 64 --heads 4 --sequence 32 --batch 8",
     "headline": "--layers 32 --dim 128 --heads 4 --sequence 64 --batch 8",
+    # Where depth pays: few weights a layer, so that the deep network is the one that can learn more.
+    "narrow": "--layers 32 --dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500",
+    "narrow, 8 layers": "--layers 8 --dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500",
     "64 layers": "--layers 64 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
     "128 layers": "--layers 128 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
 }
@@ -59,7 +62,9 @@ SETTINGS |= {
     for name in ("exact", "exact, mu 1", "injection (1,1) cf 4", "injection (1,1) cf 4, mu 1")
 }
 DEEP = ("exact", *(f"injection (1,1) cf {cf}{mu}" for cf in (4, 8, 16) for mu in ("", ", mu 1")))
+NARROW = ("exact", "injection (1,1) cf 4, mu 0.1", "injection (1,1) cf 4, mu 1")
 HEADLINE = ("exact", "injection (1,1) cf 4, mu 1", "injection (1,1) cf 8, mu 1", "fitted (1,1) cf 4, mu 1")
+OF_SIZE = {"small": tuple(SETTINGS), "headline": HEADLINE, "narrow": NARROW, "narrow, 8 layers": ("exact",)}
 
 
 def measured(line: dict) -> bool:
@@ -105,7 +110,7 @@ def main() -> None:
     done = {(row["size"], row["setting"], row["seed"]) for row in rows}
     for seed in args.seeds:
         for size in [args.only] if args.only else SIZES:
-            for name in args.settings or {"small": SETTINGS, "headline": HEADLINE}.get(size, DEEP):
+            for name in args.settings or OF_SIZE.get(size, DEEP):
                 if (size, name, seed) in done:
                     continue
                 rows.append(run(size, name, seed))

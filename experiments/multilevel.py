@@ -11,6 +11,9 @@ A run is written method:key=value,...; keys of ``Run`` and, for multilevel, of :
   next to itself (``grow=interleave``) or the whole stack on top of itself (``grow=stack``);
 - ``shallow``: half the layers, all the time.
 
+With ``consistency=mu`` the deep network's gradients, of exact sweeps, have the consistency term at intervals of 4
+layers; what it costs there is not counted, as in layer-parallel training it costs no evaluation.
+
 The budget is counted in blocks' FLOPs: 1 is ``--steps`` steps of the deep network. The learning rate is warmed up over
 ``warmup`` of the budget and falls as a cosine over the FLOPs spent, to a tenth, in all methods alike; gradients are
 clipped to norm 1.
@@ -55,6 +58,7 @@ class Run:
     dim: int = 64
     seed: int = 0
     grow: str = "interleave"
+    consistency: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -155,6 +159,8 @@ class Training:
         record |= {"fine_steps": self.spent / (self.per_layer * self.run.layers), "seconds": self.seconds}
         record |= {"flops": self.spent, "all_flops": self.spent + self.everything, "end": always}
         if always:
+            if isinstance(self.model.blocks, mlpint.LayerParallel):
+                self.model.blocks = nn.Sequential(*self.model.blocks.local_layers.values())
             record |= {"noisy_accuracy": self.validate(0.1)[1], "gradient_norms": self.gradient_norms()}
             record |= self.mgrit_quality()
         record |= {"machine": f"{platform.machine()} CPU", "torch": torch.__version__}
@@ -192,8 +198,17 @@ class Training:
 
     # --- the methods -------------------------------------------------------------------------------------------------
 
+    def add_term(self) -> None:
+        """From here on the consistency term is in the gradients of the network."""
+        if self.run.consistency:
+            self.model.blocks = mlpint.LayerParallel(
+                self.model.blocks, mlpint.MGRIT(levels=1, cfactor=4), consistency=self.run.consistency
+            )
+
     def deep(self, until: float = 1.0) -> None:
         """The network as it is, up to this part of the budget."""
+        if until == 1:
+            self.add_term()
         self.optimizer, meter = self.optimizer_of(self.model), FlopMeter(self.model.blocks, self.model)
         while self.spent < until * self.total:
             self.point()
@@ -216,6 +231,7 @@ class Training:
         self.deep()
 
     def multilevel(self) -> None:
+        self.add_term()
         self.optimizer, options = self.optimizer_of(self.model), self.run.options
         fine, one = self.total / (self.per_layer * self.run.layers), mlpint.Multilevel
         if "cycles" not in options:  # as many as the share of the budget pays for
@@ -229,6 +245,8 @@ class Training:
                 self.point()
                 if self.spent >= self.total:
                     break
+            if self.run.consistency:
+                self.model.blocks.consistency = self.run.consistency if phase.fine else 0.0
             self.step(multilevel.flops, phase, phase.batch_index)
 
 
