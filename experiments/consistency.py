@@ -19,12 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+NARROW_SHAPE = "--dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500"
 SIZES = {
     "small": "--layers 20 --dim 64 --heads 4 --sequence 32 --batch 8",
     "headline": "--layers 32 --dim 128 --heads 4 --sequence 64 --batch 8",
     # Where depth pays: few weights a layer, so that the deep network is the one that can learn more.
-    "narrow": "--layers 32 --dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500",
-    "narrow, 8 layers": "--layers 8 --dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500",
+    "narrow": f"--layers 32 {NARROW_SHAPE}",
+    "narrow, 8 layers": f"--layers 8 {NARROW_SHAPE}",
     "64 layers": "--layers 64 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
     "128 layers": "--layers 128 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
 }
