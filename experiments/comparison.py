@@ -49,8 +49,15 @@ COMMON = {
     "classification": {},
 }
 SERIAL = {"levels": 1, "control": "off"}
-PAPER = {"coarse": "injection", "control": "off"}
-BEST = {"coarse": "fitted", "cfactor": 4, "forward_iters": 2, "backward_iters": 1, "control": "gradient"}
+PAPER = {"coarse": "injection", "control": "off", "consistency": 0.0}
+BEST = {
+    "coarse": "fitted",
+    "cfactor": 4,
+    "forward_iters": 2,
+    "backward_iters": 1,
+    "control": "gradient",
+    "consistency": 0.0,
+}
 BEST |= {"control_every": 50, "open_layers": 2, "close_layers": 2}
 CONSISTENT = BEST | {"coarse": "injection", "forward_iters": 1, "consistency": 1.0}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {

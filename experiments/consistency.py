@@ -30,7 +30,8 @@ SIZES = {
     "128 layers": "--layers 128 --dim 64 --heads 4 --sequence 32 --batch 8 --steps 300",
 }
 COMMON = (
-    "--steps 1000 --eval-every 100 --eval-batches 20 --beta2 .95 --control off --sample 0 --compare 8 --log-every 1000"
+    "--consistency 0 --steps 1000 --eval-every 100 --eval-batches 20 --beta2 .95 --control off --sample 0 --compare 8 "
+    "--log-every 1000"
 )
 EXACT = "--levels 1"
 SETTINGS = {

@@ -26,7 +26,7 @@ from mlpint.training.trainer import Trainer
 BUFFERS = 4
 OPERATORS = ("injection", "scaled", "fitted", "sum")
 VALUES = {"open_layers": BUFFERS, "close_layers": BUFFERS, "warmup": 50, "final_lr": 1.0, "weight_decay": 0.01}
-VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0, "control": "off"}
+VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0, "control": "off", "consistency": 0.0}
 
 
 def arguments(doc: str, out: str, **numbers: float) -> argparse.ArgumentParser:

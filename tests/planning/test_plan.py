@@ -49,7 +49,7 @@ def test_what_is_exact_and_faster_is_said(capsys):
 def test_a_setting_is_priced_as_it_is_given(capsys):
     assert cli.main([*SMALL.split(), "--forward-iters", "1", "--coarse", "injection", "--chain-slices", "2"]) == 0
     time, way = rows_of(capsys.readouterr().out)[0]
-    assert way == "(1,1) cf 4 injection, 2 slices  <- as given" and 50 < time < 60
+    assert way == "(1,1) cf 4 injection, 2 slices, consistency 1  <- as given" and 50 < time < 60
     assert cli.main([*SMALL.split(), "--cfactor", "4", "--memory-GB", "0.000001"]) == 0
     assert "as given" in capsys.readouterr().out
 

@@ -65,7 +65,7 @@ def elsewhere(tmp_path, monkeypatch):
         (["--vocabulary", "100"], ["vocabulary = 100", "at least 256"]),
         (["--batch", "4", "--chain-slices", "5"], ["chain_slices = 5: must be at most the 4 sequences"]),
         (["--dropout", "0.1", "--chain-slices", "2"], ["chain_slices = 2 with dropout = 0.1", "control = off"]),
-        (["--consistency", "-1"], ["consistency = -1.0", "at least 0"]),
+        (["--consistency", "-0.5"], ["consistency = -0.5", "at least 0"]),
         (["--consistency", "nan"], ["consistency = nan"]),
         (["--seed", "-1"], ["seed = -1", "at least 0"]),
         (["--steps", "0"], ["steps = 0", "at least 1"]),
@@ -178,9 +178,20 @@ def test_consistency_over_the_steps():
     assert [falling.consistency_part(step, 5) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.6, 0.2])
 
 
+def test_the_consistency_term_is_there_by_default_where_injection_iterates_both_ways():
+    solver = SECTIONS["solver"]
+    assert solver().mu == 1 and solver(consistency=0.25).mu == 0.25 and solver(levels=1, consistency=0.5).mu == 0.5
+    without = ({"consistency": 0.0}, {"levels": 1}, {"forward_iters": 0}, {"backward_iters": 0}, {"coarse": "fitted"})
+    assert [solver(**options).mu for options in without] == [0] * 5
+    for values in ({"multilevel": True}, {"task": "translation"}):
+        chosen = TrainConfig.of(values).solver
+        assert (chosen.coarse, chosen.forward_iters, chosen.mu) == ("fitted", 2, 0)
+    assert TrainConfig.of({"multilevel": True, "coarse": "injection"}).solver.mu == 1
+
+
 def test_the_controller_of_the_consistency_term_needs_both():
     SECTIONS["solver"](consistency=1.0, coarse="injection", control_consistency=True)
-    for wrong in ({"control": "off", "consistency": 1.0}, {"levels": 1, "consistency": 1.0}, {}):
+    for wrong in ({"control": "off", "consistency": 1.0}, {"levels": 1}, {"consistency": 0.0}):
         with pytest.raises(ConfigError, match="control_consistency needs error control, and a consistency above 0"):
             SECTIONS["solver"](coarse="injection", control_consistency=True, **wrong)
 

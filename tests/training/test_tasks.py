@@ -19,6 +19,7 @@ from refusal import fails
 
 SMALL = {"layers": 6, "dim": 16, "heads": 2, "ffn": 24, "open_layers": 1, "close_layers": 1, "cfactor": 2}
 SMALL |= {"batch": 4, "sequence": 16, "lr": 1e-2, "warmup": 2, "compare": 0, "eval_batches": 0, "threads": 1}
+SMALL |= {"forward_iters": 2, "coarse": "fitted", "beta2": 0.999}  # which learns; without the consistency term
 
 
 def flags(**values):

@@ -85,7 +85,7 @@ def _as_asked(ranks: int, config: TrainConfig, replicas: int) -> Way:
     options, slices = solver.mgrit(), solver.chain_slices or 1
     if options.exact:
         slices = max(slices, solver.serial_microbatches)
-    way = Way(replicas, each, options, slices, solver.layout, bool(solver.consistency))
+    way = Way(replicas, each, options, slices, solver.layout, solver.mu > 0)
     intervals = -(-(config.model.layers - solver.open_layers - solver.close_layers) // options.cfactor)
     if not options.exact and solver.layout == "block" and each > intervals:
         raise ConfigError(

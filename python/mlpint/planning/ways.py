@@ -97,7 +97,7 @@ class Way:
             flags += [f"--relaxation {o.relaxation}"] * (o.relaxation != "F")
             flags += [f"--chain-slices {self.slices}"] * (self.slices > 1)
             flags += ["--layout cyclic"] * (self.layout == "cyclic")
-            flags += ["--consistency 1"] * self.consistency
+            flags += [f"--consistency {int(self.consistency)}"] * (o.coarse == "injection")
         return " ".join(flags)
 
 

@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from ..errors import ConfigError
 from ..layers.consistency import check_operator
@@ -42,12 +42,14 @@ class ModelConfig(Section):
 class SolverConfig(Section):
     """The arguments of ``MGRIT``, ``LayerParallel`` and ``ErrorControl``; the defaults of ``mlpint train`` are here."""
 
+    _MU: ClassVar[float] = 1.0
+
     levels: int = key(2, "multigrid levels; 1: exact", most=64)
     cfactor: int = key(4, "layers per interval of the coarse grid")
-    forward_iters: int = key(2, "iterations of the forward solve; 0: exact")
+    forward_iters: int = key(1, "iterations of the forward solve; 0: exact; 2 with multilevel and for translation")
     backward_iters: int = key(1, "iterations of the adjoint solve; 0: exact")
     relaxation: str = key("F", "F or FCF")
-    coarse: str = key("fitted", "coarse operator")
+    coarse: str = key("injection", "coarse operator; fitted with multilevel and for translation")
     tolerance: float = key(0.0, "stop a solve at this relative residual norm; 0: never look at it")
     open_layers: int = key(2, "layers before the parallel part, computed exactly", least=0)
     close_layers: int = key(2, "layers after the parallel part, computed exactly", least=0)
@@ -59,7 +61,11 @@ class SolverConfig(Section):
         "slices of a batch in coarse sweeps that go from rank to rank; 0: by measurement (runs may differ by rounding)",
         least=0,
     )
-    consistency: float = key(0.0, "mu of the term that keeps the coarse model true; 0: none", least=0)
+    consistency: float = key(
+        -1.0,
+        "mu of the term that keeps the coarse model true; 0: none; -1: 1 where injection iterates both ways",
+        least=-1,
+    )
     consistency_start: int = key(0, "steps without that term at first", least=0)
     consistency_warmup: int = key(0, "steps in which mu then rises from 0", least=0)
     consistency_final: float = key(
@@ -83,12 +89,14 @@ class SolverConfig(Section):
         super().__post_init__()
         if self.mgrit().exact and self.control in ("gradient", "residual"):
             raise ConfigError(f"control = {self.control!r}: the sweeps are exact; raise forward_iters")
-        if self.control_consistency and (not self.consistency or self.measure is None):
+        if -1 < self.consistency < 0:
+            raise ConfigError(f"consistency = {self.consistency:g}: must be at least 0, or -1")
+        if self.control_consistency and (not self.mu or self.measure is None):
             raise ConfigError(
                 "control_consistency needs error control, and a consistency above 0 to begin with: "
-                f"control = {self.control!r}, consistency = {self.consistency:g}"
+                f"control = {self.control!r}, consistency = {self.mu:g}"
             )
-        if self.consistency:
+        if self.mu:
             try:
                 check_operator(self.coarse)
             except ValueError as error:
@@ -103,6 +111,20 @@ class SolverConfig(Section):
             return "residual"
         gradient = self.control == "gradient" or (self.control == "auto" and not self.mgrit().exact)
         return "gradient" if gradient else None
+
+    @property
+    def mu(self) -> float:
+        """The weight of the consistency term; where it was not given, see :attr:`mu_by_default`."""
+        return self.consistency if self.consistency >= 0 else self._MU if self.mu_by_default else 0.0
+
+    @property
+    def mu_by_default(self) -> bool:
+        """Whether there is a term because nobody said otherwise: left out where no interval has several layers.
+
+        Injection at (1,1), the cheapest setting, diverges without it (docs/experiments.md, sections 6 and 13).
+        """
+        both = not self.mgrit().exact and self.forward_iters > 0 and self.backward_iters > 0
+        return self.consistency < 0 and both and self.coarse == "injection" and self.layout == "block"
 
     def consistency_part(self, step: int, steps: int) -> float:
         """The part of mu in step 0, 1, ..., steps - 1 that its schedule allows."""
@@ -156,7 +178,7 @@ class OptimizerConfig(Section):
     decay: float = key(0.2, "wsd: the part of the steps in which the learning rate falls", above=0, most=1)
     final_lr: float = key(0.1, "learning rate at the last step, as a fraction of the highest", least=0, most=1)
     weight_decay: float = key(0.1, "weight decay of matrices", least=0)
-    beta2: float = key(0.999, "decay of adamw's average of squared gradients", least=0, below=1)
+    beta2: float = key(0.95, "decay of adamw's average of squared gradients", least=0, below=1)
     momentum: float = key(0.9, "momentum of sgd; muon's is .95", least=0, below=1)
     label_smoothing: float = key(0.0, "translation: part of the probability that all tokens share", least=0, below=1)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
@@ -294,6 +316,8 @@ class TrainConfig:
                 raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
         if values.get("preset") == "cascade":
             values = CASCADE | dict(values)
+        if values.get("multilevel") or values.get("task") == "translation":
+            values = _WITHOUT_TERM | dict(values)
         sections: dict[str, Any] = {
             name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
             for name, section in SECTIONS.items()
@@ -305,6 +329,9 @@ class TrainConfig:
         return {name: value for section in vars(self).values() for name, value in vars(section).items()}
 
 
+# Defaults where there is better no consistency term: coarse networks' gradients are not measured, and an interval that
+# spans encoder and decoder goes on as it began.
+_WITHOUT_TERM = {"forward_iters": 2, "coarse": "fitted"}
 SECTIONS: dict[str, type[Section]] = get_type_hints(TrainConfig)
 KEYS: dict[str, dataclasses.Field[Any]] = {
     f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)

@@ -91,7 +91,7 @@ class Trainer:
         self.phase: Phase | None = None
         self.decision: Decision | None = None
         self.iterations: dict[str, int] = {}
-        self.consistency = 0.0
+        self.consistency = self._mu = self.blocks.consistency
         self.relative_error: float | None = None
         self.mode = short_form(self.blocks.options)
         self.control: ErrorControl | None = None
@@ -196,7 +196,7 @@ class Trainer:
     def _consistency(self) -> float:
         """mu of this step."""
         solver, control = self.config.solver, self.control
-        mu = control.consistency if control is not None and control.weights else solver.consistency
+        mu = control.consistency if control is not None and control.weights else self._mu
         return mu * solver.consistency_part(self.step, self.config.run.steps)
 
     def _mean(self, loss: float) -> float:
@@ -331,8 +331,10 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
         recompute=solver.recompute,
         serial_microbatches=solver.serial_microbatches,
         chain_slices=solver.chain_slices or "auto",
-        consistency=solver.consistency,
+        consistency=0.0 if solver.mu_by_default else solver.mu,
     )
+    if solver.mu_by_default and stack.layout.depth > 1:
+        stack.consistency = solver.mu
     for direction in ("forward", "backward"):
         stack.solver(direction)  # raises here what it would raise in the first step
     return stack
