@@ -22,7 +22,7 @@ GERMAN = "null eins zwei drei vier fünf sechs sieben".split()
 ENGLISH = "zero one two three four five six seven".split()
 SMALL = {"task": "translation", "layers": 6, "dim": 16, "heads": 2, "ffn": 24, "open_layers": 1, "close_layers": 1}
 SMALL |= {"cfactor": 2, "batch": 8, "sequence": 32, "vocabulary": 320, "lr": 1e-2, "warmup": 2, "clip": 0.0}
-SMALL |= {"weight_decay": 0.0, "compare": 0, "eval_batches": 0, "threads": 1}
+SMALL |= {"beta2": 0.999, "weight_decay": 0.0, "compare": 0, "eval_batches": 0, "threads": 1}
 
 
 @pytest.fixture(autouse=True)
