@@ -61,6 +61,13 @@ class Training:
             with torch.no_grad():
                 self.blocks.local_layers[n].outer.weight.mul_(factor)
 
+    def go_on_from(self, other):
+        """As if from a checkpoint."""
+        self.blocks.load_state_dict(copy.deepcopy(other.blocks.state_dict()))
+        self.head.load_state_dict(other.head.state_dict())
+        self.count = other.count
+        self.control.load_state_dict(json.loads(json.dumps(other.control.state_dict())))
+
     def history(self):
         """All that was decided and measured, to the last bit, without the times."""
         return [{k: v for k, v in d.as_dict().items() if k != "seconds"} for d in self.control.history]
@@ -489,10 +496,7 @@ def resuming(comm):
     whole.steps(20)
     first.steps(8)
     assert first.blocks.options != MGRIT(2, 4, 1, 1)
-    second.blocks.load_state_dict(copy.deepcopy(first.blocks.state_dict()))
-    second.head.load_state_dict(first.head.state_dict())
-    second.count = first.count
-    second.control.load_state_dict(json.loads(json.dumps(first.control.state_dict())))
+    second.go_on_from(first)
     assert second.blocks.options == first.blocks.options
     second.steps(12)
     assert first.history() + second.history() == whole.history()
@@ -536,10 +540,7 @@ def the_consistency_term_is_the_first_lever(comm):
 
     cut, rest = (Training(comm, fine, options, **control, target=0.5) for _ in range(2))
     cut.steps(7)
-    rest.blocks.load_state_dict(copy.deepcopy(cut.blocks.state_dict()))
-    rest.head.load_state_dict(cut.head.state_dict())
-    rest.count = cut.count
-    rest.control.load_state_dict(json.loads(json.dumps(cut.control.state_dict())))
+    rest.go_on_from(cut)
     assert rest.blocks.consistency == cut.blocks.consistency < 1
     rest.steps(13)
     assert cut.history() + rest.history() == right.history()

@@ -130,8 +130,7 @@ class ErrorControl:
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)
         self.weights = self._checked_weights(consistency)
-        names = ["measure", "target", "every", "max_error", "reference", "margin", "patience", "skip_limit", "ladder"]
-        names += ["weights"]
+        names = "measure target every max_error reference margin patience skip_limit ladder weights".split()
         blocks.comm.world.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
         self.history: list[Decision] = []
         self.steps = 0
@@ -214,10 +213,8 @@ class ErrorControl:
     @property
     def policy(self) -> Policy:
         """The rules by which the next check decides."""
-        return Policy(
-            *(self.ladder, self.measure, self.target, self.max_error, self.margin, self.patience),
-            *(self.weights, self._given),
-        )
+        rules = self.measure, self.target, self.max_error, self.margin, self.patience
+        return Policy(self.ladder, *rules, self.weights, self._given)
 
     @property
     def consistency(self) -> float:

@@ -147,14 +147,18 @@ class Policy:
     def _misses_mildly(self, m: Measurement) -> bool:
         return self.meets(m, margin=1 - MILD)
 
+    def _left_again(self, state: PolicyState) -> PolicyState:
+        """Asks for more patience where the cheaper rung, or the smaller weight, was taken too soon."""
+        if state.descended_since is None:
+            return state
+        wanted = max(self.patience, min(2 * state.wanted, MOST_PATIENCE))
+        return replace(state, wanted=wanted, descended_since=None)
+
     def _heavier(self, state: PolicyState, hold: Decision, measured: Measurement) -> Conclusion | None:
         """More weight on the consistency term; None where there is no more, or the term had no step to act in."""
         if hold.step == 1 or state.weight + 1 >= len(self.weights):
             return None
-        wanted = state.wanted
-        if state.descended_since is not None:  # the weight was lowered too soon
-            wanted = max(self.patience, min(2 * wanted, MOST_PATIENCE))
-        state = replace(state, weight=state.weight + 1, good=0, wanted=wanted, descended_since=None)
+        state = replace(self._left_again(state), weight=state.weight + 1, good=0)
         return Conclusion(replace(hold, action="raise", reason=f"{measured}: misses {self._target}"), state)
 
     def _weigh(self, state: PolicyState, hold: Decision, measured: Measurement, grows: bool) -> Conclusion:
@@ -211,9 +215,7 @@ class Policy:
         if estimate is not None and self.meets(measured):
             return Conclusion(replace(hold, reason=f"{estimate}: misses {self._target}; {measured}: does not"), state)
         miss = "not finite, but the exact sweep is" if estimate is None else f"{measured}: misses {self._target}"
-        if state.descended_since is not None:  # the cheaper rung was taken too soon
-            wanted = max(self.patience, min(2 * state.wanted, MOST_PATIENCE))
-            state = replace(state, wanted=wanted, descended_since=None)
+        state = self._left_again(state)
         tried: list[Measurement] = []
         for rung in self.ladder[self.ladder.index(options) + 1 :]:
             tried.append((yield Request("measure", rung)))

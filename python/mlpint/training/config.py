@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from ..layers.consistency import check_operator
@@ -41,8 +41,6 @@ class ModelConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class SolverConfig(Section):
     """The arguments of ``MGRIT``, ``LayerParallel`` and ``ErrorControl``; the defaults of ``mlpint train`` are here."""
-
-    _MU: ClassVar[float] = 1.0
 
     levels: int = key(2, "multigrid levels; 1: exact", most=64)
     cfactor: int = key(4, "layers per interval of the coarse grid")
@@ -115,7 +113,7 @@ class SolverConfig(Section):
     @property
     def mu(self) -> float:
         """The weight of the consistency term; where it was not given, see :attr:`mu_by_default`."""
-        return self.consistency if self.consistency >= 0 else self._MU if self.mu_by_default else 0.0
+        return self.consistency if self.consistency >= 0 else float(self.mu_by_default)
 
     @property
     def mu_by_default(self) -> bool:

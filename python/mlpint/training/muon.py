@@ -35,7 +35,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.dim() not in (2, 3):
                     raise ValueError(f"Muon is for matrices and stacks of them, not for a parameter of shape {p.shape}")
-                self._rows[p] = [nn.Parameter(row) for row in (p.detach() if p.dim() == 3 else [p.detach()])]
+                self._rows[p] = [nn.Parameter(row) for row in _as_rows(p.detach())]
+        rows = [[row for p in group["params"] for row in self._rows[p]] for group in self._groups(muon=True)]
+        self._muon = torch.optim.Muon([{"params": own} for own in rows], adjust_lr_fn="match_rms_adamw")
+        self._adamw = torch.optim.AdamW(self._groups(muon=False))  # which puts its defaults into these very groups
 
     def _groups(self, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] is muon]
@@ -47,46 +50,29 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self._groups(muon=True):
-            self._step_matrices(group)
-        others = [
-            {**group, "params": [p for p in group["params"] if p.grad is not None]}
-            for group in self._groups(muon=False)
-        ]
-        if any(group["params"] for group in others):
-            adamw = torch.optim.AdamW([{k: v for k, v in g.items() if k != "muon"} for g in others])
-            adamw.state = self.state
-            adamw.step()
+        self._step_matrices()
+        # Loading a state puts other objects here.
+        self._adamw.param_groups, self._adamw.state = self._groups(muon=False), self.state
+        self._adamw.step()
         return loss
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        present = [p for p in group["params"] if p.grad is not None]
-        if not present:
-            return
-        rows = [row for p in present for row in self._rows_of(p)]
-        muon = torch.optim.Muon(
-            rows, lr=group["lr"], weight_decay=group["weight_decay"], adjust_lr_fn="match_rms_adamw"
-        )
-        for p in present:
+    def _step_matrices(self) -> None:
+        for group, own in zip(self._groups(muon=True), self._muon.param_groups, strict=True):
+            own["lr"], own["weight_decay"] = group["lr"], group["weight_decay"]
+        for p, rows in self._rows.items():
+            if p.grad is None:
+                continue
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            own = zip(self._rows[p], _as_rows(p.grad), _as_rows(state["momentum_buffer"]), strict=True)
-            for row, gradient, momentum in own:
-                row.grad = gradient
-                muon.state[row]["momentum_buffer"] = momentum  # which Muon moves in place
-        muon.step()
-        for row in rows:
-            row.grad = None
-
-    def _rows_of(self, p: torch.Tensor) -> list[nn.Parameter]:
-        """Of what the parameter holds now: checkpoints and moves between devices may have put other memory there."""
-        rows = self._rows[p]
-        for row, now in zip(rows, _as_rows(p.detach()), strict=True):
-            row.data = now
-        return rows
+            # Of what the parameter holds now: checkpoints and moves between devices may have put other memory there.
+            parts = (_as_rows(t) for t in (p.detach(), p.grad, state["momentum_buffer"]))
+            for row, now, gradient, momentum in zip(rows, *parts, strict=True):
+                row.data, row.grad = now, gradient
+                self._muon.state[row]["momentum_buffer"] = momentum  # which Muon moves in place
+        self._muon.step()
+        self._muon.zero_grad()
 
 
-def _as_rows(tensor: torch.Tensor | None) -> list[torch.Tensor]:
-    assert tensor is not None
+def _as_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     return list(tensor) if tensor.dim() == 3 else [tensor]

@@ -25,14 +25,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     # Of stacked parameters what counts is one layer's row.
     dims = {p: p.dim() - (row is not None) for _, p, row in named_rows(model) if p.requires_grad}
     matrices = [p for p, dim in dims.items() if dim >= 2]
-    groups: list[dict[str, Any]] = [{"params": [p for p, dim in dims.items() if dim < 2], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for p, dim in dims.items() if dim < 2], "weight_decay": 0.0},
+    ]
     if config.optimizer == "muon":
         of_layers = {p for name, p, _ in named_rows(model) if name.startswith("blocks.") and dims.get(p) == 2}
+        groups[0]["params"] = [p for p in matrices if p not in of_layers]
         own = [p for p in matrices if p in of_layers]
         groups.append({"params": own, "weight_decay": config.weight_decay, "muon": True})
-        matrices = [p for p in matrices if p not in of_layers]
-    groups.insert(0, {"params": matrices, "weight_decay": config.weight_decay})
-    if config.optimizer == "muon":
         try:
             return MuonWithAdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
         except RuntimeError as error:

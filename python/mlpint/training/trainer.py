@@ -320,21 +320,20 @@ class Trainer:
 
 def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> LayerParallel:
     layers = list(blocks.children())
+    depth = len(layers) - solver.open_layers - solver.close_layers
     stack = LayerParallel(
         layers,
         solver.mgrit(),
         comm=comm,
-        step_size=solver.step_size or 1 / (len(layers) - solver.open_layers - solver.close_layers),
+        step_size=solver.step_size or 1 / depth,
         open_layers=solver.open_layers,
         close_layers=solver.close_layers,
         layout=solver.layout,
         recompute=solver.recompute,
         serial_microbatches=solver.serial_microbatches,
         chain_slices=solver.chain_slices or "auto",
-        consistency=0.0 if solver.mu_by_default else solver.mu,
+        consistency=0.0 if solver.mu_by_default and depth == 1 else solver.mu,
     )
-    if solver.mu_by_default and stack.layout.depth > 1:
-        stack.consistency = solver.mu
     for direction in ("forward", "backward"):
         stack.solver(direction)  # raises here what it would raise in the first step
     return stack
