@@ -10,10 +10,8 @@ control would have estimated.
 
 from __future__ import annotations
 
-import time
-
 import torch
-from setting import arguments, gradient_quality, indicators, trainer_of, write
+from setting import arguments, follow, trainer_of
 
 import mlpint
 
@@ -36,24 +34,7 @@ def main() -> None:
             control_every=args.control_every,
             control_target=args.control_target if args.control == "gradient" else 0.0,
         )
-        training, exact_steps = 0.0, 0
-        for step in range(args.steps + 1):
-            if step % args.check == 0:
-                record = {"setting": setting, "control": args.control, "layers": args.layers, "seed": args.seed}
-                record |= {"beta2": args.beta2, "step": step, "val_loss": trainer.validate()["loss"]}
-                record |= gradient_quality(trainer) | indicators(trainer)
-                record |= {"mode": trainer.mode, "exact_steps": exact_steps, "seconds": training}
-                write(args.out, record, comm)
-                if comm.rank == 0:
-                    numbers = f"val {record['val_loss']:.4f}  cosine {record['cosine']:.4f}  {trainer.mode}"
-                    print(f"{setting:16} step {step:5}  {numbers}  {training:.0f} s", flush=True)
-            if step < args.steps:
-                begun = time.perf_counter()
-                trainer.train_step()
-                training += time.perf_counter() - begun
-                exact_steps += trainer.mode == "exact"
-                if trainer.decision is not None and trainer.decision.action not in ("none", "hold") and comm.rank == 0:
-                    print(trainer.decision, flush=True)
+        follow(setting, trainer, args, comm, {"setting": setting, "control": args.control})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ at a factor of .9. ``ours``: the gradient against a cosine of .95, up and down t
 from __future__ import annotations
 
 import torch
-from setting import arguments, gradient_quality, indicators, trainer_of, write
+from setting import arguments, follow, trainer_of
 
 import mlpint
 from mlpint import ErrorControl
@@ -43,23 +43,7 @@ def main() -> None:
         shape = {"dim": 64, "sequence": 32, "open_layers": args.buffers, "close_layers": args.buffers}
         trainer = trainer_of("exact" if method == "serial" else CHEAP, args, comm, **shape)
         trainer.control = control_of(method, trainer.blocks, args.control_every)
-        exact_steps = 0
-        for step in range(args.steps + 1):
-            if step % args.check == 0:
-                record = {"method": method, "layers": args.layers, "buffers": args.buffers, "beta2": args.beta2}
-                record |= {"seed": args.seed, "step": step, "val_loss": trainer.validate()["loss"]}
-                record |= gradient_quality(trainer) | indicators(trainer)
-                record |= {"mode": trainer.mode, "exact_steps": exact_steps}
-                write(args.out, record, comm)
-                if comm.rank == 0:
-                    rho = max((v for k, v in record.items() if k.startswith("rho")), default=0)
-                    numbers = f"val {record['val_loss']:.4f}  cosine {record['cosine']:.4f}  rho {rho:.3f}"
-                    print(f"{method:10} step {step:5}  {numbers}  {trainer.mode}", flush=True)
-            if step < args.steps:
-                trainer.train_step()
-                exact_steps += trainer.mode == "exact"
-                if trainer.decision is not None and trainer.decision.action not in ("none", "hold") and comm.rank == 0:
-                    print(trainer.decision, flush=True)
+        follow(method, trainer, args, comm, {"method": method, "buffers": args.buffers})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,24 @@ def write(out: str, record: dict[str, Any], comm: Comm) -> None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a") as file:
             file.write(json.dumps(record | machine) + "\n")
+
+
+def follow(name: str, trainer: Trainer, args: argparse.Namespace, comm: Comm, about: dict[str, Any]) -> None:
+    """Trains; writes ``about`` and what is measured every ``--check`` steps, and shows what error control changes."""
+    training, exact_steps = 0.0, 0
+    for step in range(args.steps + 1):
+        if step % args.check == 0:
+            record = about | {"layers": args.layers, "seed": args.seed, "beta2": args.beta2, "step": step}
+            record |= {"val_loss": trainer.validate()["loss"]} | gradient_quality(trainer) | indicators(trainer)
+            record |= {"mode": trainer.mode, "exact_steps": exact_steps, "seconds": training}
+            write(args.out, record, comm)
+            if comm.rank == 0:
+                numbers = f"val {record['val_loss']:.4f}  cosine {record['cosine']:.4f}  {trainer.mode}"
+                print(f"{name:16} step {step:5}  {numbers}  {training:.0f} s", flush=True)
+        if step < args.steps:
+            begun = time.perf_counter()
+            trainer.train_step()
+            training += time.perf_counter() - begun
+            exact_steps += trainer.mode == "exact"
+            if trainer.decision is not None and trainer.decision.action not in ("none", "hold") and comm.rank == 0:
+                print(trainer.decision, flush=True)
