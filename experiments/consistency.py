@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-NARROW_SHAPE = "--dim 32 --heads 2 --sequence 32 --batch 32 --steps 3000 --lr 2e-3 --eval-every 500"
+NARROW_SHAPE = "--dim 32 --heads 2 --sequence 32 --batch 16 --steps 2000 --lr 2e-3 --eval-every 500"
 SIZES = {
     "small": "--layers 20 --dim 64 --heads 4 --sequence 32 --batch 8",
     "headline": "--layers 32 --dim 128 --heads 4 --sequence 64 --batch 8",
@@ -57,6 +57,11 @@ SETTINGS = {
 SETTINGS |= {
     f"injection (1,1) cf {cf}{named}": f"--coarse injection --forward-iters 1 --cfactor {cf}{flag}"
     for cf in (8, 16)
+    for named, flag in (("", ""), (", mu 1", " --consistency 1"))
+}
+SETTINGS |= {
+    f"sum (1,1) cf {cf}{named}": f"--coarse sum --forward-iters 1 --cfactor {cf}{flag}"
+    for cf in (4, 8)
     for named, flag in (("", ""), (", mu 1", " --consistency 1"))
 }
 SETTINGS |= {

@@ -16,6 +16,7 @@ from mlpint.training import tasks
 from mlpint.training.config import TrainConfig, read_toml
 from mlpint.training.data.bpe import PAD
 from mlpint.training.metrics import read_lines
+from mlpint.training.trainer import Trainer
 from refusal import fails
 
 GERMAN = "null eins zwei drei vier fünf sechs sieben".split()
@@ -150,6 +151,20 @@ def test_two_ranks_train_resume_and_translate_as_one_does(data, tmp_path):
     assert [line["loss"] for line in later] == [line["loss"] for line in two[2:]]
     texts = [(tmp_path / name / "sample.txt").read_text() for name in ("two", "one", "again")]
     assert texts[0] == texts[2] and len(texts[0].splitlines()) == len(texts[1].splitlines()) == 20
+
+
+@pytest.mark.parametrize("values", [{"levels": 1}, {"levels": 1, "step_size": 0.5}, {"step_size": 0.5}])
+def test_gradients_of_the_first_pass_are_those_of_the_next_to_the_bit(data, values):
+    """Sums of several parts, of a state of two tensors, come in one order whatever is known of the layers."""
+    trainer = Trainer(
+        config(data=data, control="off", **values), tasks.make(config(data=data, **values)), Comm.of(None)
+    )
+    found = []
+    for _ in range(2):
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.forward_backward(0, 0, 0)
+        found.append([p.grad for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_the_encoder_may_be_larger(data):
