@@ -7,6 +7,7 @@ class UserError(Exception):
     """Wrong input of any kind; the message says what was wrong and what is allowed, in printable characters."""
 
     exit_code = 2
+    is_fault = True  # whether it is told as an error
     of_one_rank = False  # whether a rank may have it alone and has to show it itself; else rank 0 shows it for all
 
     def __init__(self, message: str = "") -> None:

@@ -121,6 +121,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
 
     assert cli.main(["train", *flags(steps=1)]) == 0  # a second run never writes over the first
     assert (tmp_path / "runs" / "002" / "metrics.jsonl").exists()
+    assert checkpoint.open_checkpoint(tmp_path / "runs" / "002").step == 1  # the last step's, without being asked for
     assert cli.main(["report", "runs/001", "runs/002", "--out", "both.png"]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
@@ -430,6 +431,38 @@ def test_one_rank_goes_on_with_what_two_have_begun(two_ranks, tmp_path):
     start = directory / "checkpoints" / "step-00000003"
     assert cli.main(["train", f"--resume={start}", f"--out={tmp_path}/run", "--compare=0"]) == 0
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(directory)[3:], rel=1e-5)
+
+
+STOPPED = """
+import os, signal, sys
+from mlpint.cli import main
+from mlpint.training.trainer import Trainer
+
+train_step, number, rank = Trainer.train_step, int(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def step(self, phase=None):
+    if self.step == 1 and self.comm.rank == rank:
+        os.kill(os.getpid(), number)
+    return train_step(self, phase)
+
+Trainer.train_step = step
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("number", "launcher", "ranks"), [(2, "mpich", 2), (15, "alone", 1)])
+def test_a_signal_ends_the_step_and_the_run_can_go_on(number, launcher, ranks, two_ranks, tmp_path):
+    """SIGINT and SIGTERM, also where one rank alone has it: a checkpoint, the curve, the shell's exit code."""
+    arguments = ["train", *flags(**RANKS, compare=1, out=tmp_path / "run")]
+    result = run(STOPPED, ranks, launcher, args=(str(number), str(ranks - 1), *arguments))
+    assert result.returncode == 128 + number and not result.orphans
+    name = {2: "SIGINT", 15: "SIGTERM"}[number]
+    told = f"mlpint: {name}: stopped after step 2; resume with mlpint train --resume {tmp_path}/run"
+    assert [line for line in result.stderr.splitlines() if "mlpint" in line] == [told]
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 2 and (tmp_path / "run" / "loss.png").exists()
+    launched(launcher, ranks, f"--resume={tmp_path}/run").check()
+    if ranks == 2:
+        assert losses_of(tmp_path / "run") == losses_of(two_ranks[1] / "run")
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("mpich", 3), ("torchrun", 2)])

@@ -63,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except UserError as error:
         if rank == 0 or error.of_one_rank:
-            print(f"mlpint: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+            kind = f" error on rank {rank}:" if rank else " error:"
+            print(f"mlpint:{kind if error.is_fault else ''} {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..parallel.trace import trace
 from .config import TrainConfig
 from .report import Report
 from .run_directory import run_directory
+from .stop_signals import Stopped, StopSignals
 from .tasks import Task
 from .trace_picture import TRACE
 from .trainer import Trainer
@@ -38,6 +40,7 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
     Raises:
         UserError: on all ranks; ranks that disagree, files that cannot be written, a damaged checkpoint, a loss that is
             no number.
+        Stopped: on all ranks; one had SIGINT or SIGTERM, and the run is written down as it then stood.
     """
     if config.run.device == "cpu":
         comm.use(torch.device("cpu"))
@@ -57,8 +60,8 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
 
 def _run(trainer: Trainer, directory: Path) -> None:
     report, run = Report(trainer, directory), trainer.config.run
-    traced = _traced(trainer)
-    with report.decisions(), ExitStack() as tracing:
+    traced, stop = _traced(trainer), 0
+    with report.decisions(), ExitStack() as tracing, StopSignals() as signals:
         for phase in trainer.phases():
             if traced and trainer.step == traced[0]:
                 tracing.enter_context(trace(directory / TRACE, trainer.comm))
@@ -72,9 +75,15 @@ def _run(trainer: Trainer, directory: Path) -> None:
             due = run.eval_every and done % run.eval_every == 0
             measures = trainer.validate() if due or last else None
             report.step(done, loss, measures, norm, seconds)
-            save_every = run.checkpoint_every
-            if save_every and (done % save_every == 0 or last):
+            stop = 0 if last else signals.agreed(trainer.comm.world)
+            if last or stop or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 trainer.save(directory / "checkpoints")
+            if stop:
+                break
+    if stop:
+        report.close(None, None)
+        name = signal.Signals(stop).name
+        raise Stopped(stop, f"{name}: stopped after step {trainer.step}; resume with mlpint train --resume {directory}")
     report.close(trainer.sample(), trainer.compare())
 
 
