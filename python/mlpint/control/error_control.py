@@ -43,10 +43,10 @@ class ErrorControl:
                 optimizer.step()
             optimizer.zero_grad()
 
-    On the first step and every so many steps the batch is gone through again, under other options; before the second of
-    these checks also after an eighth, a quarter and half as many, since untrained networks change fast. ``.grad`` is
-    left alone, and the layers draw the random numbers that they drew in the step. Where microbatches are accumulated,
-    it is enough to compute the last one's loss again.
+    On the first step (or after ``start``) and every so many steps the batch is gone through again, under other options;
+    before the second of these checks also after an eighth, a quarter and half as many, since untrained networks change
+    fast. ``.grad`` is left alone, and the layers draw the random numbers that they drew in the step. Where microbatches
+    are accumulated, it is enough to compute the last one's loss again.
 
     If the options in use miss the target, the next rungs of the ladder are measured on the same batch, now against the
     exact sweep, and the first that meets it is taken. If they meet it with a margin, the rung below is tried; after
@@ -83,6 +83,8 @@ class ErrorControl:
         measure: ``"gradient"`` or ``"residual"``.
         target: smallest cosine, 0.95 by default; or largest convergence factor, 1 by default.
         every: steps between checks. A check takes the time of 3 to 4 steps.
+        start: steps before the first check. An untrained network's coarse model may be poor for some steps alone, until
+            the consistency term or an operator that learns has acted; who knows that spares exact steps by it.
         ladder: options from cheap to exact, the stack's among them; by default :func:`default_ladder` of the stack's.
             Operators, cfactor and levels may differ from rung to rung. An operator that learns and is not in use
             learns from two passes before it is measured.
@@ -113,6 +115,7 @@ class ErrorControl:
         measure: Literal["gradient", "residual"] = "gradient",
         target: float | None = None,
         every: int = 200,
+        start: int = 0,
         ladder: Sequence[MGRIT] | None = None,
         consistency: Sequence[float] | Literal["auto"] | None = None,
         max_error: float | None = None,
@@ -126,11 +129,11 @@ class ErrorControl:
         self.blocks, self.measure, self.max_error, self.reference = blocks, measure, max_error, reference
         self.target = (0.95 if measure == "gradient" else 1.0) if target is None else target
         blocks.looked_after()
-        self.every, self.margin, self.patience, self.skip_limit = every, margin, patience, skip_limit
+        self.every, self.start, self.margin, self.patience, self.skip_limit = every, start, margin, patience, skip_limit
         self._check_arguments()
         self.ladder = self._checked_ladder(ladder)
         self.weights = self._checked_weights(consistency)
-        names = "measure target every max_error reference margin patience skip_limit ladder weights".split()
+        names = "measure target every start max_error reference margin patience skip_limit ladder weights".split()
         blocks.comm.world.vote({name: str(getattr(self, name)) for name in names}, "ErrorControl")
         self.history: list[Decision] = []
         self.steps = 0
@@ -151,6 +154,8 @@ class ErrorControl:
         for name in ("every", "patience", "skip_limit"):
             if not _is_number(getattr(self, name), int) or getattr(self, name) < 1:
                 refuse(name, "an integer of at least 1")
+        if not _is_number(self.start, int) or self.start < 0:
+            refuse("start", "an integer of at least 0")
         if not _is_number(self.margin) or not 0 <= self.margin < 1:
             refuse("margin", "in [0, 1)")
         if not _is_number(self.target) or not 0 < self.target < (1 if self.measure == "gradient" else math.inf):
@@ -229,6 +234,8 @@ class ErrorControl:
     @property
     def check_due(self) -> bool:
         """Whether the coming :meth:`step` will check."""
+        if self.steps <= self.start:
+            return self.steps == self.start
         early = _EARLY if self.every >= _EARLY[0] else ()
         return self.steps % self.every == 0 or self.steps in [self.every // part for part in early] + [self._check_at]
 

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..mgrit.recorder import span
 from ..parallel.trace import trace
 from .config import TrainConfig
+from .loggers import Hook
 from .report import Report
 from .run_directory import run_directory
 from .stop_signals import Stopped, StopSignals
@@ -25,14 +26,17 @@ from .trainer import Trainer
 _TRACED_FROM = 10  # steps after which what happens once is over
 
 
-def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | None = None) -> Path:
-    """Trains a model and writes the run's directory: metrics.jsonl, loss.png, sample.txt, checkpoints. Collective.
+def train(
+    config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | None = None, hook: Hook | None = None
+) -> Path:
+    """Trains a model and writes the run's directory: metrics.jsonl, pictures, checkpoints, a report. Collective.
 
     Args:
         config: what to do.
         task: what is trained, with the same data on every rank.
         comm: the ranks, those of one replica in a mesh of several.
         checkpoint: to go on from.
+        hook: called on rank 0 with each line of metrics.jsonl, the header first.
 
     Returns:
         The run's directory.
@@ -54,12 +58,12 @@ def train(config: TrainConfig, task: Task, comm: Comm, checkpoint: Checkpoint | 
     elif config.run.init_from:
         trainer.start_from(config.run.init_from)
     with run_directory(config, comm.world, checkpoint) as directory:
-        _run(trainer, directory)
+        _run(trainer, directory, hook)
     return directory
 
 
-def _run(trainer: Trainer, directory: Path) -> None:
-    report, run = Report(trainer, directory), trainer.config.run
+def _run(trainer: Trainer, directory: Path, hook: Hook | None) -> None:
+    report, run = Report(trainer, directory, hook), trainer.config.run
     traced, stop = _traced(trainer), 0
     with report.decisions(), ExitStack() as tracing, StopSignals() as signals:
         for phase in trainer.phases():

@@ -17,6 +17,7 @@ from ..layers.consistency import check_operator
 from ..mgrit.options import MGRIT
 from ..multilevel.options import CASCADE
 from .fields import Section, key, similar
+from .loggers import LOGS
 
 _LONGEST = 1 << 20  # bytes of a configuration file
 TASKS = ("gpt", "bert", "vit", "tagging", "classification", "translation")
@@ -79,6 +80,7 @@ class SolverConfig(Section):
         0.0, "smallest gradient cosine, or largest convergence factor; 0: 0.95, or 1 for residual", least=0
     )
     control_every: int = key(200, "steps between checks of the error", least=1)
+    control_start: int = key(-1, "steps before the first check; -1: a tenth of control_every, at most 20", least=-1)
     control_consistency: bool = key(
         False, "error control raises mu before it raises iterations, and lowers it where there is room"
     )
@@ -109,6 +111,11 @@ class SolverConfig(Section):
             return "residual"
         gradient = self.control == "gradient" or (self.control == "auto" and not self.mgrit().exact)
         return "gradient" if gradient else None
+
+    @property
+    def unchecked_steps(self) -> int:
+        """Steps before the first check: the coarse model of an untrained network is poor in its first steps alone."""
+        return min(self.control_every // 10, 20) if self.control_start < 0 else self.control_start
 
     @property
     def mu(self) -> float:
@@ -261,6 +268,11 @@ class RunConfig(Section):
     checkpoint_keep: int = key(3, "newest checkpoints to keep; 0: all", least=0)
     eval_every: int = key(50, "steps between validations; 0: at the end only", least=0)
     eval_batches: int = key(8, "batches per validation; 0: all held-out data", least=0)
+    log: str = key(
+        "jsonl",
+        "metrics.jsonl, which is written in any case, alone, or to tensorboard or wandb as well (pip install either)",
+        choices=LOGS,
+    )
     log_every: int = key(10, "steps between log lines", least=1)
     sample: int = key(200, "gpt: tokens to generate at the end; else any number shows an example; 0: none", least=0)
     beams: int = key(

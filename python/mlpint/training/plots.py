@@ -5,13 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What checks of error control measure, with the axis it is drawn on.
+_CHECKS = {"cosine": "1 - gradient cosine", "factor": "convergence factor"}
+_SMALLEST = 1e-6  # that is drawn: an exact gradient's would be 0
 OVER = {
     "steps": "optimiser step",
     "flops": "training FLOPs of the blocks",
@@ -19,11 +22,13 @@ OVER = {
     "tokens": "tokens",
     "seconds": "seconds of training",
 }
-_MARKERS = "cosines: filled against the exact sweep, hollow against one more iteration"
+_FILLED = "filled: against the exact sweep; hollow: against one more iteration"
 
 
-def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, over: str = "steps") -> None:
-    """Draws training loss (faint where it is noisy) and validation loss.
+def loss_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], to: Path | BinaryIO, over: str = "steps", target: float = 0.0
+) -> None:
+    """Draws training loss (each step faint, its running mean as a line) and validation loss.
 
     Where the solver's options change, a dotted line names the new ones. Below are pictures of what else was measured in
     validation, and of what the checks of error control measured, where there is any. Of multilevel training the
@@ -31,8 +36,9 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
-        path: of the PNG.
+        to: the PNG.
         over: what the curves are drawn over, a key of ``OVER``.
+        target: of error control, a cosine, or a convergence factor where those were measured; 0: not drawn.
 
     Raises:
         UserError: a run has not recorded what the curves are to be drawn over.
@@ -42,8 +48,9 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
 
     runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
     checked = {label: checks(lines) for label, lines in runs.items()}
-    names = ["loss", *_measures(runs), *(["checks"] if any(checked.values()) else [])]
-    figure = Figure(figsize=(8, 3 + 2 * len(names)), layout="constrained")
+    kinds = {check.kind for points in checked.values() for check in points}
+    names = ["loss", *_measures(runs), *(kind for kind in _CHECKS if kind in kinds)]
+    figure = Figure(figsize=(9, 2.5 + 2 * len(names)), layout="constrained")
     ratios = [2] + [1] * (len(names) - 1)
     panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     below = dict(zip(names[1:], panels[1:], strict=True))
@@ -51,41 +58,46 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, ove
         color = f"C{number % 10}"
         _draw_losses(panels[0], label, lines, color)
         for name, panel in below.items():
-            if name == "checks":
-                _draw_checks(panel, checked[label], color)
+            if name in _CHECKS:
+                _draw_checks(panel, [c for c in checked[label] if c.kind == name], color)
             elif points := _measured(lines, name):
                 panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3)
     panels[0].set(ylabel="cross-entropy (nats)")
-    panels[0].legend()
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
     for name, panel in below.items():
-        panel.set(ylabel="gradient cosine, or\nconvergence factor" if name == "checks" else name.removeprefix("val_"))
-    if "checks" in below:
-        below["checks"].set_title(_MARKERS, fontsize=7, loc="right")
+        panel.set(ylabel=_CHECKS.get(name, name.removeprefix("val_")))
+        if name in _CHECKS:
+            panel.set_yscale("log")
+            panel.set_title(_FILLED, fontsize=7, loc="right")
+            if target:
+                panel.axhline(1 - target if name == "cosine" else target, color="gray", linestyle="--", linewidth=0.8)
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[-1].set(xlabel=OVER[over])
-    FigureCanvasAgg(figure).print_png(path)
+    FigureCanvasAgg(figure).print_png(to)
 
 
 def _draw_losses(axes: Axes, label: str, lines: Sequence[Mapping[str, Any]], color: str) -> None:
     fine = [line for line in lines if "loss" in line and line.get("network", "fine") == "fine"]
     places, losses = [line["place"] for line in fine], [line["loss"] for line in fine]
-    axes.plot(places, losses, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(places, _smoothed(losses, places), color=color, label=f"{label}: training")
+    axes.plot(places, losses, ".", color=color, alpha=0.25, markersize=2)
+    axes.plot(places, _smoothed(losses, places), color=color, label=f"{label}: training, running mean")
     if held_out := _measured(lines, "val_loss"):
-        axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: validation")
+        axes.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, label=f"{label}: held out")
     for place, mode in _changes(lines):
         axes.axvline(place, color=color, linestyle=":", linewidth=0.8)
         at = axes.get_xaxis_transform()
-        axes.text(place, 0.98, mode, transform=at, color=color, fontsize=7, rotation=90, ha="right", va="top")
+        axes.text(place, 1.01, mode, transform=at, color=color, fontsize=6, rotation=20, ha="left", va="bottom")
 
 
 def _draw_checks(axes: Axes, points: Sequence[Check], color: str) -> None:
-    axes.plot([p.place for p in points], [p.value for p in points], color=color)
+    heights = [max(1 - p.value, _SMALLEST) if p.kind == "cosine" else max(p.value, _SMALLEST) for p in points]
+    axes.plot([p.place for p in points], heights, color=color, linewidth=0.8)
     for estimated in (False, True):
-        some = [p for p in points if p.estimated == estimated]
-        places, values, face = [p.place for p in some], [p.value for p in some], "white" if estimated else color
-        axes.plot(places, values, "o", color=color, markerfacecolor=face, markersize=4)
+        some = [(p.place, height) for p, height in zip(points, heights, strict=True) if p.estimated == estimated]
+        if some:
+            face = "white" if estimated else color
+            axes.plot(*zip(*some, strict=True), "o", color=color, markerfacecolor=face, markersize=4)
 
 
 def with_place(label: str, lines: Sequence[Mapping[str, Any]], over: str) -> list[dict[str, Any]]:
@@ -129,6 +141,7 @@ class Check(NamedTuple):
 
     place: float
     value: float  # the gradient's cosine, or the larger convergence factor
+    kind: str  # which of them: "cosine" or "factor"
     estimated: bool  # against one more iteration, and not against the exact sweep
 
 
@@ -138,11 +151,11 @@ def checks(lines: Sequence[Mapping[str, Any]]) -> list[Check]:
     for line in lines:
         measured = line.get("control", {}).get("measured") or {}
         factors = [f for f in measured.get("convergence_factor", {}).values() if f is not None]
-        value = measured.get("cosine")
+        value, kind = measured.get("cosine"), "cosine"
         if value is None and factors:
-            value = max(factors)
+            value, kind = max(factors), "factor"
         if value is not None:
-            points.append(Check(line["place"], value, measured.get("reference", "") not in ("", "exact")))
+            points.append(Check(line["place"], value, kind, measured.get("reference", "") not in ("", "exact")))
     return points
 
 

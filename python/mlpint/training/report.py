@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from ..comm.collectively import collectively
-from ..comm.communicator import Comm
 from ..control.ladder import short_form
+from .closing import closing, ranks_of
 from .comparison import Comparison
+from .html_report import report_page, target_of
+from .loggers import Hook, Logger, make_logger
 from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
 from .tasks import Sample
+from .terminal import terminal_of_launcher
 from .trace_picture import TRACE, draw_trace
 from .trainer import Trainer
 
@@ -31,21 +34,25 @@ class Report:
     Args:
         trainer: at the step that the run starts from.
         directory: where everything is written.
+        hook: called with each line of metrics.jsonl, on rank 0.
     """
 
-    def __init__(self, trainer: Trainer, directory: Path) -> None:
+    def __init__(self, trainer: Trainer, directory: Path, hook: Hook | None = None) -> None:
         self.config, self.trainer, self.directory, self.comm = trainer.config, trainer, directory, trainer.comm.world
         self.started, self.first = time.perf_counter(), trainer.step
         self.interval: list[float] = []
-        self.exact_steps = 0
+        self.exact_steps, self.elapsed = 0, 0.0
         self.per_step = trainer.batches_a_step * trainer.task.per_batch
         self.bar: Any = None
+        self.hook = hook
+        self.logger: Logger | None = None
         self.metrics: Metrics | None = None  # None on all ranks but the first, which alone reports
         collectively(self.comm, self._open)
-        if self.metrics is not None and sys.stderr.isatty():
+        terminal = terminal_of_launcher(sys.stdout, sys.stderr) if self.metrics is not None else None
+        if terminal is not None:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False)
+            self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False, ncols=terminal)
 
     def _open(self) -> None:
         if self.comm.rank:
@@ -63,19 +70,33 @@ class Report:
         self.metrics = Metrics(
             self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
         )
+        self.logger = make_logger(self.config.run.log, self.directory)
+        self._pass_on(header)
         model, task = self.config.model, trainer.task
         idle = f", idle ranks {trainer.blocks.layout.idle_ranks}" if trainer.blocks.layout.idle_ranks else ""
         self._say(
             f"{model.layers} layers, dim {model.dim}, {model.heads} heads; "
-            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; {_ranks(trainer.comm)} over {self.comm.name}{idle}"
+            f"{self.per_step:,} {task.unit} a step; {trainer.mode}; "
+            f"{ranks_of(trainer.comm)} over {self.comm.name}{idle}"
         )
         self._say(task.describe())
         if trainer.initial_weights:
             self._say(trainer.initial_weights)
 
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self.metrics is not None
+        self.metrics.write(line)
+        self._pass_on(line)
+
+    def _pass_on(self, line: dict[str, Any]) -> None:
+        if self.logger is not None:
+            self.logger.write(line)
+        if self.hook is not None:
+            self.hook(line)
+
     def _say(self, line: str) -> None:
         if self.bar is not None:
-            self.bar.write(line)
+            self.bar.write(line, file=sys.stderr)  # which has the bar: a launcher passes both on, not in order
         else:
             print(line, flush=True)
 
@@ -96,13 +117,14 @@ class Report:
 
     def step(self, done: int, loss: float, measures: dict[str, float] | None, norm: float, seconds: float) -> None:
         """Reports a step that is done; ``measures`` are those of a validation after it, by name."""
+        self.elapsed = time.perf_counter() - self.started
         if self.metrics is None:
             return
         run, decision = self.config.run, self.trainer.decision
         measured = {"val_loss": None} if measures is None else {f"val_{k}": v for k, v in measures.items()}
         control = None if decision is None or decision.action == "none" else decision.as_dict()
         if decision is not None and decision.skip:  # without a loss: curves pass over it
-            self.metrics.write({"step": done, **measured, "control": control})
+            self._write({"step": done, **measured, "control": control})
             if self.bar is not None:
                 self.bar.update()
             return
@@ -128,13 +150,13 @@ class Report:
             line["relative_error"], line["consistency"] = self.trainer.relative_error, self.trainer.consistency
         if control is not None:
             line["control"] = control
-        self.metrics.write(line)
+        self._write(line)
         self.interval.append(seconds)
         self.exact_steps += self.trainer.mode == "exact"
         if self.bar is not None:
             self.bar.update()
         if done % run.log_every == 0 or done == total or measures is not None:
-            left = (time.perf_counter() - self.started) / (done - self.first) * (total - done)
+            left = self.elapsed / (done - self.first) * (total - done)
             held_out = "".join(
                 f"  val {value:.4f}" if name == "loss" else f" {name} {value:.4f}"
                 for name, value in (measures or {}).items()
@@ -163,39 +185,27 @@ class Report:
             self.bar = None
         if sample is not None and sample.measures:
             measures = {f"test_{name}": value for name, value in sample.measures.items()}
-            self.metrics.write({"step": self.trainer.step, **measures})
+            self._write({"step": self.trainer.step, **measures})
         if comparison is not None:
-            self.metrics.write({"step": self.trainer.step, "comparison": dataclasses.asdict(comparison)})
+            self._write({"step": self.trainer.step, "comparison": dataclasses.asdict(comparison)})
         self.metrics.close()
+        if self.logger is not None:
+            self.logger.close()
         lines = read_lines(self.directory / "metrics.jsonl")
-        label, control = short_form(self.config.solver.mgrit()), self.trainer.control
-        loss_curves({f"{label} at first" if control else label: lines}, self.directory / "loss.png")
+        label, trainer = short_form(self.config.solver.mgrit()), self.trainer
+        label = f"{label} at first" if trainer.control else label
+        loss_curves({label: lines}, self.directory / "loss.png", target=target_of(lines))
         if (self.directory / TRACE).exists():
             draw_trace(self.directory / TRACE, self.directory / "trace.png")
+        page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
+        (self.directory / "report.html").write_text(page, encoding="utf-8")
         if sample is not None:
             (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
             self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
-        if control is not None and control.history:
-            checks = [d for d in control.history if d.measured is not None]
-            changes, steps = sum(d.after != d.before for d in control.history), self.trainer.step - self.first
-            weights = [d.consistency[1] for d in checks if d.consistency is not None]
-            mu = f", mu {weights[-1]:g} at last ({min(weights):g} to {max(weights):g})" if weights else ""
-            self._say(
-                f"error control: {len(checks)} checks in {control.share:.1%} of the time, {changes} changes, "
-                f"{control.skipped} steps skipped, {self.exact_steps} of {steps} steps exact{mu}"
-            )
-        if self.trainer.skipped:
-            self._say(f"{self.trainer.skipped} steps skipped that were not finite")
-        if comparison is not None:
-            mode = short_form(self.trainer.blocks.options)
-            self._say(
-                f"one forward and backward on {_ranks(self.trainer.comm)}, medians of {self.config.run.compare}: "
-                f"layer-parallel {mode} {comparison.seconds:.3f} s, exact serial sweep "
-                f"{comparison.exact_seconds:.3f} s, ratio {comparison.speedup:.2f}x\n"
-                f"gradient against the exact one on one batch: relative error {comparison.gradient_error:.3f}, "
-                f"cosine {comparison.gradient_cosine:.4f}"
-            )
-        self._say(f"written: {self.directory}/ with " + ", ".join(sorted(p.name for p in self.directory.iterdir())))
+        steps = trainer.step - self.first
+        for line in closing(trainer, self.directory, comparison, steps, self.exact_steps, self.elapsed):
+            self._say(line)
+        self._say(f"written    {self.directory}/: " + ", ".join(sorted(p.name for p in self.directory.glob("[!.]*"))))
 
 
 class _Lines(logging.Handler):
@@ -207,11 +217,6 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(record.getMessage())
-
-
-def _ranks(comm: Comm) -> str:
-    replicas = f"{comm.data.size} replicas of " if comm.data.size > 1 else ""
-    return f"{replicas}{comm.size} rank{'s' if comm.size > 1 else ''}"
 
 
 def _memory(device: torch.device) -> float:

@@ -102,6 +102,8 @@ class Trainer:
                 measure=solver.measure,
                 target=solver.control_target or None,
                 every=solver.control_every,
+                # Weights that were trained elsewhere may make a poor coarse model, and stay so.
+                start=0 if config.run.init_from and solver.control_start < 0 else solver.unchecked_steps,
                 consistency="auto" if solver.control_consistency else None,
             )
 
