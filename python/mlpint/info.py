@@ -19,7 +19,9 @@ def add_flags(parser: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints what was found, a line each."""
+    """Prints what was found, a line each; of several ranks the first does."""
+    if launchers.detect().rank:
+        return
     for name, value in info():
         print(f"{name:<18}{value}")
 

@@ -32,6 +32,7 @@ def blocks(options=None, layers=16):
         ({"max_error": -1.0}, "max_error = -1.0: must be positive"),
         ({"every": 0}, "every = 0: must be an integer of at least 1"),
         ({"every": 2.5}, "every = 2.5: must be an integer of at least 1"),
+        ({"start": -1}, "start = -1: must be an integer of at least 0"),
         ({"patience": 0}, "patience = 0: must be an integer of at least 1"),
         ({"skip_limit": 0}, "skip_limit = 0: must be an integer of at least 1"),
         ({"margin": 1.0}, r"margin = 1.0: must be in \[0, 1\)"),
@@ -43,6 +44,23 @@ def blocks(options=None, layers=16):
 def test_values_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ErrorControl(blocks(), **arguments)
+
+
+@pytest.mark.parametrize("size", [0.01, 3.0])
+def test_the_first_check_comes_after_the_start_and_tells_of_a_model_that_makes_it_poor(size, caplog):
+    """Layers that turn the state over are told of once, with what helps; others are not."""
+    stack = blocks(MGRIT(2, 4, 1, 1), layers=16)
+    with torch.no_grad():
+        for layer in stack.local_layers.values():
+            layer.weight.copy_(torch.eye(4) + size * torch.randn(4, 4) / 4)
+    control, x = ErrorControl(stack, every=8, start=3), torch.randn(5, 4)
+    for _ in range(18):
+        loss = stack(x).square().mean().log()
+        loss.backward()
+        control.step(loss, lambda: stack(x).square().mean().log())
+    assert [decision.step for decision in control.history] == [4, 5, 9, 17]
+    told = [r.getMessage() for r in caplog.records if "first check finds poor gradients" in r.getMessage()]
+    assert len(told) == (size > 1) and all("Pre-LN" in line for line in told)
 
 
 def test_types_refused():

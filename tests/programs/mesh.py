@@ -172,7 +172,7 @@ def replicas_are_checked_and_made_equal(comm):
             model.head.bias[0] += 1
             for layer in model.blocks.local_layers.values():
                 layer[0].outer.bias[1] += 1
-    differing = mlpint.check_replicas(model)
+    differing = mlpint.check_replicas(model, raises=False)
     assert differing[0] == "head.bias", differing
     assert sorted(differing[1:]) == [f"blocks.{n}.0.outer.bias" for n in range(6)], differing
     mlpint.sync_replicas(model)

@@ -216,7 +216,7 @@ def t5_trains(comm):
     if comm.rank == comm.size - 1:
         with torch.no_grad():
             model.get_parameter(name)[2, 1] += 1e-6
-    assert check_replicas(model) == ([name] if comm.size > 1 else [])
+    assert check_replicas(model, raises=False) == ([name] if comm.size > 1 else [])
 
 
 @float64

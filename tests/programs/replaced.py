@@ -4,7 +4,9 @@ import copy
 import gc
 import math
 import weakref
+from contextlib import nullcontext
 
+import pytest
 import torch
 from compare import check, compare, converged, disturb, float64, names_everywhere
 from layers import Attention, Residual, assert_close
@@ -202,9 +204,11 @@ def differences_are_found_and_mended(comm):
             weight[3, 2] = torch.nextafter(weight[3, 2], torch.tensor(math.inf))  # a difference of one bit
             model.scale += 1
             next(iter(model.blocks.local_layers.values())).outer.weight[1, 1] += 1e-6
-    differing = check_replicas(model, comm)
+    differing = check_replicas(model, comm, raises=False)
     planted = ["embedding.weight", "scale", "blocks.0.outer.weight"] if comm.size > 1 else []
     assert sorted(differing) == sorted(planted), differing
+    with pytest.raises(RuntimeError, match=r"copies differ in .*sync_replicas") if planted else nullcontext():
+        check_replicas(model)
     sync_replicas(model)
     assert check_replicas(model) == []
     other = tensors_outside(model)

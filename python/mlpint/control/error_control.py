@@ -27,6 +27,12 @@ from .rehearsal import Rehearsal
 _log = logging.getLogger(__name__)
 _EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
 _PARTS = (0, 0.03, 0.1, 0.3, 1, 3)  # of the consistency term's weight at first: those to choose from
+_POOR = 0.5  # cosine of a first check, below which the model itself is to blame
+_POOR_START = (
+    "the first check finds poor gradients (%s): layers that change their state much make poor coarse models. Pre-LN "
+    "blocks, residual branches that begin small (the last matrix of each scaled by 1 / sqrt(2 layers)) and the "
+    "consistency term help; until then exact sweeps may be taken"
+)
 _SOON = 4  # the part of a period after which a change of the consistency term is looked at
 
 
@@ -310,6 +316,10 @@ class ErrorControl:
         if self.blocks.comm.world.rank == 0:
             if conclusion.warning:
                 _log.warning("%s", conclusion.warning)
+            measured = decision.measured
+            cosine = None if measured is None else measured.cosine
+            if len(self.history) == 1 and cosine is not None and cosine < _POOR:
+                _log.warning(_POOR_START, measured)
             _log.log(logging.WARNING if decision.skip else logging.INFO, "%s", decision)
         return decision
 

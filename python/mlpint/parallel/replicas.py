@@ -17,10 +17,11 @@ from .clip import stacks_of
 from .layer_parallel import LayerParallel
 
 _TAG = USER_TAG + 2
+_NAMED = 5  # that a message names
 
 
-def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
-    """Names of the parameters and buffers that should be equal on several ranks and are not. Collective.
+def check_replicas(model: nn.Module, comm: Any = None, *, raises: bool = True) -> list[str]:
+    """Refuses parameters and buffers that should be equal on several ranks and are not. Collective.
 
     Compared bit by bit (by checksums): everything outside the LayerParallel stacks, on all ranks, and parameters that
     layers of several ranks share, on those; in a mesh the layers of all its replicas too. They stay equal as long as
@@ -32,9 +33,13 @@ def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
     Args:
         model: the same on every rank.
         comm: as for :class:`LayerParallel`; by default that of the model's first stack.
+        raises: whether a difference is an error; else its names are returned.
 
     Returns:
         Names in the order of the model, the same on every rank; empty if all is well.
+
+    Raises:
+        RuntimeError: on all ranks; names what differs.
     """
     comm = comm_of(model, comm)
     mine = {
@@ -53,6 +58,12 @@ def check_replicas(model: nn.Module, comm: Any = None) -> list[str]:
     for name in dict.fromkeys(name for t in theirs for name in t.get("layers", ())):
         if len({t["layers"][name] for t in theirs if name in t["layers"]}) > 1 and name not in differing:
             differing.append(name)
+    if differing and raises:
+        raise RuntimeError(
+            f"the ranks' copies differ in {', '.join(differing[:_NAMED])}{' ...' if len(differing) > _NAMED else ''}: "
+            "from here on they train different models. mlpint.sync_replicas(model) makes them equal again; the cause "
+            "(other batches, an unseeded layer, a GPU kernel without a fixed order) goes on until it is mended"
+        )
     return differing
 
 
