@@ -180,6 +180,9 @@ def test_consistency_over_the_steps():
 
 def test_the_consistency_term_is_there_by_default_where_injection_iterates_both_ways():
     solver = SECTIONS["solver"]
+    assert [
+        TrainConfig.of({"task": "vit"} | more).solver.mu for more in ({}, {"coarse": "fitted"}, {"consistency": 1})
+    ] == [0.1, 0, 1]
     assert solver().mu == 1 and solver(consistency=0.25).mu == 0.25 and solver(levels=1, consistency=0.5).mu == 0.5
     without = ({"consistency": 0.0}, {"levels": 1}, {"forward_iters": 0}, {"backward_iters": 0}, {"coarse": "fitted"})
     assert [solver(**options).mu for options in without] == [0] * 5

@@ -62,7 +62,7 @@ class SolverConfig(Section):
     )
     consistency: float = key(
         -1.0,
-        "mu of the term that keeps the coarse model true; 0: none; -1: 1 where injection iterates both ways",
+        "mu of the term that keeps the coarse model true; 0: none; -1: 1 (vit: .1) where injection iterates both ways",
         least=-1,
     )
     consistency_start: int = key(0, "steps without that term at first", least=0)
@@ -332,6 +332,8 @@ class TrainConfig:
             name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
             for name, section in SECTIONS.items()
         }
+        if sections["model"].task == "vit" and sections["solver"].mu_by_default:
+            sections["solver"] = dataclasses.replace(sections["solver"], consistency=_MU_OF_IMAGES)
         return cls(**sections)
 
     def flat(self) -> dict[str, Any]:
@@ -342,6 +344,8 @@ class TrainConfig:
 # Defaults where there is better no consistency term: coarse networks' gradients are not measured, and an interval that
 # spans encoder and decoder goes on as it began.
 _WITHOUT_TERM = {"forward_iters": 2, "coarse": "fitted"}
+# On images the loss falls so far that a term of weight 1 outweighs it.
+_MU_OF_IMAGES = 0.1
 SECTIONS: dict[str, type[Section]] = get_type_hints(TrainConfig)
 KEYS: dict[str, dataclasses.Field[Any]] = {
     f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)
