@@ -48,7 +48,7 @@ COMMON = {
     "translation": {"steps": 800, "warmup": 150, "eval_every": 200},
     "classification": {},
 }
-SERIAL = {"levels": 1, "control": "off"}
+SERIAL = {"levels": 1, "control": "off", "consistency": 0.0}
 PAPER = {"coarse": "injection", "control": "off", "consistency": 0.0}
 BEST = {
     "coarse": "fitted",

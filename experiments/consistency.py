@@ -59,11 +59,8 @@ SETTINGS |= {
     for cf in (8, 16)
     for named, flag in (("", ""), (", mu 1", " --consistency 1"))
 }
-SETTINGS |= {
-    f"sum (1,1) cf {cf}{named}": f"--coarse sum --forward-iters 1 --cfactor {cf}{flag}"
-    for cf in (4, 8)
-    for named, flag in (("", ""), (", mu 1", " --consistency 1"))
-}
+# Sum's steps have no term: they would have to be differentiated at states where no layer is recorded.
+SETTINGS |= {f"sum (1,1) cf {cf}": f"--coarse sum --forward-iters 1 --cfactor {cf}" for cf in (4, 8)}
 SETTINGS |= {
     f"{name}, muon": f"{SETTINGS[name]} --optimizer muon"
     for name in ("exact", "exact, mu 1", "injection (1,1) cf 4", "injection (1,1) cf 4, mu 1")

@@ -68,7 +68,7 @@ def explain(
     d, ffn, m = settings.dim, settings.ffn, batch * sequence
     head = max(16, 1 << (settings.head_dim - 1).bit_length())
     heads = j * batch * settings.heads
-    parts = (
+    parts: tuple[tuple[str, str, int, int, int], ...] = (
         ("ln_linear", "QKV, FFN up", d, m, j),
         ("attention", "", head, sequence, heads),
         ("attention_backward", "", head, sequence, heads),
@@ -77,6 +77,14 @@ def explain(
         ("mlp", "the whole FFN", d, m, j),
         ("ln_backward_add", "", d, m, j),
     )
+    if settings.modern:  # has kernels for what it shares with the plain block alone
+        shared = {"attention", "attention_backward"}
+        shared |= {"linear_axpy"} if settings.biases == "all" else set()
+        shared |= {"ln_backward_add"} if settings.normalization == "layer" else set()
+        own = settings.heads * settings.head_width
+        parts = tuple(
+            (op, part, own if part == "projection" else w, rows, n) for op, part, w, rows, n in parts if op in shared
+        )
     return Explanation(
         tuple(
             (f"{op} ({part})" if part else op, choose(op, d=width, m=rows, j=layers, dtype=dtype, device=device))

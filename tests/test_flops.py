@@ -77,6 +77,17 @@ def test_a_stack_and_a_list_of_blocks_count_alike():
     assert stack_meter.attention == list_meter.attention
 
 
+def test_blocks_of_todays_models_count_as_the_counter_does():
+    modern = {"normalization": "rms", "feed_forward": "silu gated", "biases": "none", "positions": "rotary"}
+    stack = BlockStack(2, 16, 4, ffn=24, kv_heads=2, head_width=6, qk_norm=True, **modern)
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    total = counted(lambda: stack(x).sum().backward())
+    meter = FlopMeter(stack)
+    with meter.step():
+        stack(x).sum().backward()
+    assert meter.blocks == total
+
+
 def test_only_training_inside_a_step_counts():
     model = gpt()
     meter, tokens = FlopMeter(model.blocks, model), torch.randint(31, (2, 5))

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .nn import Block, BlockStack
+from .nn.settings import BlockSettings
 from .parallel.layer_parallel import LayerParallel
 
 # A stack of residual blocks as users have it; nn.Sequential and nn.ModuleList are sequences, too, without saying so.
@@ -27,9 +28,12 @@ Blocks = Sequence[nn.Module] | nn.Sequential | nn.ModuleList | BlockStack | Laye
 _TRAINING = 3
 
 
-def transformer_block(dim: int, ffn: int, tokens: int, sequence: int) -> tuple[int, int]:
+def block_flops(settings: BlockSettings, tokens: int, sequence: int) -> tuple[int, int]:
     """Forward FLOPs of a block in its dense layers (queries, keys, values, projection, FFN) and in its attention."""
-    return 2 * tokens * (4 * dim * dim + 2 * dim * ffn), 4 * tokens * sequence * dim
+    shapes = settings.shapes()
+    matrices = (shapes.qkv_weight, shapes.proj_weight, shapes.up_weight, shapes.down_weight)
+    dense = 2 * tokens * sum(map(math.prod, matrices))
+    return dense, 4 * tokens * sequence * settings.heads * settings.head_width
 
 
 def measured(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
@@ -113,9 +117,8 @@ class FlopMeter:
         first = state if isinstance(state, torch.Tensor) else state[0]
         tokens = math.prod(first.shape[:-1])
         self.tokens += tokens
-        size = _known(self._example)
-        if size is not None:
-            linear, attention = transformer_block(*size, tokens, first.shape[-2])
+        if isinstance(self._example, Block | BlockStack):
+            linear, attention = block_flops(self._example.settings, tokens, first.shape[-2])
         else:
             linear, attention = self._measure(self._example, args, kwargs), 0
         self.linear += _TRAINING * self._running * linear
@@ -160,8 +163,3 @@ class _Step:
         self.meter._running = 0
         self.meter.seconds += time.perf_counter() - self.started
         self.meter.steps[self.name] += kind is None  # a step that raised was not taken, whatever it has cost
-
-
-def _known(block: nn.Module | None) -> tuple[int, int] | None:
-    """Width and FFN width of a block whose formula is known."""
-    return (block.settings.dim, block.settings.ffn) if isinstance(block, Block | BlockStack) else None

@@ -10,7 +10,7 @@ import torch
 
 from ..nn import BlockStack, batching
 from ..nn.attention import Padding
-from ..nn.block import BATCHED_STEPS
+from ..nn.block import batched_steps
 from ..nn.settings import Weights
 from ..nn.step_context import StepContext, for_products
 from ..state import State
@@ -71,7 +71,7 @@ class StackEvaluator:
         self.evaluations, self.recompute = call.stats.evaluations, call.recompute
         self.where = ""
         self.gradients = GradientSums()
-        self._step = BATCHED_STEPS[stack.settings.norm]
+        self._step = batched_steps(stack.settings)
         self._indices = stack.indices
         self._rows = {n: i for i, n in enumerate(stack.indices)}
         self._parameters = stack.weights()
@@ -180,7 +180,7 @@ class StackEvaluator:
     def _weights_of(self, rows: range) -> Weights[torch.Tensor]:
         """Views of the stacked parameters, cast where autocast is on."""
         if rows not in self._weights:
-            views = Weights(*(p.detach()[as_slice(rows)] for p in self._parameters))
+            views = self._parameters.map(lambda p: p.detach()[as_slice(rows)])
             if self._dtype is not None:
                 return for_products(views, self._dtype)  # copies, not to be kept for all layers
             self._weights[rows] = views
@@ -193,7 +193,7 @@ class StackEvaluator:
         if not self.call.adds:
             self._step.weight_vjp(call, self._weights_of(rows), saved, inner, into)
             return
-        found = Weights(*(None if g is None else torch.empty_like(g) for g in into))
+        found = into.map(torch.empty_like)
         self._step.weight_vjp(call, self._weights_of(rows), saved, inner, found)
         for total, gradient in zip(into, found, strict=True):
             if total is not None and gradient is not None:
@@ -201,11 +201,11 @@ class StackEvaluator:
 
     def _into(self, rows: range) -> Weights[torch.Tensor | None]:
         """Where the gradients of these rows go."""
-        for p in self._parameters:
+        for p in self._parameters.present():
             if p.requires_grad and p not in self.gradients:
                 make = torch.zeros_like if self.call.adds else torch.empty_like
                 self.gradients[p] = make(p, memory_format=torch.contiguous_format)
-        return Weights(*(self.gradients[p][as_slice(rows)] if p.requires_grad else None for p in self._parameters))
+        return self._parameters.map(lambda p: self.gradients[p][as_slice(rows)] if p.requires_grad else None)
 
     def _saved_of(self, call: StepContext, rows: range, level: int) -> tuple[torch.Tensor, ...]:
         if not self.recompute:

@@ -37,7 +37,7 @@ class StackStore:
 
     def trainable_parameters(self) -> dict[int, tuple[nn.Parameter, ...]]:
         indices = self.stack.indices
-        return {indices[0]: tuple(p for p in self.stack.weights() if p.requires_grad)} if indices else {}
+        return {indices[0]: tuple(p for p in self.stack.weights().present() if p.requires_grad)} if indices else {}
 
     def by_layer(self, tensors: Mapping[int, tuple[torch.Tensor | None, ...]]) -> dict[int, tuple]:
         indices = self.stack.indices
@@ -45,7 +45,7 @@ class StackStore:
         return {n: tuple(t if t is None else t[i] for t in stacked) for i, n in enumerate(indices)}
 
     def gradients(self, excluded: Collection[nn.Parameter]) -> dict[int, list[torch.Tensor]]:
-        held = [p.grad for p in self.stack.weights() if p.grad is not None and p not in excluded]
+        held = [p.grad for p in self.stack.weights().present() if p.grad is not None and p not in excluded]
         return {n: [g[i] for g in held] for i, n in enumerate(self.stack.indices)}
 
     def evaluator(self, call: LayerCall) -> StackEvaluator:

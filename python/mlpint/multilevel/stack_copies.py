@@ -60,7 +60,8 @@ class StackCopies:
         }
 
     def _in_place(self) -> dict[str, nn.Parameter]:
-        return {field: getattr(self.stack, field) for field in Weights._fields}
+        weights = self.stack.weights()._asdict()
+        return {field: p for field, p in weights.items() if p is not None}
 
     def _start(self, field: str, p: nn.Parameter) -> ParameterState:
         parent = self.optimizer.state.get(p, {})

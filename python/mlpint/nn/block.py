@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import attention as attn
-from . import differentiable, post_norm, pre_norm
+from . import differentiable, modern, post_norm, pre_norm
 from .random_keys import draw_key
 from .settings import BlockSettings, Weights
 from .step_context import StepContext, autocast_dtype, for_products
 
-# The modules with the step of J blocks at once and its hand-written backward, by where the LayerNorms stand.
-BATCHED_STEPS = {"pre": pre_norm, "post": post_norm}
+
+def batched_steps(settings: BlockSettings) -> ModuleType:
+    """The module with the step of J blocks at once and its hand-written backward."""
+    if settings.modern:
+        return modern
+    return pre_norm if settings.norm == "pre" else post_norm
 
 
 class Block(nn.Module):
@@ -42,6 +48,14 @@ class Block(nn.Module):
         step_size: h.
         depth: number of blocks in the model: projections onto the residual stream start smaller by sqrt(2 depth).
             The layer-parallel solver relies on such small increments.
+        normalization: ``"layer"`` or ``"rms"`` (RMSNorm, no bias), with ``norm="pre"``.
+        feed_forward: ``"gelu"``, ``"silu gated"`` (SwiGLU: W2 (silu(a) b), (a, b) = W1 x) or ``"gelu gated"``.
+        kv_heads: heads of keys and values, a divisor of ``heads``; as many by default (grouped queries).
+        head_width: channels of a head; dim / heads by default.
+        biases: of linear maps: ``"all"``, ``"qkv"`` (that one alone) or ``"none"``.
+        qk_norm: an RMSNorm over the channels of each query's and key's head.
+        positions: ``"none"`` or ``"rotary"``, of queries and keys, with the base ``rope_theta``.
+        rope_scaling: Llama 3's, as (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
 
     Raises:
         ValueError: naming an argument that is out of range.
@@ -61,6 +75,15 @@ class Block(nn.Module):
         attention_dropout: float | None = None,
         step_size: float = 1.0,
         depth: int = 1,
+        normalization: str = "layer",
+        feed_forward: str = "gelu",
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        biases: str = "all",
+        qk_norm: bool = False,
+        positions: str = "none",
+        rope_theta: float = 10000.0,
+        rope_scaling: tuple[float, float, float, float] | None = None,
     ) -> None:
         super().__init__()
         self.settings = BlockSettings(
@@ -74,6 +97,15 @@ class Block(nn.Module):
             dropout,
             dropout if attention_dropout is None else attention_dropout,
             step_size,
+            normalization,
+            feed_forward,
+            kv_heads or 0,
+            head_width or 0,
+            biases,
+            qk_norm,
+            positions,
+            rope_theta,
+            rope_scaling,
         )
         device = torch.get_default_device()
         with torch.device("meta"):  # where torch's own initialisation costs nothing and draws no random numbers
@@ -92,14 +124,26 @@ class Block(nn.Module):
 
     def _add_parts(self) -> None:
         """Adds the submodules in the order of :class:`Weights`, which ``parameters()`` then follows."""
-        dim, ffn, eps = self.settings.dim, self.settings.ffn, self.settings.eps
-        self.ln1, self.qkv, self.proj = nn.LayerNorm(dim, eps), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.ln2, self.up, self.down = nn.LayerNorm(dim, eps), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        s, shapes = self.settings, self.settings.shapes()
+
+        def norm() -> nn.Module:
+            return nn.LayerNorm(s.dim, s.eps) if s.normalization == "layer" else nn.RMSNorm(s.dim, s.eps)
+
+        def linear(weight: tuple[int, ...], bias: tuple[int, ...] | None) -> nn.Linear:
+            return nn.Linear(weight[1], weight[0], bias is not None)
+
+        self.ln1, self.qkv = norm(), linear(shapes.qkv_weight, shapes.qkv_bias)
+        self.proj, self.ln2 = linear(shapes.proj_weight, shapes.proj_bias), norm()
+        self.up, self.down = linear(shapes.up_weight, shapes.up_bias), linear(shapes.down_weight, shapes.down_bias)
+        if s.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(s.head_width, s.eps), nn.RMSNorm(s.head_width, s.eps)
 
     def weights(self) -> Weights[torch.Tensor]:
         """The parameters themselves."""
-        parts = (self.ln1, self.qkv, self.proj, self.ln2, self.up, self.down)
-        return Weights(*(p for part in parts for p in (part.weight, part.bias)))
+        parts: tuple[Any, ...] = (self.ln1, self.qkv, self.proj, self.ln2, self.up, self.down)
+        found: list[Any] = [p for part in parts for p in (part.weight, getattr(part, "bias", None))]
+        found += [self.q_norm.weight, self.k_norm.weight] if self.settings.qk_norm else []
+        return Weights(*found)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -130,8 +174,8 @@ class Block(nn.Module):
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            weights = for_products(Weights(*(p.detach()[None] for p in parameters)), dtype)
-            out, saved = BATCHED_STEPS[s.norm].forward_train(context, weights, x.detach().reshape(1, -1, s.dim))
+            weights = for_products(parameters.map(lambda p: p.detach()[None]), dtype)
+            out, saved = batched_steps(s).forward_train(context, weights, x.detach().reshape(1, -1, s.dim))
         return out.view_as(x), BlockTape(context, parameters, weights, saved)
 
 
@@ -146,7 +190,7 @@ class BlockTape:
         saved: tuple[torch.Tensor, ...],
     ) -> None:
         self._context, self._parameters, self._weights, self._saved = context, parameters, weights, saved
-        self._step = BATCHED_STEPS[context.settings.norm]
+        self._step = batched_steps(context.settings)
         self._inner: tuple[torch.Tensor, ...] | None = None
 
     def input_vjp(self, grad_output: torch.Tensor) -> torch.Tensor:
@@ -159,18 +203,20 @@ class BlockTape:
     def weight_vjp(self) -> list[torch.Tensor | None]:
         """The gradients of the parameters that require one, for the gradient that the last ``input_vjp`` was given."""
         with torch.no_grad(), torch.autocast(self._saved[0].device.type, enabled=False):
-            into = Weights(*(torch.empty_like(p)[None] if p.requires_grad else None for p in self._parameters))
+            into = self._parameters.map(lambda p: torch.empty_like(p)[None] if p.requires_grad else None)
             self._step.weight_vjp(self._context, self._weights, self._saved, self._inner, into)
-        return [t[0] for t in into if t is not None]
+        return [t[0] for t in into.present()]
 
 
 @torch.no_grad()
 def initialize(w: Weights[torch.Tensor], depth: int) -> None:
     """Fills the weights as GPT-2's: normal with deviation 0.02, smaller onto the stream; LayerNorms the identity."""
     for name, p in zip(Weights._fields, w, strict=True):
+        if p is None:
+            continue
         if name.endswith("bias"):
             p.zero_()
-        elif name.startswith("ln"):
+        elif name.startswith(("ln", "q_norm", "k_norm")):
             p.fill_(1)
         else:
             p.normal_(std=0.02 / math.sqrt(2 * depth) if name in ("proj_weight", "down_weight") else 0.02)

@@ -1,4 +1,4 @@
-"""Weights of the transformers library's GPT-2, BERT and ViT, to and from a BlockStack."""
+"""Weights of the transformers library's GPT-2, BERT, ViT and Llama's kin, to and from a BlockStack."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "down": ("mlp.fc2", "output.dense"),
     },
 }
+_LLAMA: dict[str, tuple[str, ...]] = {
+    "ln1": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj",),
+    "proj": ("self_attn.o_proj",),
+    "ln2": ("post_attention_layernorm",),
+    "up": ("mlp.gate_proj mlp.up_proj",),
+    "down": ("mlp.down_proj",),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+}
+_MODERN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_SUBMODULES |= dict.fromkeys(_MODERN, _LLAMA)
+_GATES = {"silu": "silu gated", "gelu": "gelu gated", "gelu_pytorch_tanh": "gelu gated"}
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -62,10 +75,10 @@ def from_transformers(model: nn.Module) -> BlockStack:
     stack.to(first.device, first.dtype)
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            for name, stacked in zip(Weights._fields, stack.weights(), strict=True):
+            for name, stacked in _present(stack):
                 for theirs, ours in _pairs(layer, name, stacked[i]):
                     ours.copy_(theirs) if theirs is not None else ours.zero_()
-    if not getattr(model.config, "qkv_bias", True):
+    if _lacks_qkv_bias(model):
         stack.weights().qkv_bias.requires_grad_(False)  # zero, and stays so
     return stack
 
@@ -81,22 +94,31 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
         raise ValueError(
             f"the model has {len(layers)} layers with {settings}, the stack {len(stack)} with {stack.settings}"
         )
-    if not getattr(model.config, "qkv_bias", True) and bool(stack.weights().qkv_bias.detach().any()):
+    if _lacks_qkv_bias(model) and bool(stack.weights().qkv_bias.detach().any()):
         raise ValueError("the stack has learnt a qkv_bias and the model has none: make the model with qkv_bias=True")
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            for name, stacked in zip(Weights._fields, stack.weights(), strict=True):
+            for name, stacked in _present(stack):
                 for theirs, ours in _pairs(layer, name, stacked[i]):
                     if theirs is not None:
                         theirs.copy_(ours)
+
+
+def _present(stack: BlockStack) -> list[tuple[str, torch.Tensor]]:
+    return [(name, p) for name, p in zip(Weights._fields, stack.weights(), strict=True) if p is not None]
+
+
+def _lacks_qkv_bias(model: nn.Module) -> bool:
+    """Whether queries, keys and values have no bias though the blocks of that kind do (some ViTs)."""
+    return type(_layers(model)[0]).__name__ not in _MODERN and not getattr(model.config, "qkv_bias", True)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if type(m).__name__ in _SUBMODULES]
     if not layers or len({type(m).__name__ for m in layers}) > 1:
         raise ValueError(
-            f"{type(model).__name__} has no layers of the kinds {', '.join(_SUBMODULES)}, or several: only GPT-2, BERT "
-            "and ViT can be converted; any other stack of layers can be parallelized as it is"
+            f"{type(model).__name__} has no layers of the kinds {', '.join(_SUBMODULES)}, or several: only GPT-2, "
+            "BERT, ViT, Llama, Mistral, Qwen2 and Qwen3 can be converted; other stacks can be parallelized as they are"
         )
     return layers
 
@@ -104,6 +126,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _settings_of(model: nn.Module) -> BlockSettings:
     config: Any = model.config
     kind = type(_layers(model)[0]).__name__
+    if kind in _MODERN:
+        return _modern_settings(model, kind)
     refused: dict[str, object] = {"add_cross_attention": False, "position_embedding_type": "absolute"}
     if kind == "GPT2Block":
         refused |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -136,12 +160,64 @@ def _settings_of(model: nn.Module) -> BlockSettings:
     )
 
 
+def _modern_settings(model: nn.Module, kind: str) -> BlockSettings:
+    config: Any = model.config
+    if config.hidden_act not in _GATES:
+        raise ValueError(f"the model's activation is {config.hidden_act!r}: blocks have {', '.join(map(repr, _GATES))}")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(f"sliding_window = {window}: blocks attend to all of the sequence; set it to None")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError("mlp_bias = True: blocks have no bias in a gated second half")
+    layer = _layers(model)[0]
+    bias = {
+        part: getattr(layer.get_submodule(f"self_attn.{part}"), "bias", None) is not None
+        for part in ("q_proj", "o_proj")
+    }
+    if bias["o_proj"]:
+        raise ValueError("attention_bias = True: blocks have a bias of queries, keys and values alone")
+    theta, scaling = _rotary(config)
+    return BlockSettings(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        gelu="tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none",
+        eps=config.rms_norm_eps,
+        attention_dropout=getattr(config, "attention_dropout", 0.0),
+        normalization="rms",
+        feed_forward=_GATES[config.hidden_act],
+        kv_heads=config.num_key_value_heads,
+        head_width=getattr(config, "head_dim", None) or 0,
+        biases="qkv" if bias["q_proj"] else "none",
+        qk_norm=kind == "Qwen3DecoderLayer",
+        positions="rotary",
+        rope_theta=theta,
+        rope_scaling=scaling,
+    )
+
+
+def _rotary(config: Any) -> tuple[float, tuple[float, float, float, float] | None]:
+    """The base, and Llama 3's scaling, by the names of either version of the library."""
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"rope_type = {kind!r}: blocks have rotary positions as they are, or scaled as Llama 3's")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, original = (float(rope[name]) for name in names)
+    return float(theta), (factor, low, high, original)
+
+
 def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
     """A layer's own tensors (None: it has no such bias) and the views of a stack's row that correspond to them."""
-    part, kind = name.split("_")
+    part, kind = name.rsplit("_", 1)
     paths = _paths_of(layer, part)
-    for path, ours in zip(paths, row.chunk(len(paths)), strict=True):
-        module = layer.get_submodule(path)
+    modules: list[Any] = [layer.get_submodule(path) for path in paths]
+    # Grouped queries are wider than keys and values.
+    widths = [len(module.weight) for module in modules] if len(modules) > 1 else [len(row)]
+    for module, ours in zip(modules, row.split(widths), strict=True):
         theirs = getattr(module, kind)
         # GPT-2's Conv1D is a linear map with its weight transposed.
         yield (theirs.t() if type(module).__name__ == "Conv1D" and kind == "weight" else theirs), ours

@@ -14,9 +14,11 @@ from .kernels import kernel
 from .settings import Weights
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns x W^T + b in the dtype of W: [J, M, in] -> [J, M, out]."""
     x = x.to(weight.dtype)
+    if bias is None:
+        return torch.mm(x[0], weight[0].t()).unsqueeze(0) if len(x) == 1 else torch.bmm(x, weight.transpose(1, 2))
     if len(x) == 1:
         return torch.addmm(bias[0], x[0], weight[0].t()).unsqueeze(0)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
@@ -195,16 +197,16 @@ def ln_linear_train(
 
 
 def linear_axpy(
-    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float
+    a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, x: torch.Tensor, h: float
 ) -> torch.Tensor:
     """Returns x + h ((y - x) + a W^T + b)."""
     module = kernel("linear_axpy", a.shape[2], a.shape[1], len(a), a, weight, x)
-    if module:
+    if module and bias is not None:
         return module.linear_axpy(a, weight, bias, y, x, h)
     if not a.dtype == weight.dtype == y.dtype:
         return residual_add(linear(a, weight, bias), y, x, h)
     # The product is added up in the memory of this sum: a pass less than with the bias first and y last.
-    total = y + bias.unsqueeze(1)
+    total = y.clone() if bias is None else y + bias.unsqueeze(1)
     if len(a) == 1:
         total[0].addmm_(a[0], weight[0].t())
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -14,25 +15,37 @@ T_co = TypeVar("T_co", covariant=True)
 class Weights(NamedTuple, Generic[T_co]):
     """The parameters of one block, or of J of them with a leading dimension J. Linear weights are [out, in].
 
-    ``Weights[torch.Tensor]`` are the parameters themselves; other types stand for something about each of them.
+    ``Weights[torch.Tensor]`` are the parameters themselves; other types stand for something about each of them. What a
+    block does not have is None: biases, a LayerNorm's bias where the norm is an RMSNorm, the norms of the heads.
+    H query heads and K of keys and values have hd channels each; D = H hd and K = H where nothing else is said.
     """
 
     ln1_weight: T_co  # [D]
     ln1_bias: T_co  # [D]
-    qkv_weight: T_co  # [3 D, D]: queries, keys, values, each head after head
-    qkv_bias: T_co  # [3 D]
-    proj_weight: T_co  # [D, D]
+    qkv_weight: T_co  # [(H + 2 K) hd, D]: queries, keys, values, each head after head
+    qkv_bias: T_co  # [(H + 2 K) hd]
+    proj_weight: T_co  # [D, H hd]
     proj_bias: T_co  # [D]
     ln2_weight: T_co  # [D]
     ln2_bias: T_co  # [D]
-    up_weight: T_co  # [F, D]
-    up_bias: T_co  # [F]
+    up_weight: T_co  # [F, D]; gated [2 F, D], the gate's rows first
+    up_bias: T_co  # [F] or [2 F]
     down_weight: T_co  # [D, F]
     down_bias: T_co  # [D]
+    q_norm_weight: T_co = None  # type: ignore[assignment]  # [hd]
+    k_norm_weight: T_co = None  # type: ignore[assignment]  # [hd]
+
+    def map(self, function: Callable[[Any], Any]) -> Weights[Any]:
+        """The function of each, and None where there is None."""
+        return Weights(*(None if t is None else function(t) for t in self))
+
+    def present(self) -> list[T_co]:
+        """Those that there are."""
+        return [t for t in self if t is not None]
 
 
 # These are the names of the same parameters in a block, which has them in submodules: "ln1.weight" for ln1_weight.
-NAMES = tuple(field.replace("_", ".") for field in Weights._fields)
+NAMES = tuple(".".join(field.rsplit("_", 1)) for field in Weights._fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +62,64 @@ class BlockSettings:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     step_size: float = 1.0
+    normalization: str = "layer"
+    feed_forward: str = "gelu"
+    kv_heads: int = 0
+    head_width: int = 0
+    biases: str = "all"
+    qk_norm: bool = False
+    positions: str = "none"
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "ffn"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be a positive integer")
-        if self.dim % self.heads:
+        for name in ("kv_heads", "head_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} = {value!r}: must be a positive integer, or 0")
+        if self.dim % self.heads and not self.head_width:
             raise ValueError(f"heads = {self.heads}: must divide dim = {self.dim}")
-        choices = {"attention": ("causal", "full"), "norm": ("pre", "post"), "gelu": ("tanh", "none")}
+        # So that settings that compute the same are the same.
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "head_width", self.head_width or self.dim // self.heads)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+        choices: dict[str, tuple[str, ...]] = {
+            "attention": ("causal", "full"),
+            "norm": ("pre", "post"),
+            "gelu": ("tanh", "none"),
+        }
+        choices |= {"normalization": ("layer", "rms"), "feed_forward": ("gelu", "silu gated", "gelu gated")}
+        choices |= {"biases": ("all", "qkv", "none"), "positions": ("none", "rotary")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be {' or '.join(map(repr, allowed))}")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be in [0, 1)")
-        for name in ("eps", "step_size"):
+        for name in ("eps", "step_size", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be positive")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"positions = 'rotary': the {self.head_width} channels of a head must be an even number")
+        if self.modern and self.norm == "post":
+            raise ValueError("norm = 'post': is for blocks with LayerNorms, a gelu and all biases")
+
+    @property
+    def modern(self) -> bool:
+        """Whether a block computes more than GPT-2's; see modern.py."""
+        plain = self.normalization == "layer" and self.feed_forward == "gelu" and self.biases == "all"
+        plain = plain and self.kv_heads == self.heads and self.head_width * self.heads == self.dim
+        return not plain or self.qk_norm or self.positions != "none"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the inner width is a product of two linear maps, one behind an activation."""
+        return self.feed_forward != "gelu"
 
     @property
     def causal(self) -> bool:
@@ -76,7 +129,7 @@ class BlockSettings:
     @property
     def head_dim(self) -> int:
         """The channels of one attention head."""
-        return self.dim // self.heads
+        return self.head_width
 
     @property
     def scale(self) -> float:
@@ -84,9 +137,17 @@ class BlockSettings:
         return 1 / math.sqrt(self.head_dim)
 
     def shapes(self) -> Weights[tuple[int, ...]]:
-        """The shapes of one block's parameters."""
-        d, f = self.dim, self.ffn
-        return Weights((d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (f, d), (f,), (d, f), (d,))
+        """The shapes of one block's parameters; None for those that it does not have."""
+        d, f, hd = self.dim, self.ffn, self.head_width
+        qkv, o, up = (self.heads + 2 * self.kv_heads) * hd, self.heads * hd, 2 * f if self.gated else f
+        every = Weights[Any](
+            (d,), (d,), (qkv, d), (qkv,), (d, o), (d,), (d,), (d,), (up, d), (up,), (d, f), (d,), (hd,), (hd,)
+        )
+        absent = [] if self.qk_norm else ["q_norm_weight", "k_norm_weight"]
+        absent += [] if self.normalization == "layer" else ["ln1_bias", "ln2_bias"]
+        absent += [] if self.biases == "all" else ["proj_bias", "up_bias", "down_bias"]
+        absent += ["qkv_bias"] if self.biases == "none" else []
+        return every._replace(**dict.fromkeys(absent))
 
     def check_state(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Raises a ValueError where a block cannot take this state or these key lengths."""

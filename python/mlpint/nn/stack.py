@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,8 +36,8 @@ class BlockStack(nn.Module):
         with torch.device("meta"):
             self.settings = Block(dim, heads, **settings).settings
         self._build(range(layers))
-        for row in zip(*(p.detach().unbind(0) for p in self.weights()), strict=True):
-            initialize(Weights(*row), depth or layers)
+        for n in range(layers):
+            initialize(self.row(n), depth or layers)
 
     def _build(self, indices: Sequence[int], like: Weights[torch.Tensor] | None = None) -> None:
         """Registers parameters for so many rows, not filled, with the dtypes, devices and requires_grad of others."""
@@ -45,6 +46,9 @@ class BlockStack(nn.Module):
         self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
         others: Sequence[torch.Tensor | None] = like or [None] * len(Weights._fields)
         for name, shape, p in zip(Weights._fields, self.settings.shapes(), others, strict=True):
+            if shape is None:
+                self.register_parameter(name, None)
+                continue
             dtype, device = (None, None) if p is None else (p.dtype, p.device)
             rows = torch.empty(len(self.indices), *shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(rows, p is None or p.requires_grad))
@@ -74,7 +78,7 @@ class BlockStack(nn.Module):
             if block.settings != blocks[0].settings or block.training != blocks[0].training:
                 raise ValueError(f"block {n} has other settings than block 0: {block.settings}, {blocks[0].settings}")
             for name, p, q in zip(NAMES, block.weights(), blocks[0].weights(), strict=True):
-                if p.requires_grad != q.requires_grad or p.dtype != q.dtype:
+                if p is not None and q is not None and (p.requires_grad, p.dtype) != (q.requires_grad, q.dtype):
                     raise ValueError(
                         f"{name} of block {n} is {p.dtype} with requires_grad {p.requires_grad}, that of block 0 "
                         f"{q.dtype} with {q.requires_grad}: a stack has both in common; use an nn.ModuleList of blocks"
@@ -84,7 +88,8 @@ class BlockStack(nn.Module):
         stack = cls._not_filled(blocks[0].settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
         with torch.no_grad():
             for stacked, rows in zip(stack.weights(), zip(*(b.weights() for b in blocks), strict=True), strict=True):
-                torch.stack(rows, out=stacked)
+                if stacked is not None:
+                    torch.stack(rows, out=stacked)
         return stack
 
     def to_blocks(self) -> nn.ModuleList:
@@ -92,7 +97,7 @@ class BlockStack(nn.Module):
         blocks = nn.ModuleList()
         for i in range(len(self)):
             block = Block._without_memory(self.settings)
-            for name, stacked in zip(NAMES, self.weights(), strict=True):
+            for name, stacked in self.named_weights():
                 part, _, kind = name.partition(".")
                 p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
                 p.grad = None if stacked.grad is None else stacked.grad[i].clone()
@@ -104,7 +109,7 @@ class BlockStack(nn.Module):
         """A stack of copies of some of the rows."""
         part = self._not_filled(self.settings, [self.indices[i] for i in indices], self.weights(), self.training)
         with torch.no_grad():
-            for p, q in zip(part.weights(), self.weights(), strict=True):
+            for p, q in zip(part.weights().present(), self.weights().present(), strict=True):
                 p.copy_(q[list(indices)])
         return part
 
@@ -112,10 +117,14 @@ class BlockStack(nn.Module):
         """The stacked parameters themselves."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that there are, with what an unstacked block calls them."""
+        return [(name, p) for name, p in zip(NAMES, self.weights(), strict=True) if p is not None]
+
     def row(self, n: int) -> Weights[torch.Tensor]:
         """Views of the parameters of layer n."""
         i = self.indices.index(n)
-        return Weights(*(p.detach()[i] for p in self.weights()))
+        return self.weights().map(lambda p: p.detach()[i])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -145,27 +154,33 @@ class BlockStack(nn.Module):
         """The blocks one after the other, with dropout keys and factors of the step size, one of each for each row."""
         self.settings.check_state(x, lengths)
         # The backward of unbind stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
-        for i, row in enumerate(zip(*(p.unbind(0) for p in self.weights()), strict=True)):
+        rows = self.weights().map(lambda p: p.unbind(0))
+        for i in range(len(self)):
             h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
-            y = differentiable.step(self.settings, Weights(*row), x, lengths, keys[i] if keys else None, h)
+            y = differentiable.step(
+                self.settings, rows.map(operator.itemgetter(i)), x, lengths, keys[i] if keys else None, h
+            )
             if self.watch:
                 self.watch(self.indices[i], x, y)
             x = y
         return x
 
-    row_names = frozenset(NAMES)
+    @property
+    def row_names(self) -> frozenset[str]:
+        """What an unstacked block calls its parameters."""
+        return frozenset(name for name, _ in self.named_weights())
 
     # --- state dict, by the names of unstacked blocks ----------------------------------------------------------------
 
     def save_rows(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for i, n in enumerate(self.indices):
-            for name, stacked in zip(NAMES, self.weights(), strict=True):
+            for name, stacked in self.named_weights():
                 destination[f"{prefix}{n}.{name}"] = stacked[i] if keep_vars else stacked.detach()[i]
 
     def load_rows(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
         with torch.no_grad():
             for i, n in enumerate(self.indices):
-                for name, stacked in zip(NAMES, self.weights(), strict=True):
+                for name, stacked in self.named_weights():
                     key = f"{prefix}{n}.{name}"
                     value = state_dict.get(key)
                     if value is None:
@@ -183,7 +198,7 @@ class BlockStack(nn.Module):
         if self.saved_by_owner:
             return
         self.load_rows(state_dict, prefix, missing, errors)
-        known = {f"{n}.{name}" for n in self.indices for name in NAMES}
+        known = {f"{n}.{name}" for n in self.indices for name, _ in self.named_weights()}
         unexpected.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known)
 
 

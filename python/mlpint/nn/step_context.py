@@ -46,7 +46,7 @@ class StepContext:
         self,
         a: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
         y: torch.Tensor,
         x: torch.Tensor,
         h: float,
@@ -91,4 +91,6 @@ def for_products(w: Weights[torch.Tensor], dtype: torch.dtype | None) -> Weights
     """The weights, with the matrices and their biases in the dtype that products are taken in."""
     if dtype is None:
         return w
-    return Weights(*(t if name.startswith("ln") else t.to(dtype) for name, t in zip(Weights._fields, w, strict=True)))
+    norms = ("ln", "q_norm", "k_norm")
+    cast = (t if t is None or n.startswith(norms) else t.to(dtype) for n, t in zip(Weights._fields, w, strict=True))
+    return Weights(*cast)

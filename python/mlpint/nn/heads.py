@@ -1,0 +1,141 @@
+"""Queries, keys and values on their way into attention: a norm of each head, rotary positions, grouped queries.
+
+Of qkv [J, B T, (H + 2 K) hd], H query heads and K heads of keys and values, :func:`packed` makes [J, B T, 3 H hd],
+which attention takes: key head k stands H / K times, for the query heads k H / K, k H / K + 1, ...
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from .settings import BlockSettings, Weights
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def packed(
+    settings: BlockSettings, w: Weights[torch.Tensor], qkv: torch.Tensor, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention takes, and 1 / root mean square of queries and keys, [J, B, T, heads] each (empty without norm).
+
+    Differentiable.
+    """
+    q, k, v = _split(settings, qkv, batch)
+    q_rms = k_rms = qkv.new_empty(len(qkv), 0)
+    if w.q_norm_weight is not None and w.k_norm_weight is not None:
+        q_rms, k_rms = inverse_rms(q, settings.eps), inverse_rms(k, settings.eps)
+        q, k = _scaled(q, q_rms, w.q_norm_weight), _scaled(k, k_rms, w.k_norm_weight)
+    if torch.is_grad_enabled() and q.requires_grad:
+        return _together(settings, q, k, v), q_rms, k_rms
+    return _in_place(settings, q, k, v), q_rms, k_rms
+
+
+def _together(settings: BlockSettings, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Of heads [J, B, T, H or K, hd] what attention takes, by what autograd can follow."""
+    if settings.positions == "rotary":
+        cos, sin = rotary_tables(settings, q.shape[2], q.device, q.dtype)
+        q, k = (torch.cat(_rotated(t, cos, sin), -1) for t in (q, k))
+    k, v = (t.repeat_interleave(settings.heads // settings.kv_heads, 3) for t in (k, v))
+    return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2)
+
+
+def _in_place(settings: BlockSettings, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same, each head written once, to where it belongs."""
+    j, batch, sequence, heads, width = q.shape
+    out = q.new_empty(j, batch, sequence, 3, heads, width)
+    grouped = out.unflatten(4, (settings.kv_heads, heads // settings.kv_heads))
+    grouped[:, :, :, 2].copy_(v.unsqueeze(4))
+    if settings.positions == "rotary":
+        cos, sin = rotary_tables(settings, sequence, q.device, q.dtype)
+        for part, values in zip(out[:, :, :, 0].chunk(2, -1), _rotated(q, cos, sin), strict=True):
+            part.copy_(values)
+        for part, values in zip(grouped[:, :, :, 1].chunk(2, -1), _rotated(k, cos, sin), strict=True):
+            part.copy_(values.unsqueeze(4))
+    else:
+        out[:, :, :, 0].copy_(q)
+        grouped[:, :, :, 1].copy_(k.unsqueeze(4))
+    return out.view(j, batch * sequence, 3 * heads * width)
+
+
+def packed_backward(
+    settings: BlockSettings,
+    w: Weights[torch.Tensor],
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    q_rms: torch.Tensor,
+    k_rms: torch.Tensor,
+    batch: int,
+) -> tuple[torch.Tensor, Tensors]:
+    """The gradient for qkv, and those of the norms' weights, [J, hd] each (empty without norm).
+
+    Args:
+        grad: for what :func:`packed` gave.
+        qkv: as it was given; read only where there is a norm.
+    """
+    heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_dim
+    j, m, _ = grad.shape
+    q, k, v = grad.view(j, batch, m // batch, 3, heads, width).unbind(3)
+    if heads != kv_heads:
+        k, v = (t.unflatten(3, (kv_heads, heads // kv_heads)).sum(4) for t in (k, v))
+    if settings.positions == "rotary":
+        cos, sin = rotary_tables(settings, q.shape[2], q.device, q.dtype)
+        q, k = (torch.cat(_rotated(t, cos, -sin), -1) for t in (q, k))
+    norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
+    if w.q_norm_weight is not None and w.k_norm_weight is not None:
+        before_q, before_k, _ = _split(settings, qkv, batch)
+        q, of_q = _scaled_backward(q, before_q, q_rms, w.q_norm_weight)
+        k, of_k = _scaled_backward(k, before_k, k_rms, w.k_norm_weight)
+        norms = of_q, of_k
+    return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2), norms
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, in single precision at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().mean(-1).add(eps).rsqrt()
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_tables(
+    settings: BlockSettings, sequence: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine by position and pair of channels (c, c + hd / 2), [T, 1, hd / 2]."""
+    half = settings.head_dim // 2
+    frequencies = settings.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    if settings.rope_scaling is not None:
+        factor, low, high, original = settings.rope_scaling
+        # Llama 3: slow rotations are slowed down by the factor, fast ones left, those between in proportion.
+        turns = original * frequencies / (2 * math.pi)
+        part = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - part) * frequencies / factor + part * frequencies
+    angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)[:, None]
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def _split(settings: BlockSettings, qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """[J, B T, (H + 2 K) hd] -> q [J, B, T, H, hd], k and v [J, B, T, K, hd]."""
+    j, m, _ = qkv.shape
+    heads = qkv.view(j, batch, m // batch, -1, settings.head_dim)
+    return heads.split([settings.heads, settings.kv_heads, settings.kv_heads], 3)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
+    """Both halves of the channels."""
+    a, b = x.chunk(2, -1)
+    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+
+
+def _scaled(x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x * rms.unsqueeze(-1)).to(x.dtype) * weight[:, None, None, None]
+
+
+def _scaled_backward(
+    grad: torch.Tensor, x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normalized = x * rms.unsqueeze(-1)
+    scaled = grad * weight[:, None, None, None]
+    dx = (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)) * rms.unsqueeze(-1)
+    return dx.to(grad.dtype), (grad * normalized).sum((1, 2, 3))

@@ -1,0 +1,159 @@
+"""The pre-norm step of today's language models and its hand-written backward, for J independent blocks at once.
+
+    y = x + drop(O attention(heads(QKV N1 x))),  out = x + h ((y - x) + drop(W2 f(W1 N2 y)))
+
+N is an RMSNorm or a LayerNorm; heads are those of heads.py; f is gelu, or act(a) b for (a, b) = W1 N2 y; any linear map
+may be without its bias. Shapes and the two halves of the backward are those of pre_norm.py, which has the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from . import ops
+from .dropout import FFN, PROJECTION
+from .heads import inverse_rms, packed, packed_backward
+from .settings import BlockSettings, Weights
+from .step_context import StepContext
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def forward(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One step, with nothing saved."""
+    settings = context.settings
+    qkv = ops.linear(_norm(context, x, w.ln1_weight, w.ln1_bias)[0], w.qkv_weight, w.qkv_bias)
+    o = context.attention(packed(settings, w, qkv, context.batch)[0])
+    y = context.onto_stream(o, w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
+    a = _inner(settings, w, _norm(context, y, w.ln2_weight, w.ln2_bias)[0])
+    return context.onto_stream(a, w.down_weight, w.down_bias, y, x, context.h, FFN)
+
+
+def forward_train(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    """One step, and what its backward needs; every tensor of it has the leading dimension J."""
+    settings = context.settings
+    n1, mean1, rstd1 = _norm(context, x, w.ln1_weight, w.ln1_bias)
+    qkv = ops.linear(n1, w.qkv_weight, w.qkv_bias)
+    into, q_rms, k_rms = packed(settings, w, qkv, context.batch)
+    o, attended = context.attention_train(into)
+    y = context.onto_stream(o, w.proj_weight, w.proj_bias, x, x, 1, PROJECTION)
+    n2, mean2, rstd2 = _norm(context, y, w.ln2_weight, w.ln2_bias)
+    pre = ops.linear(n2, w.up_weight, w.up_bias)
+    a = activated(settings, pre)
+    out = context.onto_stream(a, w.down_weight, w.down_bias, y, x, context.h, FFN)
+    if not settings.qk_norm:
+        qkv = qkv.new_empty(len(qkv), 0)  # which no backward reads
+    return out, (x, mean1, rstd1, n1, qkv, q_rms, k_rms, into, o, attended, y, mean2, rstd2, n2, pre, a)
+
+
+def input_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, grad: torch.Tensor
+) -> tuple[torch.Tensor, Tensors]:
+    """The gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
+    x, mean1, rstd1, _, qkv, q_rms, k_rms, into, o, attended, y, mean2, rstd2, _, pre, _ = saved
+    settings, h = context.settings, context.h
+    scaled = grad if h == 1 else grad * h
+    d_down = context.dropped(scaled, FFN).to(w.down_weight.dtype)
+    d_pre = _activated_backward(settings, ops.linear_backward(d_down, w.down_weight), pre)
+    d_n2 = ops.linear_backward(d_pre, w.up_weight)
+    dy = _norm_backward(d_n2, y, mean2, rstd2, w.ln2_weight).add_(scaled)
+    d_proj = context.dropped(dy, PROJECTION).to(w.proj_weight.dtype)
+    d_into = context.attention_backward(ops.linear_backward(d_proj, w.proj_weight), into, o, attended)
+    d_qkv, norms = packed_backward(settings, w, d_into, qkv, q_rms, k_rms, context.batch)
+    d_n1 = ops.linear_backward(d_qkv, w.qkv_weight)
+    dx = _norm_backward(d_n1, x, mean1, rstd1, w.ln1_weight).add_(dy)
+    if h != 1:
+        dx += grad - scaled
+    return dx, (d_down, d_pre, d_n2, d_proj, d_qkv, d_n1, *norms)
+
+
+def weight_vjp(
+    context: StepContext, w: Weights[torch.Tensor], saved: Tensors, inner: Tensors, into: Weights[torch.Tensor | None]
+) -> None:
+    """Writes the parameters' gradients into [J, ...] tensors of any strides; None stands for one not wanted."""
+    x, mean1, rstd1, n1, _, _, _, _, o, _, y, mean2, rstd2, n2, _, a = saved
+    d_down, d_pre, d_n2, d_proj, d_qkv, d_n1, of_q, of_k = inner
+    ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
+    ops.linear_weight_grads(d_pre, n2, into.up_weight, into.up_bias)
+    _norm_weight_grads(d_n2, y, mean2, rstd2, into.ln2_weight, into.ln2_bias)
+    ops.linear_weight_grads(d_proj, o, into.proj_weight, into.proj_bias)
+    ops.linear_weight_grads(d_qkv, n1, into.qkv_weight, into.qkv_bias)
+    _norm_weight_grads(d_n1, x, mean1, rstd1, into.ln1_weight, into.ln1_bias)
+    for target, found in ((into.q_norm_weight, of_q), (into.k_norm_weight, of_k)):
+        if target is not None:
+            target.copy_(found)
+
+
+# --- norms: without a bias an RMSNorm, whose mean stays empty ---------------------------------------------------------
+
+
+def _norm(
+    context: StepContext, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The normalised state, mean and 1 / deviation, [J, M]."""
+    if context.settings.normalization == "layer" and bias is not None:
+        return ops.ln(x, weight, bias, context.eps)
+    rms = inverse_rms(x, context.eps)
+    return (x * rms.unsqueeze(-1)).to(x.dtype).mul_(weight.unsqueeze(1)), x.new_empty(len(x), 0), rms
+
+
+def _norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    if mean.numel():
+        return ops.ln_backward_add(grad, x, mean, rstd, weight, None)[0]
+    scaled = grad.to(x.dtype) * weight.unsqueeze(1)
+    # (x . scaled) rstd^2 / D is the part along x that the norm takes out.
+    along = torch.linalg.vecdot(x, scaled).mul_(rstd.square()).div_(x.shape[-1])
+    return scaled.addcmul_(x, along.unsqueeze(-1), value=-1).mul_(rstd.unsqueeze(-1))
+
+
+def _norm_weight_grads(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    if mean.numel():
+        # The kernel's sums, where it is taken, are not kept by this step: they are taken here for all.
+        ops.ln_weight_grads(grad, x.new_empty(len(x), 0), x, mean, rstd, weight, bias)
+    elif weight is not None:
+        torch.sum((x * rstd.unsqueeze(-1)).mul_(grad), 1, dtype=weight.dtype, out=weight)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def activated(settings: BlockSettings, pre: torch.Tensor) -> torch.Tensor:
+    """The inner width's values: f of the first linear map's output."""
+    if not settings.gated:
+        return F.gelu(pre, approximate=settings.gelu)
+    gate, up = pre.chunk(2, -1)
+    return _gate(settings, gate) * up
+
+
+def _inner(settings: BlockSettings, w: Weights[torch.Tensor], n: torch.Tensor) -> torch.Tensor:
+    """The inner width's values with nothing saved: of gated ones a half at a time, in a half of the memory."""
+    if not settings.gated:
+        return activated(settings, ops.linear(n, w.up_weight, w.up_bias))
+    biases = (None, None) if w.up_bias is None else w.up_bias.chunk(2, 1)
+    gate, up = (ops.linear(n, part, bias) for part, bias in zip(w.up_weight.chunk(2, 1), biases, strict=True))
+    return up.mul_(_gate(settings, gate))
+
+
+def _gate(settings: BlockSettings, gate: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) if settings.feed_forward == "silu gated" else F.gelu(gate, approximate=settings.gelu)
+
+
+def _activated_backward(settings: BlockSettings, grad: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    if not settings.gated:
+        return torch.ops.aten.gelu_backward(grad, pre, approximate=settings.gelu)
+    gate, up = pre.chunk(2, -1)
+    if settings.feed_forward == "silu gated":
+        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    else:
+        d_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=settings.gelu)
+    return torch.cat([d_gate, _gate(settings, gate).mul_(grad)], -1)
