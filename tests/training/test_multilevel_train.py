@@ -39,7 +39,7 @@ def weights(run):
 
 
 def test_a_run_and_going_on_with_it_in_the_middle_of_a_cycle(capsys):
-    options = {"optimizer_state": "restrict", "coarse": "fitted", "control": "gradient"}
+    options = {"optimizer_state": "restrict", "coarse": "fitted", "control": "gradient", "control_start": 0}
     assert train("--out=whole", checkpoint_every=4, **options) == 0
     lines = steps_of("whole")
     assert [line["network"] for line in lines] == ["fine", *"AABB", "fine", *"AABB", "fine"]

@@ -70,6 +70,7 @@ class SolverConfig(Section):
     consistency_final: float = key(
         1.0, "mu at the last step, as a fraction, to which it goes by half a cosine", least=0, most=1
     )
+    stacked: bool = key(True, "keep equal layers' parameters stacked, and evaluate those of all intervals together")
     recompute: bool = key(False, "recompute layers in the backward pass instead of keeping their graphs")
     control: str = key(
         "auto",

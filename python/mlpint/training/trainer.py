@@ -26,7 +26,7 @@ from ..flops import FlopMeter
 from ..mgrit.options import MGRIT
 from ..mgrit.recorder import span
 from ..multilevel import Multilevel, Phase
-from ..nn import random_keys
+from ..nn import Block, BlockStack, random_keys
 from ..parallel.clip import scale_down, squared_grad_norm
 from ..parallel.data_parallel import averaged_gradients
 from ..parallel.layer_parallel import LayerParallel
@@ -324,7 +324,7 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
     layers = list(blocks.children())
     depth = len(layers) - solver.open_layers - solver.close_layers
     stack = LayerParallel(
-        layers,
+        BlockStack.from_blocks(layers) if solver.stacked and _alike_blocks(layers) else layers,
         solver.mgrit(),
         comm=comm,
         step_size=solver.step_size or 1 / depth,
@@ -339,6 +339,10 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
     for direction in ("forward", "backward"):
         stack.solver(direction)  # raises here what it would raise in the first step
     return stack
+
+
+def _alike_blocks(layers: list[nn.Module]) -> bool:
+    return all(isinstance(n, Block) and n.settings == layers[0].settings for n in layers)
 
 
 def _all_alike(blocks: LayerParallel) -> bool:
