@@ -324,7 +324,7 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
     layers = list(blocks.children())
     depth = len(layers) - solver.open_layers - solver.close_layers
     stack = LayerParallel(
-        BlockStack.from_blocks(layers) if solver.stacked and _alike_blocks(layers) else layers,
+        _stacked(layers) if solver.stacked else layers,
         solver.mgrit(),
         comm=comm,
         step_size=solver.step_size or 1 / depth,
@@ -341,8 +341,11 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> Laye
     return stack
 
 
-def _alike_blocks(layers: list[nn.Module]) -> bool:
-    return all(isinstance(n, Block) and n.settings == layers[0].settings for n in layers)
+def _stacked(layers: list[nn.Module]) -> BlockStack | list[nn.Module]:
+    """The same layers, stacked where they are blocks of one kind."""
+    found = [n for n in layers if isinstance(n, Block)]
+    alike = len(found) == len(layers) and len({n.settings for n in found}) == 1
+    return BlockStack.from_blocks(found) if alike else layers
 
 
 def _all_alike(blocks: LayerParallel) -> bool:
