@@ -148,7 +148,7 @@ def stacked_rows(stack, layout):
     @contextmanager
     def replaced():
         blocks = getattr(stack, "stacked", None)
-        before = {} if blocks is None else dict(blocks._parameters)
+        before = {} if blocks is None else {n: p for n, p in blocks._parameters.items() if p is not None}
         for name, p in before.items():
             blocks._parameters[name] = nn.Parameter(p.detach()[list(layout.layers)])
         yield

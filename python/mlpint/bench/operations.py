@@ -264,7 +264,7 @@ class Average(Operation):
         from ..nn.settings import BlockSettings
 
         r = Random(shape, device)
-        sizes = BlockSettings(shape.d, shape.heads, shape.ffn).shapes()
+        sizes = BlockSettings(shape.d, shape.heads, shape.ffn).shapes().present()
         return {
             "fine": [r.parameter(*size, scale=1.0) for size in sizes],
             "coarse": [r.normal(*size) for size in sizes],

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from ..layers.batch_slices import Tensors, mixes_samples
 from ..layers.side_effects import BufferWatch, host_generators
 from ..mgrit import vectors
@@ -21,22 +23,38 @@ _SAME = 1e-3  # relative difference that unlike hardware may make
 
 
 def check_replicas(setup: PassSetup, what: str, state: State) -> None:
-    """Compares what has to be alike on all ranks, by one number, in the first passes.
+    """Compares what has to be alike on all ranks, by two numbers, in the first passes.
 
     Raises:
         RuntimeError: on all ranks; it differs by more than rounding.
     """
     if setup.comm.size == 1 or setup.number > _CHECKED_PASSES:
         return
-    norm = math.sqrt(vectors.squared_norm(state))
-    norms = [float(message) for message in setup.comm.gather(repr(norm).encode())]
-    if any(abs(n - norms[0]) > _SAME * abs(norms[0]) for n in norms):
-        seen = ", ".join(f"{n:.6g} on rank {rank}" for rank, n in enumerate(norms))
+    mine = f"{math.sqrt(vectors.squared_norm(state))!r} {_projection(state)!r}"
+    pairs = [tuple(map(float, message.split())) for message in setup.comm.gather(mine.encode())]
+    largest = _SAME * abs(pairs[0][0])
+    if any(abs(n - pairs[0][0]) > largest or abs(p - pairs[0][1]) > largest for n, p in pairs):
+        seen = ", ".join(f"{n:.6g} (along one direction {p:.4g}) on rank {rank}" for rank, (n, p) in enumerate(pairs))
         raise RuntimeError(
             f"{what} differs from rank to rank: its norm is {seen}. Every rank must run the same batch through the "
             "same weights: seed all ranks alike before the model is made and the data is shuffled, or call "
             "mlpint.sync_replicas(model, comm) and give all ranks the data of one"
         )
+
+
+def _projection(state: State) -> float:
+    """Its part along a fixed random direction: other batches of a wide model have nearly the same norm."""
+    total, generator = 0.0, torch.Generator().manual_seed(0)
+    for tensor in state.tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+            # A direction for rows and one for columns, which need no memory of the size of the state.
+            a, b = (
+                torch.randn(n, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
+                for n in rows.shape
+            )
+            total += float(torch.dot(torch.mv(rows.float(), b), a))
+    return total
 
 
 def check_ties(setup: PassSetup) -> None:
