@@ -49,11 +49,11 @@ def losses_of(directory):
     return [line["loss"] for line in steps_of(directory)]
 
 
-def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0):
+def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0, arch="gpt2", kv_heads=0):
     """The same training in plain PyTorch: no LayerParallel, no code of the training loop."""
     torch.manual_seed(0)
     corpus = load("", sequence=16)
-    model = GPT(256, 16, Shape(layers=10, dim=16, heads=2))
+    model = GPT(256, 16, Shape(layers=10, dim=16, heads=2, llama=arch == "llama", kv_heads=kv_heads))
     decays = [p for p in model.parameters() if p.dim() == 2]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
     if optimizer == "adamw":
@@ -85,7 +85,9 @@ def plain_losses(steps, accumulate=1, optimizer="adamw", clip=1.0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 2, "clip": 0.5}, {"optimizer": "sgd"}], ids=["adamw", "accumulate", "sgd"]
+    "options",
+    [{}, {"accumulate": 2, "clip": 0.5}, {"optimizer": "sgd"}, {"arch": "llama", "kv_heads": 1}],
+    ids=["adamw", "accumulate", "sgd", "llama"],
 )
 def test_exact_training_is_plain_training(options, tmp_path):
     expected, val_loss = plain_losses(8, **options)
@@ -94,6 +96,16 @@ def test_exact_training_is_plain_training(options, tmp_path):
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
     assert lines[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
     assert lines[-1]["mode"] == "exact" and lines[-1]["iterations"] == {"forward": 0, "backward": 0}
+
+
+def test_two_ranks_train_a_llama_as_one_does(tmp_path):
+    options = {"arch": "llama", "steps": 4, "forward_iters": 1, "coarse": "injection", "cfactor": 2, "sample": 5}
+    launched("mpich", 2, *flags(out=tmp_path / "two", **options)).check()
+    assert cli.main(["train", *flags(out=tmp_path / "one", **options)]) == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    lines = steps_of(tmp_path / "two")
+    # Queries, keys, values, projection and three matrices of 16 x 48, 10 layers; attention of 16 places.
+    assert lines[0]["flops"] >= 3 * 10 * 64 * (2 * (4 * 256 + 3 * 16 * 48) + 4 * 16 * 16) > 0.3 * lines[0]["flops"]
 
 
 def test_what_a_run_leaves_behind(tmp_path, capsys, monkeypatch):

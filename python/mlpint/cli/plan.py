@@ -21,7 +21,20 @@ from .flags import add_flag, flag_values
 # Of a layer's forward, for a message with a state: FLOPS / (12 d bandwidth), whatever the batch; so between fast GPUs.
 _HOP = 0.2
 _SOLVER = ("levels", "cfactor", "forward_iters", "backward_iters", "relaxation", "coarse", "layout", "chain_slices")
-_NETWORK = ("task", "layers", "dim", "heads", "ffn", "sequence", "batch", "open_layers", "close_layers", "data")
+_NETWORK = (
+    "task",
+    "arch",
+    "layers",
+    "dim",
+    "heads",
+    "kv_heads",
+    "ffn",
+    "sequence",
+    "batch",
+    "open_layers",
+    "close_layers",
+    "data",
+)
 
 
 def add_flags(parser: Any) -> None:

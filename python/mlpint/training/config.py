@@ -29,8 +29,14 @@ class ModelConfig(Section):
     layers: int = key(32, "transformer layers, buffer layers included", least=1)
     encoder_layers: int = key(0, "translation: those of the layers that are the encoder's; 0: half", least=0)
     dim: int = key(128, "width", least=1)
+    arch: str = key(
+        "gpt2",
+        "gpt: gpt2, or llama (RMSNorm, rotary positions, SwiGLU, grouped queries)",
+        choices=("gpt2", "llama"),
+    )
     heads: int = key(4, "attention heads", least=1)
-    ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim", least=0)
+    kv_heads: int = key(0, "llama: heads of keys and values, a divisor of heads; 0: as many", least=0)
+    ffn: int = key(0, "inner width of the layers' second half; 0: 4 dim, llama: 8 / 3 dim", least=0)
     dropout: float = key(0.0, "dropout probability", least=0, below=1)
     tied: bool = key(True, "one matrix for the token embedding and the output layer")
     vocabulary: int = key(
@@ -301,6 +307,12 @@ class TrainConfig:
         model, solver = self.model, self.solver
         if model.dim % model.heads:
             raise ConfigError(f"dim = {model.dim}: must be a multiple of heads = {model.heads}")
+        if model.arch != "gpt2" and model.task != "gpt":
+            raise ConfigError(f"arch = {model.arch!r}: is for task = 'gpt', not {model.task!r}")
+        if model.kv_heads and (model.arch == "gpt2" or model.heads % model.kv_heads):
+            raise ConfigError(f"kv_heads = {model.kv_heads}: must divide heads = {model.heads}, with arch = 'llama'")
+        if model.arch == "llama" and model.dim // model.heads % 2:
+            raise ConfigError(f"arch = 'llama': dim / heads = {model.dim // model.heads}: must be even")
         if solver.open_layers + solver.close_layers >= model.layers:
             raise ConfigError(
                 f"open_layers + close_layers = {solver.open_layers + solver.close_layers}: "

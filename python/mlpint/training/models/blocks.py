@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class Blocks(nn.ModuleList):
 
 
 def decoder_blocks(shape: Shape) -> Blocks:
-    """Pre-LN blocks with causal attention and GPT-2's initialisation."""
+    """Pre-LN blocks with causal attention, GPT-2's or Llama's, and GPT-2's initialisation."""
     return Blocks(_blocks(shape, "causal"))
 
 
@@ -37,7 +38,11 @@ def encoder_blocks(shape: Shape) -> Blocks:
 
 def _blocks(shape: Shape, attention: str) -> list[Block]:
     dim, heads, ffn, depth = shape.dim, shape.heads, shape.ffn_width, shape.layers
-    return [Block(dim, heads, ffn=ffn, attention=attention, dropout=shape.dropout, depth=depth) for _ in range(depth)]
+    kind: dict[str, Any] = {"attention": attention, "dropout": shape.dropout}
+    if shape.llama:
+        kind |= {"normalization": "rms", "feed_forward": "silu gated", "biases": "none", "positions": "rotary"}
+        kind |= {"kv_heads": shape.kv_heads or heads}
+    return [Block(dim, heads, ffn=ffn, depth=depth, **kind) for _ in range(depth)]
 
 
 def initial_deviation(dim: int) -> float:

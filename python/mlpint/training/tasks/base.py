@@ -61,7 +61,8 @@ class Task(abc.ABC):
     def shape(self) -> Shape:
         """The size of the model."""
         model = self.config.model
-        return Shape(model.layers, model.dim, model.heads, model.ffn, model.dropout)
+        llama = model.arch == "llama"
+        return Shape(model.layers, model.dim, model.heads, model.ffn, model.dropout, llama, model.kv_heads)
 
     @abc.abstractmethod
     def describe(self) -> str:
