@@ -197,8 +197,9 @@ class Report:
         loss_curves({label: lines}, self.directory / "loss.png", target=target_of(lines))
         if (self.directory / TRACE).exists():
             draw_trace(self.directory / TRACE, self.directory / "trace.png")
-        page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
-        (self.directory / "report.html").write_text(page, encoding="utf-8")
+        if any("loss" in line for line in lines):  # none where all steps were skipped
+            page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
+            (self.directory / "report.html").write_text(page, encoding="utf-8")
         if sample is not None:
             (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
             self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
