@@ -90,7 +90,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.python $(PACKAGE)
-	$(INSTALL) $(if $(wildcard $@),-q) '.[mpich]'
+	$(INSTALL) $(if $(wildcard $@),-q) '.[mpich,report]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python $(PACKAGE)

@@ -33,6 +33,13 @@ class OtherRankError(LaunchError):
     of_one_rank = False
 
 
+class MissingPackageError(UserError):
+    """An optional package that is not installed."""
+
+    def __init__(self, package: str, what: str) -> None:
+        super().__init__(f"{what} need the package {package}, which is not installed: pip install {package}")
+
+
 class DataError(UserError):
     """Training text that cannot be read or is too short."""
 

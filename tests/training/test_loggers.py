@@ -72,6 +72,17 @@ def test_a_package_that_is_missing_is_named_before_the_first_step(tmp_path, monk
     assert "log = 'wandb': needs the package wandb: pip install wandb" in capsys.readouterr().err
 
 
+def test_a_run_without_matplotlib_says_so_and_a_report_is_refused(tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.patches"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["train", *flags(out=tmp_path)]) == 0
+    hint = "pictures need the package matplotlib, which is not installed: pip install matplotlib"
+    assert f"no pictures and no report.html: {hint}" in capsys.readouterr().out
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4 and not (tmp_path / "loss.png").exists()
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 2
+    assert hint in capsys.readouterr().err
+
+
 def test_numbers_of_a_line():
     line = {"step": 3, "loss": 2, "val_loss": None, "mode": "exact", "flag": True, "control": {"measured": {"c": 0.5}}}
     assert dict(loggers.scalars(line)) == {"loss": 2.0, "control/measured/c": 0.5}

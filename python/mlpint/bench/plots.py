@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import MissingPackageError
 from .results import Row
 
 
@@ -14,8 +15,11 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 
     The lines of one panel differ in provider; where several M, J or masks were timed, in these too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError("matplotlib", "pictures") from None
 
     directory.mkdir(parents=True, exist_ok=True)
     pictures: dict[tuple[str, str], dict[str, dict[str, list[Row]]]] = defaultdict(dict)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..errors import UserError
+from ..errors import MissingPackageError, UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +41,13 @@ def loss_curves(
         target: of error control, a cosine, or a convergence factor where those were measured; 0: not drawn.
 
     Raises:
-        UserError: a run has not recorded what the curves are to be drawn over.
+        UserError: a run has not recorded what the curves are to be drawn over, or matplotlib is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError("matplotlib", "pictures") from None
 
     runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
     checked = {label: checks(lines) for label, lines in runs.items()}

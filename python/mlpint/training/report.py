@@ -16,6 +16,7 @@ import torch
 
 from ..comm.collectively import collectively
 from ..control.ladder import short_form
+from ..errors import MissingPackageError
 from .closing import closing, ranks_of
 from .comparison import Comparison
 from .html_report import report_page, target_of
@@ -49,9 +50,8 @@ class Report:
         self.metrics: Metrics | None = None  # None on all ranks but the first, which alone reports
         collectively(self.comm, self._open)
         terminal = terminal_of_launcher(sys.stdout, sys.stderr) if self.metrics is not None else None
-        if terminal is not None:
-            from tqdm import tqdm
-
+        tqdm = _tqdm() if terminal is not None else None
+        if tqdm is not None:
             self.bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False, ncols=terminal)
 
     def _open(self) -> None:
@@ -192,14 +192,11 @@ class Report:
         if self.logger is not None:
             self.logger.close()
         lines = read_lines(self.directory / "metrics.jsonl")
-        label, trainer = short_form(self.config.solver.mgrit()), self.trainer
-        label = f"{label} at first" if trainer.control else label
-        loss_curves({label: lines}, self.directory / "loss.png", target=target_of(lines))
-        if (self.directory / TRACE).exists():
-            draw_trace(self.directory / TRACE, self.directory / "trace.png")
-        if any("loss" in line for line in lines):  # none where all steps were skipped
-            page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
-            (self.directory / "report.html").write_text(page, encoding="utf-8")
+        trainer = self.trainer
+        try:
+            self._draw(lines)
+        except MissingPackageError as error:
+            self._say(f"no pictures and no report.html: {error}")
         if sample is not None:
             (self.directory / "sample.txt").write_text(sample.written, encoding="utf-8")
             self._say(f"\n--- sample: {sample.title} ---\n{sample.shown}\n---\n")
@@ -207,6 +204,26 @@ class Report:
         for line in closing(trainer, self.directory, comparison, steps, self.exact_steps, self.elapsed):
             self._say(line)
         self._say(f"written    {self.directory}/: " + ", ".join(sorted(p.name for p in self.directory.glob("[!.]*"))))
+
+    def _draw(self, lines: list[dict[str, Any]]) -> None:
+        """The pictures and the page."""
+        label = short_form(self.config.solver.mgrit())
+        label = f"{label} at first" if self.trainer.control else label
+        loss_curves({label: lines}, self.directory / "loss.png", target=target_of(lines))
+        if (self.directory / TRACE).exists():
+            draw_trace(self.directory / TRACE, self.directory / "trace.png")
+        if any("loss" in line for line in lines):  # none where all steps were skipped
+            page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
+            (self.directory / "report.html").write_text(page, encoding="utf-8")
+
+
+def _tqdm() -> Any:
+    """The progress bar's class; None where it is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
 
 
 class _Lines(logging.Handler):

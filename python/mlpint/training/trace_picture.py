@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..errors import UserError
+from ..errors import MissingPackageError, UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +79,12 @@ def draw_trace(trace: Path, to: Path | BinaryIO) -> None:
     Raises:
         UserError: the file is no such trace.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise MissingPackageError("matplotlib", "pictures") from None
 
     step = last_step(trace)
     layers = 1 + max((n for es in step.ranks.values() for e in es for n in e["args"].get("layers", ())), default=-1)
