@@ -86,7 +86,8 @@ def _next(trainer: Trainer, directory: Path, comparison: Comparison | None) -> I
     elif comparison is not None and comparison.speedup < 1.05:
         yield f"data parallelism or an exact pipeline may serve you better: mlpint plan --ranks {size}"
     elif comparison is not None and comparison.gradient_cosine < 0.95:
-        yield "better gradients: --forward-iters 2, or --consistency 1"
+        term = "" if trainer.consistency else ", or --consistency 1"
+        yield f"better gradients: more steps, --forward-iters 2{term}"
     else:
         yield f"the fastest way on more ranks: mlpint plan --layers {config.model.layers} --ranks {2 * size}"
     yield f"more steps: mlpint train --resume {directory} --steps {2 * trainer.total}"
