@@ -115,13 +115,14 @@ def test_examples_run_when_pasted(document, ranks):
         assert len(losses) == 1 and 5 < losses[0] < 6
 
 
-RANKS = "import mlpint; comm = mlpint.init(); print('rank', comm.rank, 'of', comm.size)"
+# In one write, which no other rank's comes between.
+RANKS = "import os, mlpint; comm = mlpint.init(); os.write(1, f'rank {comm.rank} of {comm.size}\\n'.encode())"
 
 
 def told(processes):
     out = "".join(process.communicate(timeout=100)[0] for process in processes)
     assert all(process.returncode == 0 for process in processes), out
-    return sorted(line for line in out.splitlines() if line.startswith("rank "))
+    return sorted(re.findall(r"rank \d of \d", out)), out
 
 
 def start(file, environment, *arguments, path=BIN):
@@ -137,14 +138,16 @@ def test_mpirun_with_a_host_file(mpi, tmp_path):
     environment = {"RANKS": "2", "HOSTS": str(tmp_path / "hosts"), "MPI4PY_LIBMPI": str(prefix(mpi) / "lib" / library)}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     process = start("mpirun.sh", environment, sys.executable, "-c", RANKS, path=prefix(mpi) / "bin")
-    assert told([process]) == ["rank 0 of 2", "rank 1 of 2"]
+    ranks, out = told([process])
+    assert ranks == ["rank 0 of 2", "rank 1 of 2"], out
 
 
 def test_torchrun_on_two_nodes(tmp_path):
     (tmp_path / "mine.py").write_text(RANKS)
     common = {"NODES": "2", "FIRST": "127.0.0.1", "PORT": str(20000 + os.getpid() % 20000)}
     nodes = [start("torchrun.sh", common | {"NODE": str(n)}, str(tmp_path / "mine.py")) for n in range(2)]
-    assert told(nodes) == ["rank 0 of 2", "rank 1 of 2"]
+    ranks, out = told(nodes)
+    assert ranks == ["rank 0 of 2", "rank 1 of 2"], out
 
 
 def test_launch_files_say_what_they_lack():
