@@ -109,11 +109,11 @@ class AgainstLibrary(Case):
         model = LlamaModel(LlamaConfig(**heads, **sizes))
         stack = from_transformers(model)
         self.step, self.context = batched_steps(stack.settings), StepContext(stack.settings, 4, None, None, 1.0)
-        self.x, self.grad = torch.randn(4, m, d), torch.randn(4, m, d)
-        self.positions = model.rotary_emb(self.x, torch.arange(m)[None])
-        self.layer, self.leaf = model.layers[0], self.x.clone().requires_grad_()
-        self.weights = stack.weights().map(lambda p: p.detach())
-        self.gradients = self.weights.map(torch.empty_like)
+        self.x, self.grad = torch.randn(1, 4 * m, d), torch.randn(1, 4 * m, d)
+        self.leaf = self.x.view(4, m, d).clone().requires_grad_()
+        self.layer, self.positions = model.layers[0], model.rotary_emb(self.leaf, torch.arange(m)[None])
+        weights = stack.weights().map(lambda p: p.detach())
+        self.parts = [(slice(0, 1), weights, weights.map(torch.empty_like))]
 
     def theirs(self) -> torch.Tensor:
         out = self.layer(self.leaf, position_embeddings=self.positions)
@@ -123,19 +123,8 @@ class AgainstLibrary(Case):
         with torch.no_grad():
             self.theirs()
 
-    def batched_forward(self) -> None:
-        with torch.no_grad():
-            self.step.forward(self.context, self.weights, self.x.view(1, -1, self.x.shape[-1]))
-
     def loop_both(self) -> None:
-        torch.autograd.grad(self.theirs(), [self.leaf, *self.layer.parameters()], self.grad)
-
-    def batched_both(self) -> None:
-        with torch.no_grad():
-            x, grad = (t.view(1, -1, t.shape[-1]) for t in (self.x, self.grad))
-            saved = self.step.forward_train(self.context, self.weights, x)[1]
-            _, inner = self.step.input_vjp(self.context, self.weights, saved, grad)
-            self.step.weight_vjp(self.context, self.weights, saved, inner, self.gradients)
+        torch.autograd.grad(self.theirs(), [self.leaf, *self.layer.parameters()], self.grad.view_as(self.leaf))
 
 
 def llama() -> int:

@@ -16,7 +16,6 @@ import machine
 import torch
 from block import Block
 
-import mlpint
 from mlpint import MGRIT, LayerParallel
 from mlpint.nn import BlockStack
 
@@ -27,10 +26,7 @@ def main() -> None:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    comm = mlpint.init()
-    if comm.rank == 0:
-        print(machine.describe(), flush=True)
+    comm = machine.start()
     torch.manual_seed(0)
     stack = BlockStack(args.layers, args.dim, args.heads)
     x = torch.randn(args.batch, args.sequence, args.dim)

@@ -44,10 +44,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--settings", default="1,1,4 2,1,4", help="forward,backward iterations,cfactor ...")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    comm = mlpint.init()
-    if comm.rank == 0:
-        print(machine.describe(), flush=True)
+    comm = machine.start()
     for setting in args.settings.split():
         forward, backward, cfactor = map(int, setting.split(","))
         torch.manual_seed(0)

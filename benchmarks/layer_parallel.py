@@ -17,7 +17,6 @@ import machine
 import torch
 from block import Block
 
-import mlpint
 from mlpint import MGRIT, LayerParallel
 
 
@@ -65,10 +64,7 @@ def main() -> None:
     parser.add_argument("--layout", default="block", help="block, or cyclic for --coarse sum")
     parser.add_argument("--json", help="append the results to this file")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    comm = mlpint.init()
-    if comm.rank == 0:
-        print(machine.describe(), flush=True)
+    comm = machine.start()
     torch.manual_seed(0)
     layers = [Block(args.dim, args.heads, args.layers) for _ in range(args.layers)]
     x = torch.randn(args.batch, args.sequence, args.dim)

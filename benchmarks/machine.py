@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+import mlpint
+
 
 def describe() -> str:
     """One line: processor, cores, load, versions."""
@@ -22,6 +24,15 @@ def describe() -> str:
         f"{model}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) a rank"
     )
+
+
+def start() -> mlpint.Comm:
+    """One torch thread a rank; connects the ranks, of which the first prints the description."""
+    torch.set_num_threads(1)
+    comm = mlpint.init()
+    if comm.rank == 0:
+        print(describe(), flush=True)
+    return comm
 
 
 def mpi_library() -> str:

@@ -66,7 +66,7 @@ def explain(
     parameter = next(what.parameters())
     dtype, device = dtype or parameter.dtype, device or parameter.device
     d, ffn, m = settings.dim, settings.ffn, batch * sequence
-    head = max(16, 1 << (settings.head_dim - 1).bit_length())
+    head = max(16, 1 << (settings.head_width - 1).bit_length())
     heads = j * batch * settings.heads
     parts: tuple[tuple[str, str, int, int, int], ...] = (
         ("ln_linear", "QKV, FFN up", d, m, j),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import MissingPackageError
+from ..training.pictures import new_figure, png
 from .results import Row
 
 
@@ -15,12 +15,6 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 
     The lines of one panel differ in provider; where several M, J or masks were timed, in these too.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError("matplotlib", "pictures") from None
-
     directory.mkdir(parents=True, exist_ok=True)
     pictures: dict[tuple[str, str], dict[str, dict[str, list[Row]]]] = defaultdict(dict)
     for row in rows:
@@ -31,7 +25,7 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
     for (metric, dtype), panels in pictures.items():
         columns = min(3, len(panels))
         count = -(-len(panels) // columns)
-        figure = Figure(figsize=(5 * columns, 3.6 * count), layout="constrained")
+        figure = new_figure(5 * columns, 3.6 * count)
         figure.suptitle(f"{metric}, {dtype}, {rows[0].gpu_name}")
         for number, (title, lines) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(count, columns, number)
@@ -45,7 +39,7 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=6)
         paths.append(directory / f"{metric}_{dtype}.png")
-        FigureCanvasAgg(figure).print_png(paths[-1])
+        paths[-1].write_bytes(png(figure))
     return paths
 
 

@@ -10,7 +10,7 @@ from ..errors import ConfigError, UserError
 from ..training.html_report import report_page
 from ..training.metrics import read_lines
 from ..training.plots import OVER, loss_curves
-from ..training.trace_picture import TRACE, draw_trace
+from ..training.trace_picture import TRACE, Step, draw_step, last_step
 
 
 def add_flags(parser: Any) -> None:
@@ -39,25 +39,26 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix not in (".html", ".png"):
         raise ConfigError(f"out = {options.out!r}: must end in .html or .png")
-    runs, directories = {}, {}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    traced: dict[str, tuple[Step, bytes]] = {}
     for name in options.runs:
         path = Path(name) / "metrics.jsonl" if Path(name).is_dir() else Path(name)
         runs[name] = read_lines(path)
         if not any("loss" in line for line in runs[name]):
             raise UserError(f"{path}: holds no step with a loss")
-        if Path(name).is_dir():
-            directories[name] = Path(name)
+        if (trace := Path(name) / TRACE).exists():
+            step = last_step(trace)
+            traced[name] = step, draw_step(step)
     written = [out]
     try:
         if out.suffix == ".html":
-            out.write_text(report_page(runs, directories, options.over), encoding="utf-8")
+            out.write_text(report_page(runs, traced, options.over), encoding="utf-8")
         else:
-            loss_curves(runs, out, options.over)
-            for directory in directories.values():
-                if (trace := directory / TRACE).exists():
-                    number = f"-{len(written)}" if len(written) > 1 else ""
-                    written.append(out.with_name(f"{out.stem}-trace{number}.png"))
-                    draw_trace(trace, written[-1])
+            out.write_bytes(loss_curves(runs, options.over))
+            for _, picture in traced.values():
+                number = f"-{len(written)}" if len(written) > 1 else ""
+                written.append(out.with_name(f"{out.stem}-trace{number}.png"))
+                written[-1].write_bytes(picture)
     except OSError as error:
         raise UserError(f"{written[-1]}: cannot be written ({error.strerror})") from None
     print(f"written: {', '.join(map(str, written))}")

@@ -25,6 +25,7 @@ from .policy import Check, Conclusion, Policy, PolicyState
 from .rehearsal import Rehearsal
 
 _log = logging.getLogger(__name__)
+DEFAULT_TARGET = {"gradient": 0.95, "residual": 1.0}  # by measure: smallest cosine, largest convergence factor
 _EARLY = (8, 4, 2)  # parts of the first period after which there is a check too
 _PARTS = (0, 0.03, 0.1, 0.3, 1, 3)  # of the consistency term's weight at first: those to choose from
 _POOR = 0.5  # cosine of a first check, below which the model itself is to blame
@@ -133,7 +134,7 @@ class ErrorControl:
         if not isinstance(blocks, LayerParallel):
             raise TypeError(f"blocks must be an mlpint.LayerParallel, got {type(blocks).__name__}")
         self.blocks, self.measure, self.max_error, self.reference = blocks, measure, max_error, reference
-        self.target = (0.95 if measure == "gradient" else 1.0) if target is None else target
+        self.target = DEFAULT_TARGET.get(measure, 0.0) if target is None else target
         blocks.looked_after()
         self.every, self.start, self.margin, self.patience, self.skip_limit = every, start, margin, patience, skip_limit
         self._check_arguments()

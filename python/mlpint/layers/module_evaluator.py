@@ -105,10 +105,14 @@ class ModuleEvaluator:
     def evaluate(self, n: int, tensors: Tensors) -> Tensors:
         """The state after a layer's step, under the layer's dropout key and in the present mode of autograd."""
         # The state is needed again: a layer that works in place gets a copy, and so does one that may be such a layer.
-        # One that is known not to gets another view: a graph of the same nodes, so that gradients are added up in the
-        # same order, and are the same to the bit, before and after it is known.
+        # Where autograd records, one that is known not to gets another view: a graph of the same nodes, so that
+        # gradients are added up in the same order, and are the same to the bit, before and after it is known.
         spared = self.in_place.get(n) is False
-        x = tuple(t.view_as(t) if spared else t.clone() for t in tensors)
+        x = tensors
+        if not spared:
+            x = tuple(t.clone() for t in tensors)
+        elif torch.is_grad_enabled():
+            x = tuple(t.view_as(t) for t in tensors)
         before = [version(t) for t in x]
         with self._autocast(tensors[0].device):
             output = self._keyed(n, x[0] if self.single else x, self.layers[n])

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from . import ops
 from .settings import BlockSettings, Weights
 
 Tensors = tuple[torch.Tensor, ...]
@@ -26,8 +27,8 @@ def packed(
     q, k, v = _split(settings, qkv, batch)
     q_rms = k_rms = qkv.new_empty(len(qkv), 0)
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
-        q_rms, k_rms = inverse_rms(q, settings.eps), inverse_rms(k, settings.eps)
-        q, k = _scaled(q, q_rms, w.q_norm_weight), _scaled(k, k_rms, w.k_norm_weight)
+        q_rms, k_rms = ops.inverse_rms(q, settings.eps), ops.inverse_rms(k, settings.eps)
+        q, k = ops.rms_norm(q, q_rms, w.q_norm_weight), ops.rms_norm(k, k_rms, w.k_norm_weight)
     if torch.is_grad_enabled() and q.requires_grad:
         return _together(settings, q, k, v), q_rms, k_rms
     return _in_place(settings, q, k, v), q_rms, k_rms
@@ -75,7 +76,7 @@ def packed_backward(
         grad: for what :func:`packed` gave.
         qkv: as it was given; read only where there is a norm.
     """
-    heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_dim
+    heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_width
     j, m, _ = grad.shape
     q, k, v = grad.view(j, batch, m // batch, 3, heads, width).unbind(3)
     if heads != kv_heads:
@@ -86,16 +87,10 @@ def packed_backward(
     norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
         before_q, before_k, _ = _split(settings, qkv, batch)
-        q, of_q = _scaled_backward(q, before_q, q_rms, w.q_norm_weight)
-        k, of_k = _scaled_backward(k, before_k, k_rms, w.k_norm_weight)
-        norms = of_q, of_k
+        norms = ops.rms_norm_weight_grad(q, before_q, q_rms), ops.rms_norm_weight_grad(k, before_k, k_rms)
+        q = ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).to(grad.dtype)
+        k = ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).to(grad.dtype)
     return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2), norms
-
-
-def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, in single precision at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.square().mean(-1).add(eps).rsqrt()
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +98,7 @@ def rotary_tables(
     settings: BlockSettings, sequence: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine by position and pair of channels (c, c + hd / 2), [T, 1, hd / 2]."""
-    half = settings.head_dim // 2
+    half = settings.head_width // 2
     frequencies = settings.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
     if settings.rope_scaling is not None:
         factor, low, high, original = settings.rope_scaling
@@ -118,7 +113,7 @@ def rotary_tables(
 def _split(settings: BlockSettings, qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
     """[J, B T, (H + 2 K) hd] -> q [J, B, T, H, hd], k and v [J, B, T, K, hd]."""
     j, m, _ = qkv.shape
-    heads = qkv.view(j, batch, m // batch, -1, settings.head_dim)
+    heads = qkv.view(j, batch, m // batch, -1, settings.head_width)
     return heads.split([settings.heads, settings.kv_heads, settings.kv_heads], 3)
 
 
@@ -126,16 +121,3 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
     """Both halves of the channels."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-
-
-def _scaled(x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x * rms.unsqueeze(-1)).to(x.dtype) * weight[:, None, None, None]
-
-
-def _scaled_backward(
-    grad: torch.Tensor, x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    normalized = x * rms.unsqueeze(-1)
-    scaled = grad * weight[:, None, None, None]
-    dx = (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)) * rms.unsqueeze(-1)
-    return dx.to(grad.dtype), (grad * normalized).sum((1, 2, 3))

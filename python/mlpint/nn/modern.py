@@ -9,11 +9,10 @@ may be without its bias. Shapes and the two halves of the backward are those of 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from . import ops
 from .dropout import FFN, PROJECTION
-from .heads import inverse_rms, packed, packed_backward
+from .heads import packed, packed_backward
 from .settings import BlockSettings, Weights
 from .step_context import StepContext
 
@@ -94,8 +93,8 @@ def _norm(
     """The normalised state, mean and 1 / deviation, [J, M]."""
     if context.settings.normalization == "layer" and bias is not None:
         return ops.ln(x, weight, bias, context.eps)
-    rms = inverse_rms(x, context.eps)
-    return (x * rms.unsqueeze(-1)).to(x.dtype).mul_(weight.unsqueeze(1)), x.new_empty(len(x), 0), rms
+    rms = ops.inverse_rms(x, context.eps)
+    return ops.rms_norm(x, rms, weight), x.new_empty(len(x), 0), rms
 
 
 def _norm_backward(
@@ -103,10 +102,7 @@ def _norm_backward(
 ) -> torch.Tensor:
     if mean.numel():
         return ops.ln_backward_add(grad, x, mean, rstd, weight, None)[0]
-    scaled = grad.to(x.dtype) * weight.unsqueeze(1)
-    # (x . scaled) rstd^2 / D is the part along x that the norm takes out.
-    along = torch.linalg.vecdot(x, scaled).mul_(rstd.square()).div_(x.shape[-1])
-    return scaled.addcmul_(x, along.unsqueeze(-1), value=-1).mul_(rstd.unsqueeze(-1))
+    return ops.rms_norm_backward(grad, x, rstd, weight).to(x.dtype)
 
 
 def _norm_weight_grads(
@@ -121,7 +117,7 @@ def _norm_weight_grads(
         # The kernel's sums, where it is taken, are not kept by this step: they are taken here for all.
         ops.ln_weight_grads(grad, x.new_empty(len(x), 0), x, mean, rstd, weight, bias)
     elif weight is not None:
-        torch.sum((x * rstd.unsqueeze(-1)).mul_(grad), 1, dtype=weight.dtype, out=weight)
+        weight.copy_(ops.rms_norm_weight_grad(grad, x, rstd))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -130,9 +126,9 @@ def _norm_weight_grads(
 def activated(settings: BlockSettings, pre: torch.Tensor) -> torch.Tensor:
     """The inner width's values: f of the first linear map's output."""
     if not settings.gated:
-        return F.gelu(pre, approximate=settings.gelu)
+        return ops.activate(pre, settings.activation)
     gate, up = pre.chunk(2, -1)
-    return _gate(settings, gate) * up
+    return ops.activate(gate, settings.activation) * up
 
 
 def _inner(settings: BlockSettings, w: Weights[torch.Tensor], n: torch.Tensor) -> torch.Tensor:
@@ -141,19 +137,12 @@ def _inner(settings: BlockSettings, w: Weights[torch.Tensor], n: torch.Tensor) -
         return activated(settings, ops.linear(n, w.up_weight, w.up_bias))
     biases = (None, None) if w.up_bias is None else w.up_bias.chunk(2, 1)
     gate, up = (ops.linear(n, part, bias) for part, bias in zip(w.up_weight.chunk(2, 1), biases, strict=True))
-    return up.mul_(_gate(settings, gate))
-
-
-def _gate(settings: BlockSettings, gate: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) if settings.feed_forward == "silu gated" else F.gelu(gate, approximate=settings.gelu)
+    return up.mul_(ops.activate(gate, settings.activation))
 
 
 def _activated_backward(settings: BlockSettings, grad: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     if not settings.gated:
-        return torch.ops.aten.gelu_backward(grad, pre, approximate=settings.gelu)
+        return ops.activation_backward(grad, pre, settings.activation)
     gate, up = pre.chunk(2, -1)
-    if settings.feed_forward == "silu gated":
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    else:
-        d_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=settings.gelu)
-    return torch.cat([d_gate, _gate(settings, gate).mul_(grad)], -1)
+    d_gate = ops.activation_backward(grad * up, gate, settings.activation)
+    return torch.cat([d_gate, ops.activate(gate, settings.activation).mul_(grad)], -1)

@@ -144,18 +144,51 @@ def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: floa
     return total if h == 1 else torch.lerp(x, total, h)
 
 
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, in single precision at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().mean(-1).add(eps).rsqrt()
+
+
+def rms_norm(x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm of [J, ..., D] with [J, D], by the :func:`inverse_rms` of x. Differentiable."""
+    return (x * rms.unsqueeze(-1)).to(x.dtype) * _over_rows(weight, x)
+
+
+def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient for the input of :func:`rms_norm`, in single precision at least."""
+    scaled, x = (grad * _over_rows(weight, x)).to(rms.dtype), x.to(rms.dtype)
+    # (x . scaled) rms^2 / D is the part along x that the norm takes out.
+    along = torch.linalg.vecdot(x, scaled).mul_(rms.square()).div_(x.shape[-1])
+    return scaled.addcmul_(x, along.unsqueeze(-1), value=-1).mul_(rms.unsqueeze(-1))
+
+
+def rms_norm_weight_grad(grad: torch.Tensor, x: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
+    """The gradient for the weight of :func:`rms_norm`, [J, D]."""
+    return (x * rms.unsqueeze(-1)).mul_(grad).flatten(1, -2).sum(1)
+
+
+def _over_rows(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[J, D] with ones for the dimensions of x [J, ..., D] between."""
+    return weight.view(len(weight), *[1] * (x.dim() - 2), -1)
+
+
 # --- fused pairs, by the names of the kernels that stand in for them -------------------------------------------------
 
 
 def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """The activation of that name: "none", "gelu" or "gelu_tanh"."""
+    """The activation of that name: "none", "gelu", "gelu_tanh" or "silu"."""
     if activation == "none":
         return pre
+    if activation == "silu":
+        return F.silu(pre)
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def activation_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """The gradient for the argument of a GELU."""
+    """The gradient for the argument of an activation that is not "none"."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, pre)
     return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

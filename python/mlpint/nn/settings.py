@@ -127,14 +127,16 @@ class BlockSettings:
         return self.attention == "causal"
 
     @property
-    def head_dim(self) -> int:
-        """The channels of one attention head."""
-        return self.head_width
+    def activation(self) -> str:
+        """The name by which :func:`mlpint.nn.ops.activate` knows the activation."""
+        if self.feed_forward == "silu gated":
+            return "silu"
+        return "gelu_tanh" if self.gelu == "tanh" else "gelu"
 
     @property
     def scale(self) -> float:
         """The factor of the attention scores before the softmax."""
-        return 1 / math.sqrt(self.head_dim)
+        return 1 / math.sqrt(self.head_width)
 
     def shapes(self) -> Weights[tuple[int, ...]]:
         """The shapes of one block's parameters; None for those that it does not have."""

@@ -33,7 +33,7 @@ class StepContext:
         self.settings, self.batch, self.padding, self.h = settings, batch, padding, h
         self.keys = keys
         self.eps = settings.eps
-        self.activation = "gelu_tanh" if settings.gelu == "tanh" else "gelu"
+        self.activation = settings.activation
         self.drops = keys is not None and settings.dropout > 0
         self._attention_keys = keys if settings.attention_dropout > 0 else None
         self._shape = (batch, settings.heads, settings.causal, padding, settings.scale)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..comm.communicator import Comm
+from ..control.error_control import DEFAULT_TARGET
 from ..control.ladder import short_form
 from ..planning.simulation import Costs, layer_parallel
 from .comparison import Comparison
@@ -85,7 +86,7 @@ def _next(trainer: Trainer, directory: Path, comparison: Comparison | None) -> I
         yield "layers on 2 ranks: mpirun -n 2 mlpint train"
     elif comparison is not None and comparison.speedup < 1.05:
         yield f"data parallelism or an exact pipeline may serve you better: mlpint plan --ranks {size}"
-    elif comparison is not None and comparison.gradient_cosine < 0.95:
+    elif comparison is not None and comparison.gradient_cosine < DEFAULT_TARGET["gradient"]:
         term = "" if trainer.consistency else ", or --consistency 1"
         yield f"better gradients: more steps, --forward-iters 2{term}"
     else:

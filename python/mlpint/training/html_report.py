@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from ..control.error_control import DEFAULT_TARGET
 from .config import TrainConfig
+from .metrics import settings_of
 from .plots import loss_curves
-from .trace_picture import TRACE, draw_trace, last_step
+from .trace_picture import Step
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -21,29 +21,27 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2 { font-weight: 600 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } img { max-width: 100% }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top }
-.number { text-align: right } .scroll { overflow-x: auto } code { font-size: .85rem }
+.scroll { overflow-x: auto }
 """
 
 
-def report_page(runs: Mapping[str, Lines], directories: Mapping[str, Path], over: str = "steps") -> str:
+def report_page(runs: Mapping[str, Lines], traced: Mapping[str, tuple[Step, bytes]], over: str = "steps") -> str:
     """The page.
 
     Args:
         runs: by label, lines of metrics.jsonl, each with a loss somewhere.
-        directories: of those runs that have one, with their trace.
+        traced: of those runs that have a trace, its last step and the picture of that.
         over: what curves are drawn over, a key of :data:`mlpint.training.plots.OVER`.
 
     Raises:
-        UserError: a trace that is none, or a run that has not recorded what the curves are to be drawn over.
+        UserError: a run that has not recorded what the curves are to be drawn over, or no matplotlib.
     """
     title = ", ".join(runs)
     parts = [f"<h1>mlpint: {_text(title)}</h1>", _overview(runs)]
-    picture = io.BytesIO()
-    loss_curves(runs, picture, over, _target(runs))
-    parts += ["<h2>Loss and gradients</h2>", _image(picture, "loss and what was measured in training")]
-    for label, directory in directories.items():
-        if (directory / TRACE).exists():
-            parts += [f"<h2>A step of {_text(label)}</h2>", *_step(directory / TRACE)]
+    curves = loss_curves(runs, over, _target(runs))
+    parts += ["<h2>Loss and gradients</h2>", _image(curves, "loss and what was measured in training")]
+    for label, (step, picture) in traced.items():
+        parts += [f"<h2>A step of {_text(label)}</h2>", *_step(step, picture)]
     parts += ["<h2>Events</h2>", *(_events(label, lines) for label, lines in runs.items())]
     parts += ["<h2>Settings</h2>", _settings(runs), "<h2>Machines and versions</h2>", _machines(runs)]
     head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
@@ -82,11 +80,10 @@ def header_of(lines: Lines) -> Mapping[str, Any]:
 def target_of(lines: Lines) -> float:
     """What error control was to keep to, a cosine or a convergence factor; 0 where there was none."""
     try:
-        solver = TrainConfig.of(_flat(header_of(lines))).solver
+        solver = TrainConfig.of(settings_of(header_of(lines))).solver
     except ValueError:  # of another version of mlpint
         return 0.0
-    default = {"gradient": 0.95, "residual": 1.0, None: 0.0}[solver.measure]
-    return solver.control_target or default if solver.measure else 0.0
+    return 0.0 if solver.measure is None else solver.control_target or DEFAULT_TARGET[solver.measure]
 
 
 def _target(runs: Mapping[str, Lines]) -> float:
@@ -101,10 +98,7 @@ def _overview(runs: Mapping[str, Lines]) -> str:
     return _table(["", *runs], ([name, *(s[name] for s in summaries.values())] for name in names))
 
 
-def _step(trace: Path) -> Iterator[str]:
-    picture = io.BytesIO()
-    draw_trace(trace, picture)
-    step = last_step(trace)
+def _step(step: Step, picture: bytes) -> Iterator[str]:
     spent = {kind: rows for kind, rows in step.seconds().items() if any(rows)}
     whole = (step.end - step.begin) / 1e3
     yield _image(picture, "what ranks and layers do in one step")
@@ -132,7 +126,7 @@ def _events(label: str, lines: Lines) -> str:
 def _settings(runs: Mapping[str, Lines]) -> str:
     """The keys that are not at their defaults in all of the runs."""
     defaults = TrainConfig().flat()
-    given = [_flat(header_of(lines)) for lines in runs.values()]
+    given = [settings_of(header_of(lines)) for lines in runs.values()]
     names = [n for n in defaults if any(values.get(n, defaults[n]) != defaults[n] for values in given)]
     rows = ([n, *(str(values.get(n, "")) for values in given), str(defaults[n])] for n in names)
     return _table(["key", *runs, "default"], rows)
@@ -144,18 +138,14 @@ def _machines(runs: Mapping[str, Lines]) -> str:
     return _table(["", *runs], ([name, *(str(m.get(name, "")) for m in machines)] for name in names))
 
 
-def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for section in header.get("config", {}).values() for name, value in section.items()}
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>\n{body}</table></div>'
 
 
-def _image(picture: io.BytesIO, alternative: str) -> str:
-    data = base64.b64encode(picture.getvalue()).decode()
+def _image(picture: bytes, alternative: str) -> str:
+    data = base64.b64encode(picture).decode()
     return f'<img alt="{_text(alternative)}" src="data:image/png;base64,{data}">'
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .metrics import settings_of
 
 Hook = Callable[[Mapping[str, Any]], object]
 LOGS = ("jsonl", "tensorboard", "wandb")
@@ -57,8 +58,8 @@ class _TensorBoard(Logger):
 
     def write(self, line: Mapping[str, Any]) -> None:
         if "config" in line:
-            settings = {name: value for section in line["config"].values() for name, value in section.items()}
-            self.writer.add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings.items()))
+            settings = settings_of(line).items()
+            self.writer.add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings))
             return
         for name, value in scalars(line):
             self.writer.add_scalar(name, value, line["step"])

@@ -67,6 +67,11 @@ class Metrics:
         self._file.close()
 
 
+def settings_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> value over all sections of the configuration in a header."""
+    return {name: value for section in header.get("config", {}).values() for name, value in section.items()}
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off by the end of its run is left out.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import MissingPackageError, UserError
+from ..errors import UserError
+from .pictures import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +25,8 @@ OVER = {
 _FILLED = "filled: against the exact sweep; hollow: against one more iteration"
 
 
-def loss_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], to: Path | BinaryIO, over: str = "steps", target: float = 0.0
-) -> None:
-    """Draws training loss (each step faint, its running mean as a line) and validation loss.
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], over: str = "steps", target: float = 0.0) -> bytes:
+    """A PNG of training loss (each step faint, its running mean as a line) and validation loss.
 
     Where the solver's options change, a dotted line names the new ones. Below are pictures of what else was measured in
     validation, and of what the checks of error control measured, where there is any. Of multilevel training the
@@ -36,24 +34,17 @@ def loss_curves(
 
     Args:
         runs: by label, lines of metrics.jsonl; those without a loss are passed over.
-        to: the PNG.
         over: what the curves are drawn over, a key of ``OVER``.
         target: of error control, a cosine, or a convergence factor where those were measured; 0: not drawn.
 
     Raises:
         UserError: a run has not recorded what the curves are to be drawn over, or matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError("matplotlib", "pictures") from None
-
     runs = {label: with_place(label, lines, over) for label, lines in runs.items()}
     checked = {label: checks(lines) for label, lines in runs.items()}
     kinds = {check.kind for points in checked.values() for check in points}
     names = ["loss", *_measures(runs), *(kind for kind in _CHECKS if kind in kinds)]
-    figure = Figure(figsize=(9, 2.5 + 2 * len(names)), layout="constrained")
+    figure = new_figure(9, 2.5 + 2 * len(names))
     ratios = [2] + [1] * (len(names) - 1)
     panels = figure.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     below = dict(zip(names[1:], panels[1:], strict=True))
@@ -77,7 +68,7 @@ def loss_curves(
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[-1].set(xlabel=OVER[over])
-    FigureCanvasAgg(figure).print_png(to)
+    return png(figure)
 
 
 def _draw_losses(axes: Axes, label: str, lines: Sequence[Mapping[str, Any]], color: str) -> None:

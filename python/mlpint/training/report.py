@@ -25,7 +25,7 @@ from .metrics import Metrics, machine, read_lines
 from .plots import loss_curves
 from .tasks import Sample
 from .terminal import terminal_of_launcher
-from .trace_picture import TRACE, draw_trace
+from .trace_picture import TRACE, draw_step, last_step
 from .trainer import Trainer
 
 
@@ -191,8 +191,7 @@ class Report:
         self.metrics.close()
         if self.logger is not None:
             self.logger.close()
-        lines = read_lines(self.directory / "metrics.jsonl")
-        trainer = self.trainer
+        lines, trainer = read_lines(self.directory / "metrics.jsonl"), self.trainer
         try:
             self._draw(lines)
         except MissingPackageError as error:
@@ -209,11 +208,14 @@ class Report:
         """The pictures and the page."""
         label = short_form(self.config.solver.mgrit())
         label = f"{label} at first" if self.trainer.control else label
-        loss_curves({label: lines}, self.directory / "loss.png", target=target_of(lines))
+        (self.directory / "loss.png").write_bytes(loss_curves({label: lines}, target=target_of(lines)))
+        name, traced = str(self.directory), {}
         if (self.directory / TRACE).exists():
-            draw_trace(self.directory / TRACE, self.directory / "trace.png")
+            step = last_step(self.directory / TRACE)
+            traced[name] = step, draw_step(step)
+            (self.directory / "trace.png").write_bytes(traced[name][1])
         if any("loss" in line for line in lines):  # none where all steps were skipped
-            page = report_page({str(self.directory): lines}, {str(self.directory): self.directory})
+            page = report_page({name: lines}, traced)
             (self.directory / "report.html").write_text(page, encoding="utf-8")
 
 

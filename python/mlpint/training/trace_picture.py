@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import MissingPackageError, UserError
+from ..errors import UserError
+from .pictures import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,31 +74,25 @@ def last_step(trace: Path) -> Step:
     return Step(ranks, begin / 1e3, end / 1e3, number)
 
 
-def draw_trace(trace: Path, to: Path | BinaryIO) -> None:
-    """Draws the last step of a trace: a row for each rank above, a row for each layer below.
+def draw_step(step: Step) -> bytes:
+    """A PNG of a step: a row for each rank above, a row for each layer below.
 
     Raises:
-        UserError: the file is no such trace.
+        UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise MissingPackageError("matplotlib", "pictures") from None
-
-    step = last_step(trace)
     layers = 1 + max((n for es in step.ranks.values() for e in es for n in e["args"].get("layers", ())), default=-1)
     heights = [0.5 * len(step.ranks), 0.09 * layers]
-    figure = Figure(figsize=(11, 2.0 + sum(heights)), layout="constrained")
+    figure = new_figure(11, 2.0 + sum(heights))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights) if layers else (figure.subplots(), None)
     shown = _draw_ranks(above, step)
     if below is not None:
         _draw_layers(below, step, layers)
     (below or above).set_xlabel(f"milliseconds in step {step.number}")
+    from matplotlib.patches import Patch
+
     patches = [Patch(color=_COLOURS[kind], label=kind) for kind in shown]
     figure.legend(handles=patches, loc="outside upper center", ncols=min(len(patches), 6) or 1, frameon=False)
-    FigureCanvasAgg(figure).print_png(to)
+    return png(figure)
 
 
 def _draw_ranks(axes: Axes, step: Step) -> list[str]:

@@ -41,7 +41,7 @@ def _blocks(shape: Shape, attention: str) -> list[Block]:
     kind: dict[str, Any] = {"attention": attention, "dropout": shape.dropout}
     if shape.llama:
         kind |= {"normalization": "rms", "feed_forward": "silu gated", "biases": "none", "positions": "rotary"}
-        kind |= {"kv_heads": shape.kv_heads or heads}
+        kind |= {"kv_heads": shape.kv_heads}
     return [Block(dim, heads, ffn=ffn, depth=depth, **kind) for _ in range(depth)]
 
 
