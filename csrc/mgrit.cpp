@@ -56,8 +56,8 @@ void MgritSolve::evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep
 }
 
 void MgritSolve::post(int kind, int level, int to, const State& value) {
+  clock_.sends(to);  // before it goes: the other rank may have it at once
   transport_.post(to, tag::of_level(kind, level), value);
-  clock_.sent(to);
 }
 
 TransferPtr MgritSolve::expect(int kind, int level, int from, State& into, int slice) {

@@ -37,8 +37,8 @@ class WaitClock {
     seconds_ += end - begin;
     if (notes && where_) waits_.push_back({begin, end, *where_});
   }
-  // Notes a message that has just been posted.
-  void sent(int to) {
+  // Notes a message that is about to be posted.
+  void sends(int to) {
     if (notes && where_) sent_.push_back({now(), to, *where_});
   }
   // Returns the seconds that all waits have taken so far.

@@ -1,6 +1,10 @@
 """Everything that a Comm does, on any number of ranks and over every transport."""
 
 import copy
+import sys
+import time
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from runner import run
@@ -9,6 +13,7 @@ import mlpint
 from mlpint import Comm, _core
 from mlpint.comm import launchers
 from mlpint.comm.host_staging import StagedTransport
+from mlpint.parallel.trace import clock_offset
 from mlpint.state import State
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -181,6 +186,15 @@ def goes_by_the_host(comm):
             scenario(staged)
 
 
+def sets_clocks_of_other_machines(comm):
+    late = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 100 * comm.rank)
+    with mock.patch.object(sys.modules[clock_offset.__module__], "time", late):
+        assert clock_offset(comm) == 0  # one machine, one clock
+        with mock.patch.object(launchers, "this_machine", lambda: f"machine {comm.rank // 2}".encode()):
+            offset = clock_offset(comm)
+    assert abs(offset + 100 * comm.rank) < 1 if comm.rank >= 2 else offset == 0, offset
+
+
 def waits_no_longer_than_told(comm):
     if comm.size > 1 and comm.name == "mpi":  # gloo closes its connections after this
         if comm.rank == 0:
@@ -213,6 +227,7 @@ if __name__ == "__main__":
             serves_the_users_communicators,
             refuses_what_is_no_communicator,
             goes_by_the_host,
+            sets_clocks_of_other_machines,
             waits_no_longer_than_told,
         ]
     )

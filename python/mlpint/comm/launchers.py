@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def first_host(nodes: str) -> str:
     """The first host of a SLURM node list: ``node[003-007,9],other`` gives ``node003``."""
     match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in match.groups()) if match else ""
+
+
+def this_machine() -> bytes:
+    """What only processes of one machine have in common: its name and the number it drew when it was booted."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return platform.node().encode() + (boot.read_bytes() if boot.exists() else b"")
 
 
 def positive_seconds(name: str, value: object) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,9 +165,8 @@ def _over_group(
 
 
 def _local_rank(comm: Comm) -> int:
-    """Rank among those on this machine, by its name and the number it drew when it was booted. Collective."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machines = comm.gather(platform.node().encode() + (boot.read_bytes() if boot.exists() else b""))
+    """Rank among those on this machine. Collective."""
+    machines = comm.gather(launchers.this_machine())
     return machines[: comm.rank].count(machines[comm.rank])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._core import USER_TAG
+from ..comm import launchers
 from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..mgrit import recorder
@@ -54,7 +55,7 @@ def trace(path: str | os.PathLike[str], comm: Any = None) -> Iterator[None]:
         RuntimeError: a trace inside a trace.
     """
     world = Comm.of(comm).world
-    offset = _offset(world)
+    offset = clock_offset(world)
     with recorder.recording() as own:
         yield
     world.barrier()
@@ -85,13 +86,13 @@ def as_chrome(ranks: list[list[Event]]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _offset(comm: Comm) -> float:
-    """What makes this rank's clock rank 0's: by the middle of the quickest of some exchanges. Collective."""
-    if comm.size == 1:
-        return 0.0
+def clock_offset(comm: Comm) -> float:
+    """What makes this rank's clock rank 0's: nothing on the same machine, whose processes read one clock; else by the
+    middle of the quickest of some exchanges. Collective."""
+    machines = comm.gather(launchers.this_machine())
     control, mine = comm.transport.control, 0.0
     theirs = torch.zeros(1, dtype=torch.float64, device="cpu")
-    for other in range(1, comm.size):
+    for other in (rank for rank in range(comm.size) if machines[rank] != machines[0]):
         best = float("inf")
         for _ in range(_EXCHANGES if comm.rank in (0, other) else 0):
             if comm.rank == 0:
