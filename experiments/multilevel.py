@@ -9,14 +9,16 @@ A run is written method:key=value,...; keys of ``Run`` and, for multilevel, of :
   ``cycles``);
 - ``stack``: a network of half the layers for ``share`` of the budget, then doubled to full depth, each layer copied
   next to itself (``grow=interleave``) or the whole stack on top of itself (``grow=stack``);
-- ``shallow``: half the layers, all the time.
+- ``shallow``: half the layers, all the time;
+- ``width``: half the width and half the heads for ``share`` of the budget, then widened (width.py) and averaged with
+  ``1 - mixed`` of a freshly drawn network; with ``both`` half the layers, too, then doubled as in ``stack``.
 
 With ``consistency=mu`` the deep network's gradients, of exact sweeps, have the consistency term at intervals of 4
 layers; what it costs there is not counted, as in layer-parallel training it costs no evaluation.
 
 The budget is counted in blocks' FLOPs: 1 is ``--steps`` steps of the deep network. The learning rate is warmed up over
-``warmup`` of the budget and falls as a cosine over the FLOPs spent, to a tenth, in all methods alike; gradients are
-clipped to norm 1.
+``warmup`` of the budget and falls as a cosine over the FLOPs spent, to a tenth, in all methods alike; or, with
+``decay``, stays until that part of the budget is left and then falls in a line (WSD). Gradients are clipped to norm 1.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from width import widen
 
 import mlpint
 from mlpint.flops import FlopMeter
 from mlpint.training.data import Batches, load
 from mlpint.training.models import GPT, Shape
 
-SEQUENCE, BATCH, CLIP, POINTS, HELD_OUT = 32, 8, 1.0, 10, 16
+CLIP, POINTS, HELD_OUT = 1.0, 10, 16
 
 
 @dataclasses.dataclass
@@ -54,11 +57,15 @@ class Run:
     budget: float = 1.0
     share: float = 0.5
     warmup: float = 0.05
+    decay: float = 0.0
     layers: int = 12
     dim: int = 64
+    heads: int = 4
     seed: int = 0
     grow: str = "interleave"
     consistency: float = 0.0
+    mixed: float = 1.0
+    both: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -84,25 +91,34 @@ def _number(text: str) -> Any:
 class Training:
     """A network on its way through the data, its measurements written as it goes."""
 
-    def __init__(self, run: Run, steps: int, data: str, out: Path) -> None:
-        self.run, self.out, self.data = run, out, data
-        self.corpus = load(data, SEQUENCE)
-        self.batches = Batches(self.corpus, SEQUENCE, BATCH, run.seed)
+    def __init__(self, run: Run, args: argparse.Namespace) -> None:
+        self.run, self.out, self.data, self.sequence = run, Path(args.out), args.data, args.sequence
+        tokens = {"vocabulary": args.vocabulary, "tokenizer": "bpe"} if args.vocabulary else {}
+        self.corpus = load(args.data, args.sequence, **tokens)
+        self.vocabulary = max(args.vocabulary, self.corpus.vocabulary)  # small texts have fewer pairs than wanted
+        self.batches = Batches(self.corpus, args.sequence, args.batch, run.seed)
         torch.manual_seed(run.seed)
-        deep = GPT(self.corpus.vocabulary, SEQUENCE, Shape(run.layers, run.dim, 4))
+        deep = self.network(run.layers)
         self.per_layer = self._flops_of(deep) // run.layers
-        self.total = run.budget * steps * self.per_layer * run.layers
+        self.total = run.budget * args.steps * self.per_layer * run.layers
         self.model = deep
         if run.method in ("stack", "shallow"):
-            self.model = GPT(self.corpus.vocabulary, SEQUENCE, Shape(run.layers // 2, run.dim, 4))
+            self.model = self.network(run.layers // 2)
+        if run.method == "width":
+            self.model = self.network(run.layers // (1 + run.both), 2)
         self.spent = self.everything = self.tokens = self.position = self.points = 0
         self.seconds = 0.0
 
-    @staticmethod
-    def _flops_of(model: GPT) -> int:
+    def network(self, layers: int, narrower: int = 1) -> GPT:
+        """Freshly drawn, of this depth, and so many times narrower than wanted in the end."""
+        shape = Shape(layers, self.run.dim // narrower, self.run.heads // narrower)
+        return GPT(self.vocabulary, self.sequence, shape)
+
+    def _flops_of(self, model: GPT) -> int:
+        """Of a step, in the blocks."""
         meter = FlopMeter(model.blocks)
         with meter.step():
-            model(torch.zeros(BATCH, SEQUENCE, dtype=torch.int64))
+            model(self.batches.train(0)[0])
         return meter.blocks
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -115,6 +131,8 @@ class Training:
         done = self.spent / self.total
         if done < self.run.warmup:
             return self.run.lr * max(done, 0.02 * self.run.warmup) / self.run.warmup
+        if self.run.decay:
+            return self.run.lr * max(min((1 - done) / self.run.decay, 1.0), 0.02)
         fall = (done - self.run.warmup) / (1 - self.run.warmup)
         return self.run.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(fall, 1.0))) / 2)
 
@@ -158,10 +176,11 @@ class Training:
         record |= {"val_loss": loss, "accuracy": accuracy, "steps": self.position, "tokens": self.tokens}
         record |= {"fine_steps": self.spent / (self.per_layer * self.run.layers), "seconds": self.seconds}
         record |= {"flops": self.spent, "all_flops": self.spent + self.everything, "end": always}
+        record |= {"gradient_norms": self.gradient_norms()}
         if always:
             if isinstance(self.model.blocks, mlpint.LayerParallel):
                 self.model.blocks = nn.Sequential(*self.model.blocks.local_layers.values())
-            record |= {"noisy_accuracy": self.validate(0.1)[1], "gradient_norms": self.gradient_norms()}
+            record |= {"noisy_accuracy": self.validate(0.1)[1]}
             record |= self.mgrit_quality()
         record |= {"machine": f"{platform.machine()} CPU", "torch": torch.__version__}
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -218,9 +237,14 @@ class Training:
 
     def stack(self) -> None:
         self.deep(self.run.share)
+        self.double()
+        self.deep()
+
+    def double(self) -> None:
+        """Gives the network twice its layers."""
         small = self.model
         torch.manual_seed(self.run.seed)
-        self.model = GPT(self.corpus.vocabulary, SEQUENCE, Shape(self.run.layers, self.run.dim, 4))
+        self.model = self.network(self.run.layers)
         half = self.run.layers // 2
         state = small.state_dict()
         for n in range(self.run.layers):
@@ -228,6 +252,15 @@ class Training:
             self.model.blocks[n].load_state_dict(small.blocks[source].state_dict())
         rest = {name: t for name, t in state.items() if not name.startswith("blocks.")}
         self.model.load_state_dict(rest, strict=False)
+
+    def width(self) -> None:
+        self.deep(self.run.share)
+        narrow = self.model
+        torch.manual_seed(self.run.seed)
+        self.model = self.network(len(narrow.blocks))
+        widen(narrow, self.model, self.run.heads // 2, self.run.mixed)
+        if self.run.both:
+            self.double()
         self.deep()
 
     def multilevel(self) -> None:
@@ -266,12 +299,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="fine steps that budget = 1 pays for")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--data", default="", help="text file; the text that Python carries if none is named")
+    parser.add_argument("--sequence", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=0, help="byte pairs learnt from the text; bytes if 0")
     parser.add_argument("--out", default="experiments/results/multilevel.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in map(int, args.seeds.split()):
         for text in args.runs.split():
-            training = Training(Run.of(text, seed), args.steps, args.data, Path(args.out))
+            training = Training(Run.of(text, seed), args)
             method: Callable[[], None] = getattr(training, training.run.method)
             method()
             training.point(always=True)

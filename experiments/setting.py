@@ -1,7 +1,8 @@
 """The network, the data and the measurements that the experiments on gradients share.
 
 A byte GPT (d 128, 4 heads, sequence 64, batch 8, AdamW at 1e-3, 4 + 4 buffer layers) on the text that Python carries.
-A setting is written operator:forward,backward:cfactor, for instance ``sum:1,1:4``, or ``exact``.
+A setting is written operator:forward,backward:cfactor, for instance ``sum:1,1:4``, with :levels and :relaxation behind
+it where they are not 2 and F (``injection:1,1:4:3:FCF``), or ``exact``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from mlpint.training.trainer import Trainer
 BUFFERS = 4
 OPERATORS = ("injection", "scaled", "fitted", "sum")
 VALUES = {"open_layers": BUFFERS, "close_layers": BUFFERS, "warmup": 50, "final_lr": 1.0, "weight_decay": 0.01}
-VALUES |= {"tied": False, "eval_batches": 16, "sample": 0, "compare": 0, "control": "off", "consistency": 0.0}
+VALUES |= {"stacked": False, "tied": False}
+VALUES |= {"eval_batches": 16, "sample": 0, "compare": 0, "control": "off", "consistency": 0.0}
 
 
 def arguments(doc: str, out: str, **numbers: float) -> argparse.ArgumentParser:
@@ -42,9 +44,9 @@ def arguments(doc: str, out: str, **numbers: float) -> argparse.ArgumentParser:
 def options_of(setting: str) -> MGRIT:
     if setting == "exact":
         return MGRIT(levels=1)
-    coarse, iterations, cfactor = setting.split(":")
+    coarse, iterations, cfactor, levels, relaxation = [*setting.split(":"), "2", "F"][:5]
     forward, backward = map(int, iterations.split(","))
-    return MGRIT(2, int(cfactor), forward, backward, coarse=coarse)
+    return MGRIT(int(levels), int(cfactor), forward, backward, relaxation=relaxation, coarse=coarse)
 
 
 def trainer_of(setting: str, args: argparse.Namespace, comm: Comm, **values: Any) -> Trainer:
@@ -56,6 +58,7 @@ def trainer_of(setting: str, args: argparse.Namespace, comm: Comm, **values: Any
         "levels": options.levels,
         "forward_iters": options.forward_iters,
         "backward_iters": options.backward_iters,
+        "relaxation": options.relaxation,
     }
     config = TrainConfig.of(values)
     return Trainer(config, make(config), comm)

@@ -18,6 +18,7 @@ from mlpint import cli
 from mlpint.errors import DataError
 from mlpint.training import tasks
 from mlpint.training.config import TrainConfig
+from mlpint.training.data.bpe import BytePairs
 from mlpint.training.data.labelled import load_labelled
 from mlpint.training.metrics import read_lines
 from mlpint.training.models import BERT, Shape, TextClassifier
@@ -142,6 +143,27 @@ def test_exact_fine_tuning_is_plain_fine_tuning(bank, bert, tmp_path, capsys):
     for line, text, ours, right in zip(lines, task.held_out, found, targets, strict=True):
         wrong = "" if ours == right else f" (not {task.classes[right]})"
         assert line == f"{task.classes[ours]}{wrong}: {text.text}"
+
+
+def test_byte_pairs_of_the_pre_training_are_read(bank, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{n % 7} abc! def?" for n in range(300)))
+    once = {"steps": 1, "sample": 0}
+    pretraining = once | {"task": "bert", "data": tmp_path / "text.txt", "tokenizer": "bpe", "vocabulary": 290}
+    assert cli.main(["train", *flags(**pretraining, out=tmp_path / "bert")]) == 0
+    saved = tmp_path / "bert" / "tokenizer.json"
+    finetuning = bank | once | {"init_from": tmp_path / "bert", "tokenizer": saved}
+    assert cli.main(["train", *flags(**finetuning, out=tmp_path / "run")]) == 0
+    assert "classes.weight, classes.bias start anew" in capsys.readouterr().out
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == saved.read_bytes()
+    task, pairs = tasks.make(TrainConfig.of(SMALL | bank | {"tokenizer": str(saved)})), BytePairs(saved.read_bytes())
+    for index, tokens, length in zip(task.order(0), *(task.train(0)[i] for i in (0, 2)), strict=True):
+        whole = pairs.encode([task.training[index].text])[0]
+        half = SMALL["sequence"] // 2
+        cut = whole if len(whole) <= 2 * half else whole[:half] + whole[-half:]
+        assert tokens[:length].tolist() == cut
+    assert "vocabulary is 256 tokens, that of" in fails(
+        tmp_path, capsys, *flags(**bank), f"--init-from={tmp_path}/bert"
+    )
 
 
 def test_it_learns_and_goes_on_without_what_it_started_from(bank, bert, tmp_path):
@@ -303,7 +325,11 @@ def test_bad_texts_are_told_before_the_first_step(bank, tmp_path, capsys):
         (tmp_path / name).write_text(content)
     for arguments, words in (
         (["--data="], "data = '': must name a CoNLL-U or .tsv file"),
-        (["--tokenizer=bpe"], "tokenizer = 'bpe': must be 'bytes' for task = 'classification'"),
+        (["--tokenizer=bpe"], "tokenizer = 'bpe': must be 'bytes', or the tokenizer.json of the run"),
+        (
+            [f"--tokenizer={tmp_path}/no.json"],
+            "no.json': cannot be read (No such file or directory); must be bytes, bpe",
+        ),
         (["--vocabulary=200"], "vocabulary = 200: must be at least 256"),
         ([f"--data={tmp_path}/nowhere"], "nowhere: cannot be read"),
         ([f"--data={tmp_path}/nowhere.tsv"], "nowhere.tsv: cannot be read"),

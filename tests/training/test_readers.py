@@ -294,6 +294,17 @@ def test_byte_pairs_of_a_text_are_made_once(tmp_path, monkeypatch):
         load(str(tmp_path / "text.txt"), sequence=8, vocabulary=290, tokenizer="bpe")
     with pytest.raises(ValueError, match="vocabulary = 100: must be at least 259"):
         load(str(tmp_path / "text.txt"), sequence=8, vocabulary=100, tokenizer="bpe")
+    # The pairs as a run saves them, for another text; each of its lines ends with a token that stands for no text.
+    (tmp_path / "tokenizer.json").write_bytes(corpus.subwords.pairs.saved)
+    (tmp_path / "other.txt").write_text("the log sat on a cat\n" * 20)
+    other = load(str(tmp_path / "other.txt"), sequence=8, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert other.identity == corpus.identity and "the log sat on a cat" in other.decode(other.train.tolist())
+    with pytest.raises(ValueError, match=f"vocabulary = 290: must be {corpus.vocabulary}, as in"):
+        load(str(tmp_path / "text.txt"), sequence=8, vocabulary=290, tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="bep'.*: cannot be read .*must be bytes, bpe or a file"):
+        load(str(tmp_path / "text.txt"), sequence=8, tokenizer=str(tmp_path / "bep"))
+    with pytest.raises(DataError, match="text.txt'.*: is no tokenizer.json"):
+        load(str(tmp_path / "text.txt"), sequence=8, tokenizer=str(tmp_path / "text.txt"))
     np.arange(50, dtype="<u2").tofile(tmp_path / "c.bin")
     with pytest.raises(DataError, match="c.bin holds tokens already"):
         load(str(tmp_path / "c.bin"), sequence=8, tokenizer="bpe")

@@ -162,9 +162,11 @@ class DataConfig(Section):
     source: str = key("de", "translation: language to translate from, the ending of its files' names")
     target: str = key("en", "translation: language to translate to, the ending of its files' names")
     label: str = key("", "classification: comment or column with the class; empty: s_type of CoNLL-U, else label")
-    tokenizer: str = key("bytes", "of text: bytes or bpe, byte pairs learnt from it", choices=("bytes", "bpe"))
+    tokenizer: str = key(
+        "bytes", "of text: bytes; bpe, byte pairs learnt from it; or the tokenizer.json in the directory of such a run"
+    )
     sequence: int = key(
-        64, "tokens per sequence; tagging: words of the longest sentence; classification: bytes of a text", least=1
+        64, "tokens per sequence; tagging: words of the longest sentence; classification: tokens of a text", least=1
     )
     batch: int = key(8, "sequences per microbatch", least=1)
     mask: float = key(0.2, "bert: fraction of the tokens to be named", above=0, below=1)

@@ -70,6 +70,8 @@ class Report:
         self.metrics = Metrics(
             self.directory / "metrics.jsonl", header, resumed_at=trainer.step if self.config.run.resume else None
         )
+        for name, content in trainer.task.files().items():
+            (self.directory / name).write_bytes(content)
         self.logger = make_logger(self.config.run.log, self.directory)
         self._pass_on(header)
         model, task = self.config.model, trainer.task

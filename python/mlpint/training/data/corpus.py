@@ -38,7 +38,7 @@ class Corpus:
     @property
     def identity(self) -> str:
         """What a model's tokens are, for comparison with a checkpoint's."""
-        return f"{self.vocabulary} tokens" + (f", digest {self.subwords.digest}" if self.subwords else "")
+        return self.subwords.identity if self.subwords else f"{self.vocabulary} tokens"
 
     @property
     def is_text(self) -> bool:
@@ -79,7 +79,8 @@ def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "", to
         sequence: tokens per sequence; each part must hold at least one, and the token that follows it.
         vocabulary: 0 takes 256 for text and GPT-2's for ``.bin``.
         validation: text or tokens like those of ``path``.
-        tokenizer: of text: ``"bytes"``, or ``"bpe"`` for byte pairs, ``vocabulary`` of them.
+        tokenizer: of text: ``"bytes"``; ``"bpe"`` for byte pairs, ``vocabulary`` of them; or the ``tokenizer.json`` of
+            a run that had these.
 
     Raises:
         DataError: naming the path, and what is wrong with it.
@@ -102,10 +103,10 @@ def load(path: str, sequence: int, vocabulary: int = 0, validation: str = "", to
         kinds = ("text", "tokens") if is_text else ("tokens", "text")
         raise DataError(f"{name} holds {kinds[0]} and {validation} {kinds[1]}: must be of one kind")
     subwords = None
-    if tokenizer == "bpe":
+    if tokenizer != "bytes":
         if not is_text:
-            raise DataError(f"tokenizer = 'bpe': {name} holds tokens already")
-        train, held_out, subwords = to_subwords(train, held_out, vocabulary)
+            raise DataError(f"tokenizer = {tokenizer!r}: {name} holds tokens already")
+        train, held_out, subwords = to_subwords(train, held_out, vocabulary, tokenizer)
         vocabulary, is_text = subwords.vocabulary, False
     if min(len(train), len(held_out)) < sequence + 1:
         raise DataError(

@@ -76,6 +76,10 @@ class Task(abc.ABC):
         """What must not change between a checkpoint and the run that goes on with it, such as the vocabulary."""
         return {}
 
+    def files(self) -> dict[str, bytes]:
+        """What belongs in a run's directory beside its metrics, by name."""
+        return {}
+
     @abc.abstractmethod
     def model(self) -> nn.Module:
         """A new model, drawn from torch's generator. Its ``nn.ModuleList`` ``blocks`` is to be solved in parallel."""

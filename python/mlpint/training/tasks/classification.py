@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ...errors import ConfigError
 from ..config import TrainConfig
 from ..data.labelled import LabelledText, load_labelled
 from ..data.order import spread
+from ..data.subwords import Subwords, read_subwords
 from ..models import TextClassifier
 from .base import Batch, Sample, cross_entropy, measured
 from .examples import ExamplesTask
@@ -23,7 +25,7 @@ _BYTES = 256
 
 
 class ClassificationTask(ExamplesTask):
-    """An encoder that names the class of a text. Its tokens are those of ``task = "bert"`` on text: bytes."""
+    """An encoder that names the class of a text. Its tokens are those of ``task = "bert"`` on text: bytes or pairs."""
 
     unit = "texts"
     training: list[LabelledText]
@@ -34,26 +36,33 @@ class ClassificationTask(ExamplesTask):
         data = config.data
         if not data.data:
             raise ConfigError("data = '': must name a CoNLL-U or .tsv file for task = 'classification'")
-        if data.tokenizer != "bytes":
-            raise ConfigError(f"tokenizer = {data.tokenizer!r}: must be 'bytes' for task = 'classification'")
-        self.vocabulary = config.model.vocabulary or _BYTES
-        if self.vocabulary < _BYTES:
+        self.subwords: Subwords | None = None
+        if data.tokenizer == "bpe":
             raise ConfigError(
-                f"vocabulary = {self.vocabulary}: must be at least {_BYTES} for {data.data}, which is read as bytes"
+                "tokenizer = 'bpe': must be 'bytes', or the tokenizer.json of the run that the weights come from"
             )
+        if data.tokenizer != "bytes":
+            self.subwords = read_subwords(data.tokenizer, config.model.vocabulary)
+        elif 0 < config.model.vocabulary < _BYTES:
+            least = f"must be at least {_BYTES} for {data.data}, which is read as bytes"
+            raise ConfigError(f"vocabulary = {config.model.vocabulary}: {least}")
+        self.vocabulary = self.subwords.vocabulary if self.subwords else config.model.vocabulary or _BYTES
         self.training, self.held_out = load_labelled(data.data, data.validation, data.label)
         self.name = data.data
         self.classes = sorted({text.label for text in (*self.training, *self.held_out)})
+        everyone = (*self.training, *self.held_out)
+        self._encoded = {text.text: tokens for text, tokens in zip(everyone, self._encode(everyone), strict=True)}
         self._deal()
 
     def describe(self) -> str:
         everyone, limit = (*self.training, *self.held_out), self.config.data.sequence
-        cut = sum(len(text.text.encode()) > limit for text in everyone)
+        cut = sum(len(self._encoded[text.text]) > limit for text in everyone)
         usual = Counter(text.label for text in self.training).most_common(1)[0][0]
         share = sum(text.label == usual for text in self.held_out) / len(self.held_out)
+        tokens = "tokens" if self.subwords else "bytes"
         return (
             f"{self.name}: {len(self.training):,} texts, {len(self.held_out):,} held out, {cut:,} cut to {limit} "
-            f"bytes; {len(self.classes)} classes, {share:.1%} of the texts held out are {usual}"
+            f"{tokens}; {len(self.classes)} classes, {share:.1%} of the texts held out are {usual}"
         )
 
     def digest(self) -> str:
@@ -62,7 +71,11 @@ class ClassificationTask(ExamplesTask):
 
     def identity(self) -> dict[str, str]:
         digest = crc("\n".join(self.classes).encode())
-        return {"vocabulary": f"{self.vocabulary} tokens", "classes": f"{len(self.classes)}, digest {digest}"}
+        tokens = self.subwords.identity if self.subwords else f"{self.vocabulary} tokens"
+        return {"vocabulary": tokens, "classes": f"{len(self.classes)}, digest {digest}"}
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.subwords.pairs.saved} if self.subwords else {}
 
     def model(self) -> nn.Module:
         vocabulary = self.vocabulary + 1  # the token that masks others in pre-training
@@ -84,9 +97,14 @@ class ClassificationTask(ExamplesTask):
         classes = [self.classes.index(text.label) for text in texts]
         return torch.from_numpy(tokens), torch.tensor(classes), torch.tensor(lengths)
 
+    def _encode(self, texts: Sequence[LabelledText]) -> list[np.ndarray]:
+        if self.subwords is None:
+            return [np.frombuffer(text.text.encode(), np.uint8) for text in texts]
+        return [np.array(tokens) for tokens in self.subwords.pairs.encode([text.text for text in texts])]
+
     def _tokens(self, text: LabelledText) -> np.ndarray:
-        """The bytes of a text; of one that is too long, both ends (Sun et al., 2019: better than its beginning)."""
-        tokens, limit = np.frombuffer(text.text.encode(), np.uint8), self.config.data.sequence
+        """The tokens of a text; of one that is too long, both ends (Sun et al., 2019: better than its beginning)."""
+        tokens, limit = self._encoded[text.text], self.config.data.sequence
         if len(tokens) <= limit:
             return tokens
         return np.concatenate([tokens[: limit - limit // 2], tokens[len(tokens) - limit // 2 :]])

@@ -32,3 +32,6 @@ class TextTask(Task):
 
     def identity(self) -> dict[str, str]:
         return {"vocabulary": self.corpus.identity}
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.corpus.subwords.pairs.saved} if self.corpus.subwords else {}
