@@ -502,6 +502,23 @@ def test_the_rule_for_cycles_sees_no_step_that_was_skipped(skipped, monkeypatch)
     assert not any(followed[step] for step in skipped) and any(followed.values())
 
 
+def test_growing_is_one_cycle_of_a_single_small_network():
+    options = {"delta": 1.0, "neighbours": "average", "single": True, "cycles": 1, "step_size": "unit"}
+    for networks in (8, 4):
+        compare("adamw", networks=networks, coarse_steps=5, tolerance=1e-10, **options)
+    net = net_of(8)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    whole, three = Multilevel.grow(net.blocks, optimizer), Multilevel.grow(net.blocks, optimizer, layers=2, delta=0.5)
+    assert whole.options == Multilevel(net.blocks, optimizer, networks=8, clock="work", **options).options
+    assert (three.options.networks, three.options.delta, three.networks["A"].layers) == (4, 0.5, (3, 7))
+    net.blocks = LayerParallel(net.blocks, MGRIT(levels=1), open_layers=1, close_layers=1)
+    buffered = Multilevel.grow(net.blocks, torch.optim.SGD(net.parameters(), 0.05))
+    assert buffered.networks["A"].layers == (6,) and buffered.options.networks == 6
+    for layers in (0, 3, 8, True, 1.0):
+        with pytest.raises(ValueError, match=f"layers = {layers!r}: must be a divisor of the 8 blocks"):
+            Multilevel.grow(net_of(8).blocks, optimizer, layers=layers)
+
+
 def test_a_cascade_trains_one_network_once():
     def train(make):
         net = net_of(4)

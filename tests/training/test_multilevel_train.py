@@ -99,7 +99,7 @@ def test_curves_over_what_they_cost(capsys):
         (["--delta=2"], "delta = 2.0: must be a number at least 0 and at most 1"),
         (["--coarse-steps=0"], "coarse_steps = 0: must be an integer at least 1"),
         (["--cycles=-1", "--clock=work"], "clock = 'work': its length is not known with cycles = -1"),
-        (["--preset=stack"], "preset = 'stack': must be one of paper, cascade"),
+        (["--preset=stack"], "preset = 'stack': must be one of paper, cascade, grow"),
         (["--optimizer-state=none"], "optimizer_state = 'none': must be one of restrict, carry"),
         (["--optimizer-state=separate"], "optimizer_state = 'separate': must be one of restrict, carry"),
         (["--neighbours=correction"], "neighbours = 'correction': must be one of none, average"),
@@ -133,6 +133,10 @@ def test_the_preset_stands_for_the_keys_that_are_not_given():
     assert TrainConfig.of({"preset": "cascade", "delta": 0.5}).multilevel.options() == options | {"delta": 0.5}
     assert TrainConfig.of(read_toml(EXAMPLE)).multilevel.options().items() >= cascade.items()
     assert TrainConfig.of({"preset": "paper"}) == TrainConfig()
+    grow = TrainConfig.of({"preset": "grow", "layers": 12, "open_layers": 1})
+    keys = {"coarse_networks": 9, "coarse_step_size": "unit", "clock": "work", "schedule": "wsd"}
+    assert grow == TrainConfig.of(cascade | keys | {"preset": "grow", "layers": 12, "open_layers": 1})
+    assert TrainConfig.of({"preset": "grow", "coarse_networks": 4}).multilevel.coarse_networks == 4
 
 
 def test_a_cascade(capsys):
@@ -142,10 +146,20 @@ def test_a_cascade(capsys):
     assert "preset = 'paper': must be 'cascade', as in" in capsys.readouterr().err
 
 
+def test_growing_from_one_layer():
+    assert train("--preset=grow", "--cycles=1", "--out=a") == 0
+    assert [line["network"] for line in steps_of("a")] == ["fine", "A", "A", "fine", "fine"]
+
+
 def test_cycles_by_measured_benefit():
     assert train("--out=a", cycles=-1, steps=12, coarse_steps=1) == 0
     names = [line["network"] for line in steps_of("a")]
     assert names.count("fine") == 12 and names.count("A") == names.count("B") >= 5
+
+
+def test_growing_from_one_layer():
+    assert train("--preset=grow", "--cycles=1", "--out=a") == 0
+    assert [line["network"] for line in steps_of("a")] == ["fine", "A", "A", "fine", "fine"]
 
 
 def test_cycles_by_measured_benefit_go_by_no_step_that_was_skipped(monkeypatch):

@@ -18,7 +18,7 @@ from .blocks import check_blocks, runner_of
 from .copies import Copies
 from .hierarchy import Network, hierarchy
 from .learning_rate import scaled_learning_rate
-from .options import CASCADE, Cycles, MultilevelOptions, by_level
+from .options import CASCADE, GROW, Cycles, MultilevelOptions, by_level
 from .phase import Phase
 from .schedule import Close, Schedule, Step
 from .stopping import StoppingRule
@@ -40,7 +40,8 @@ class Multilevel:
     theta_coarse (equation 4 there). Between phases the model is always the fine network. A phase whose body raises
     changes no schedule: the loop, if it goes on, gets the same step again.
 
-    The defaults are the paper's way; :meth:`cascade` is another one, which saved more in this project's experiments.
+    The defaults are the paper's way; :meth:`cascade` and :meth:`grow` are others, which saved more in this project's
+    experiments.
 
     Args:
         blocks: the residual blocks, wherever they are in the model: an ``nn.Sequential``, ``nn.ModuleList`` or other
@@ -166,6 +167,40 @@ class Multilevel:
             options: the class's keyword arguments; those of the preset can be given other values.
         """
         return cls(blocks, optimizer, coarse_steps=coarse_steps, **(CASCADE | options))
+
+    @classmethod
+    def grow(
+        cls,
+        blocks: Blocks,
+        optimizer: torch.optim.Optimizer,
+        *,
+        layers: int = 1,
+        coarse_steps: int | Sequence[int] = 100,
+        **options: Any,
+    ) -> Multilevel:
+        """Trains a network of one block, or few, which then becomes the whole one, all blocks copies of these.
+
+        Progressive training (arXiv 2511.04981; stacking all at once, arXiv 2405.15319), where the deep network is only
+        trained at the end: a schedule of the learning rate that stays high until then (WSD), by ``phase.clock``, fits
+        best. The preset :meth:`cascade` with as many ``networks`` as leave so few blocks, ``step_size="unit"`` and
+        ``clock="work"``.
+
+        Args:
+            blocks, optimizer: as for the class.
+
+        Keyword args:
+            layers: blocks to begin with, beside those that every network has; a divisor of the number of the others.
+            coarse_steps: of the small network. A third of all FLOPs was good, which are many steps.
+            options: the class's keyword arguments; those of the preset can be given other values.
+
+        Raises:
+            ValueError: as the class does; so many layers cannot become the whole network.
+        """
+        runner = runner_of(blocks)
+        count = runner.count - len(runner.common_layers)
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1 or count % layers or layers == count:
+            raise ValueError(f"layers = {layers!r}: must be a divisor of the {count} blocks to be trained, and fewer")
+        return cls(blocks, optimizer, coarse_steps=coarse_steps, **(GROW | {"networks": count // layers} | options))
 
     # --- the schedule ------------------------------------------------------------------------------------------------
 

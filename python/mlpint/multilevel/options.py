@@ -10,6 +10,8 @@ Cycles = int | Literal["auto"]
 
 # One coarse network is trained once; then each of its blocks takes its own place and its neighbours'.
 CASCADE: dict[str, Any] = {"delta": 1.0, "neighbours": "average", "single": True, "cycles": 1}
+# The same from very few blocks, whose steps may as well be as long as the others'; most of the work comes before.
+GROW: dict[str, Any] = CASCADE | {"step_size": "unit", "clock": "work"}
 
 
 @dataclasses.dataclass(frozen=True)

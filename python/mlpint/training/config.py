@@ -205,10 +205,10 @@ class MultilevelConfig(Section):
     multilevel: bool = key(False, "train in alternation with coarse networks, made of every other layer")
     preset: str = key(
         "paper",
-        "paper, or cascade: train one coarse network once, whose layers then take their own and their neighbours' "
+        "paper; cascade: train one coarse network once, whose layers then take their own and their neighbours' "
         f"places; stands for {', '.join(f'{name} = {value}' for name, value in CASCADE.items())} where these are not "
-        "given",
-        choices=("paper", "cascade"),
+        "given; grow: the same from a single layer, with coarse_step_size = unit, clock = work and schedule = wsd",
+        choices=("paper", "cascade", "grow"),
     )
     delta: float = key(0.25, "weight of trained coarse layers in their average with the fine ones", least=0, most=1)
     coarse_steps: int = key(100, "steps of a coarse network at a time", least=1)
@@ -339,8 +339,13 @@ class TrainConfig:
         for name in values:
             if name not in KEYS:
                 raise ConfigError(f"unknown key '{name}'{similar(name, KEYS)}")
-        if values.get("preset") == "cascade":
-            values = CASCADE | dict(values)
+        if values.get("preset") in _PRESETS:
+            values = _PRESETS[values["preset"]] | dict(values)
+        if values.get("preset") == "grow":
+            layers, open_layers, close_layers = (
+                values.get(name, KEYS[name].default) for name in ("layers", "open_layers", "close_layers")
+            )
+            values = {"coarse_networks": max(2, layers - open_layers - close_layers)} | dict(values)
         if values.get("multilevel") or values.get("task") == "translation":
             values = _WITHOUT_TERM | dict(values)
         sections: dict[str, Any] = {
@@ -356,6 +361,9 @@ class TrainConfig:
         return {name: value for section in vars(self).values() for name, value in vars(section).items()}
 
 
+# The keys that presets stand for.
+_PRESETS: dict[str, dict[str, Any]] = {"cascade": CASCADE}
+_PRESETS["grow"] = CASCADE | {"coarse_step_size": "unit", "clock": "work", "schedule": "wsd"}
 # Defaults where there is better no consistency term: coarse networks' gradients are not measured, and an interval that
 # spans encoder and decoder goes on as it began.
 _WITHOUT_TERM = {"forward_iters": 2, "coarse": "fitted"}
