@@ -157,11 +157,6 @@ def test_cycles_by_measured_benefit():
     assert names.count("fine") == 12 and names.count("A") == names.count("B") >= 5
 
 
-def test_growing_from_one_layer():
-    assert train("--preset=grow", "--cycles=1", "--out=a") == 0
-    assert [line["network"] for line in steps_of("a")] == ["fine", "A", "A", "fine", "fine"]
-
-
 def test_cycles_by_measured_benefit_go_by_no_step_that_was_skipped(monkeypatch):
     seen, another, forward_backward = [], StoppingRule.another, Trainer.forward_backward
 
