@@ -125,22 +125,27 @@ def inexact_is_that_of_single_blocks(comm):
 
 @float64
 def todays_blocks(comm):
-    """RMSNorm, SwiGLU, grouped queries with norms, rotary positions: as the plain loop under autograd, and inexact."""
+    """RMSNorm, SwiGLU, grouped queries with norms, rotary positions; norms on both sides and windows that differ from
+    layer to layer: as the plain loop under autograd, and inexact."""
     modern = {"normalization": "rms", "feed_forward": "silu gated", "biases": "none", "positions": "rotary"}
-    stack, x = make(9, kv_heads=1, qk_norm=True, **modern), batch()
-    plain = copy.deepcopy(stack)
-    y, dx = solve(plain, x)
-    expected = [p.grad for p in plain.parameters()]
-    network = LayerParallel(copy.deepcopy(stack), EXACT, comm=comm)
-    found, gradient = solve(network, x)
-    assert_close(found, y, 1e-12)
-    assert_close(gradient, dx, 1e-12)
-    rows = network.layout.local_indices(comm.rank)
-    for p, all_rows in zip(network.stacked.parameters(), expected, strict=True):
-        assert_close(p.grad, all_rows[list(rows)], 1e-12)
-    for options in (MGRIT(cfactor=2, forward_iters=1, backward_iters=1), MGRIT(cfactor=3, forward_iters=2)):
-        compare_solves(comm, stack, x, options)
-    compare_solves(comm, stack, x, MGRIT(cfactor=3, forward_iters=1), recompute=True, lengths=torch.tensor([5, 2, 4]))
+    for settings in (modern | {"kv_heads": 1, "qk_norm": True}, modern | {"norm": "sandwich", "window": (2, 0, 3, 1)}):
+        stack, x = make(9, **settings), batch()
+        plain = copy.deepcopy(stack)
+        y, dx = solve(plain, x)
+        expected = [p.grad for p in plain.parameters()]
+        network = LayerParallel(copy.deepcopy(stack), EXACT, comm=comm)
+        found, gradient = solve(network, x)
+        assert_close(found, y, 1e-12)
+        assert_close(gradient, dx, 1e-12)
+        one_by_one = BlockStack.from_blocks(stack.to_blocks())
+        assert_close(one_by_one(x), y, 1e-12)
+        rows = network.layout.local_indices(comm.rank)
+        for p, all_rows in zip(network.stacked.parameters(), expected, strict=True):
+            assert_close(p.grad, all_rows[list(rows)], 1e-12)
+        for options in (MGRIT(cfactor=2, forward_iters=1, backward_iters=1), MGRIT(cfactor=3, forward_iters=2)):
+            compare_solves(comm, stack, x, options)
+        lengths = torch.tensor([5, 2, 4])
+        compare_solves(comm, stack, x, MGRIT(cfactor=3, forward_iters=1), recompute=True, lengths=lengths)
 
 
 @float64

@@ -164,7 +164,8 @@ class StackEvaluator:
                 for start in range(0, len(evenly_spaced), width):
                     rows = evenly_spaced[start : start + width]
                     x = stacked_states([states[place[row]] for row in rows])
-                    call = StepContext(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h)
+                    windows = self.stack.settings.windows((self._indices[row] for row in rows), x.shape[2])
+                    call = StepContext(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h, windows)
                     y = step(call, rows, x.flatten(1, 2)).view(x.shape)
                     for i, row in enumerate(rows):
                         results[place[row]] = Slice(y, i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -11,7 +12,12 @@ from torch.nn import functional as F
 from . import dropout
 from .kernels import kernel
 
-_MASKED = -1e30  # added to scores of padded keys: finite, so that a row without any key stays finite too
+Windows = tuple[int, ...] | None
+
+
+def _masked(dtype: torch.dtype) -> float:
+    """What is added to scores of keys not to be seen: finite, twice too, so that a row without any key stays finite."""
+    return max(-1e30, torch.finfo(dtype).min / 4)
 
 
 class Padding:
@@ -27,7 +33,7 @@ class Padding:
         """The mask that is added to the scores of J batches, [J B, 1, 1, T]."""
         if (j, dtype) not in self._biases:
             bias = torch.zeros(self.padded.shape, dtype=dtype, device=self.padded.device)
-            bias = bias.masked_fill_(self.padded, _MASKED)
+            bias = bias.masked_fill_(self.padded, _masked(dtype))
             self._biases[j, dtype] = bias.repeat(j, 1)[:, None, None, :]
         return self._biases[j, dtype]
 
@@ -44,32 +50,47 @@ def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Ten
 
 
 def attention(
-    qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
+    qkv: torch.Tensor,
+    batch: int,
+    heads: int,
+    causal: bool,
+    padding: Padding | None,
+    scale: float,
+    windows: Windows = None,
 ) -> torch.Tensor:
-    """Softmax attention [J, B T, 3 D] -> [J, B T, D], with nothing saved. Padded queries give 0."""
-    module = _kernel("attention", qkv, batch, heads, len(qkv))
+    """Softmax attention [J, B T, 3 D] -> [J, B T, D], with nothing saved. Padded queries give 0.
+
+    ``windows``, one for each of the J layers: a token attends to those less than so many places away.
+    """
+    module = _kernel("attention", qkv, batch, heads, len(qkv)) if windows is None else None
     if module:
         return _tokens(module.attention(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale))
     q, k, v = split_heads(qkv, batch, heads)
-    bias = _bias(len(qkv), causal, padding, qkv.dtype)
+    bias, causal = _mask(qkv, batch, causal, padding, windows)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
     return _merged(o, len(qkv), padding)
 
 
 def attention_train(
-    qkv: torch.Tensor, batch: int, heads: int, causal: bool, padding: Padding | None, scale: float
+    qkv: torch.Tensor,
+    batch: int,
+    heads: int,
+    causal: bool,
+    padding: Padding | None,
+    scale: float,
+    windows: Windows = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of :func:`attention`, and what its backward needs beside that and qkv: the log-sum-exp [J, B, H, T] on
     the CPU and where the kernels are taken; elsewhere nothing, [J, 0], since the backward evaluates it again."""
-    if _trains_by_kernels(qkv, batch, heads):
+    if windows is None and _trains_by_kernels(qkv, batch, heads):
         from ..kernels.attention import attention_train as train
 
         o, lse = train(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale)
         return _tokens(o), lse
     if qkv.device.type != "cpu":
-        return attention(qkv, batch, heads, causal, padding, scale), qkv.new_empty(len(qkv), 0)
+        return attention(qkv, batch, heads, causal, padding, scale, windows), qkv.new_empty(len(qkv), 0)
     q, k, v = split_heads(qkv, batch, heads)
-    bias = _bias(len(qkv), causal, padding, qkv.dtype)
+    bias, causal = _mask(qkv, batch, causal, padding, windows)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
@@ -86,10 +107,11 @@ def attention_backward(
     causal: bool,
     padding: Padding | None,
     scale: float,
+    windows: Windows = None,
 ) -> torch.Tensor:
     """The gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
     j, m, d = o.shape
-    if _trains_by_kernels(qkv, batch, heads):
+    if windows is None and _trains_by_kernels(qkv, batch, heads):
         from ..kernels.attention_backward import attention_backward_packed
 
         do, o = (t.view(j, batch, m // batch, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
@@ -97,7 +119,7 @@ def attention_backward(
             do, *_per_layer(qkv, batch, heads), o, lse.contiguous(), causal, _lengths(padding), scale
         )
         return packed.view(j, m, 3 * d)
-    bias = _bias(j, causal, padding, qkv.dtype)
+    bias, causal = _mask(qkv, batch, causal, padding, windows)
     grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
     if qkv.device.type == "cpu":
         q, k, v = split_heads(qkv, batch, heads)
@@ -115,19 +137,20 @@ def attention_backward(
 
 def dropout_attention(
     qkv: torch.Tensor,
+    keys: Sequence[int],
+    probability: float,
     batch: int,
     heads: int,
     causal: bool,
     padding: Padding | None,
     scale: float,
-    keys: Sequence[int],
-    probability: float,
+    windows: Windows = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, T]."""
     j = len(qkv)
     q, k, v = split_heads(qkv, batch, heads)
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    bias = _bias(j, causal, padding, qkv.dtype)
+    bias, causal = _mask(qkv, batch, causal, padding, windows)
     if bias is not None:
         scores = scores + bias
     if causal:
@@ -188,9 +211,30 @@ def _lengths(padding: Padding | None) -> torch.Tensor | None:
     return None if padding is None else padding.lengths.to(torch.int32)
 
 
-def _bias(j: int, causal: bool, padding: Padding | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _mask(
+    qkv: torch.Tensor, batch: int, causal: bool, padding: Padding | None, windows: Windows
+) -> tuple[torch.Tensor | None, bool]:
+    """What is added to the scores of J batches, broadcast to [J B, H, T, T], and whether causality comes on top."""
+    j, m, _ = qkv.shape
     # Under a causal mask padded queries alone see padded keys, and their output is cleared.
-    return None if causal or padding is None else padding.bias(j, dtype)
+    bias = None if causal or padding is None else padding.bias(j, qkv.dtype)
+    if windows is None:
+        return bias, causal
+    inside = _window_bias(windows, causal, m // batch, qkv.dtype, qkv.device)
+    inside = inside[:, None, None].expand(-1, batch, -1, -1, -1).flatten(0, 1)
+    return inside if bias is None else inside + bias, False
+
+
+@functools.lru_cache(maxsize=64)
+def _window_bias(
+    windows: tuple[int, ...], causal: bool, sequence: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[J, T, T]: 0 where a token of the layer attends to another, else a large negative number."""
+    places = torch.arange(sequence, device=device)
+    back = places[:, None] - places
+    reach = torch.tensor(windows, device=device)[:, None, None]
+    seen = (back < reach) & (back >= 0 if causal else back > -reach)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, _masked(dtype))
 
 
 def _above_diagonal(scores: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from . import attention as attn
 from . import differentiable, modern, post_norm, pre_norm
 from .random_keys import draw_key
-from .settings import BlockSettings, Weights
+from .settings import NAMES, BlockSettings, Weights
 from .step_context import StepContext, autocast_dtype, for_products
 
 
@@ -29,6 +29,8 @@ class Block(nn.Module):
     ``norm="pre"`` (GPT-2, ViT): y = x + O attention(QKV LN1 x), F(x) = y - x + W2 gelu(W1 LN2 y). ``norm="post"``
     (BERT): y = LN1(x + O attention(QKV x)), F(x) = LN2(y + W2 gelu(W1 y)) - x. At h = 1 the ordinary block.
 
+    Other settings are those of today's language models (modern.py).
+
     Its backward comes in two halves (``split_forward``), so that :class:`mlpint.LayerParallel` takes the gradient for
     the input first and those for the weights later, neither of them twice. Dropout masks are a function of a key drawn
     from torch's CPU generator and of the place alone (see dropout.py).
@@ -40,7 +42,8 @@ class Block(nn.Module):
     Keyword args:
         ffn: inner width of the second half; 4 dim by default.
         attention: ``"causal"`` or ``"full"``.
-        norm: ``"pre"`` or ``"post"``.
+        norm: ``"pre"`` or ``"post"``; or of what each half adds to the stream, alone (``"output"``, OLMo 2) or besides
+            the one before it (``"sandwich"``, Gemma 2).
         gelu: torch's ``approximate``: ``"tanh"`` or ``"none"``, the exact one.
         eps: what the LayerNorms add to the variance.
         dropout: probability that an element of a residual increment is dropped.
@@ -48,14 +51,18 @@ class Block(nn.Module):
         step_size: h.
         depth: number of blocks in the model: projections onto the residual stream start smaller by sqrt(2 depth).
             The layer-parallel solver relies on such small increments.
-        normalization: ``"layer"`` or ``"rms"`` (RMSNorm, no bias), with ``norm="pre"``.
+        normalization: ``"layer"`` or ``"rms"`` (RMSNorm, no bias), but with ``norm="post"``.
         feed_forward: ``"gelu"``, ``"silu gated"`` (SwiGLU: W2 (silu(a) b), (a, b) = W1 x) or ``"gelu gated"``.
         kv_heads: heads of keys and values, a divisor of ``heads``; as many by default (grouped queries).
         head_width: channels of a head; dim / heads by default.
         biases: of linear maps: ``"all"``, ``"qkv"`` (that one alone) or ``"none"``.
-        qk_norm: an RMSNorm over the channels of each query's and key's head.
+        qk_norm: an RMSNorm over the channels of each query's and key's head; ``"all"``: over those of all heads.
         positions: ``"none"`` or ``"rotary"``, of queries and keys, with the base ``rope_theta``.
         rope_scaling: Llama 3's, as (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
+        yarn: YaRN's, as (factor, beta_fast, beta_slow, original_max_position_embeddings, attention_factor).
+        score_scale: factor of the attention scores; 1 / sqrt(head_width) by default.
+        window: a token attends to those less than so many places away; 0: to all. A :class:`BlockStack` takes a tuple,
+            too: the windows of layers 0, 1, ..., over and over.
 
     Raises:
         ValueError: naming an argument that is out of range.
@@ -80,10 +87,13 @@ class Block(nn.Module):
         kv_heads: int | None = None,
         head_width: int | None = None,
         biases: str = "all",
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         positions: str = "none",
         rope_theta: float = 10000.0,
         rope_scaling: tuple[float, float, float, float] | None = None,
+        yarn: tuple[float, float, float, float, float] | None = None,
+        score_scale: float | None = None,
+        window: int = 0,
     ) -> None:
         super().__init__()
         self.settings = BlockSettings(
@@ -106,6 +116,9 @@ class Block(nn.Module):
             positions,
             rope_theta,
             rope_scaling,
+            yarn,
+            score_scale,
+            window,
         )
         device = torch.get_default_device()
         with torch.device("meta"):  # where torch's own initialisation costs nothing and draws no random numbers
@@ -132,18 +145,24 @@ class Block(nn.Module):
         def linear(weight: tuple[int, ...], bias: tuple[int, ...] | None) -> nn.Linear:
             return nn.Linear(weight[1], weight[0], bias is not None)
 
-        self.ln1, self.qkv = norm(), linear(shapes.qkv_weight, shapes.qkv_bias)
-        self.proj, self.ln2 = linear(shapes.proj_weight, shapes.proj_bias), norm()
+        self.ln1: nn.Module | None = norm() if shapes.ln1_weight else None
+        self.qkv = linear(shapes.qkv_weight, shapes.qkv_bias)
+        self.proj = linear(shapes.proj_weight, shapes.proj_bias)
+        self.ln2: nn.Module | None = norm() if shapes.ln2_weight else None
         self.up, self.down = linear(shapes.up_weight, shapes.up_bias), linear(shapes.down_weight, shapes.down_bias)
         if s.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(s.head_width, s.eps), nn.RMSNorm(s.head_width, s.eps)
+            self.q_norm = nn.RMSNorm(shapes.q_norm_weight, s.eps)
+            self.k_norm = nn.RMSNorm(shapes.k_norm_weight, s.eps)
+        if shapes.ln1_out_weight:
+            self.ln1_out, self.ln2_out = norm(), norm()
 
     def weights(self) -> Weights[torch.Tensor]:
         """The parameters themselves."""
-        parts: tuple[Any, ...] = (self.ln1, self.qkv, self.proj, self.ln2, self.up, self.down)
-        found: list[Any] = [p for part in parts for p in (part.weight, getattr(part, "bias", None))]
-        found += [self.q_norm.weight, self.k_norm.weight] if self.settings.qk_norm else []
-        return Weights(*found)
+        return Weights(*(self._parameter(name) for name in NAMES))
+
+    def _parameter(self, name: str) -> Any:
+        part, _, kind = name.partition(".")
+        return getattr(getattr(self, part, None), kind, None)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -170,7 +189,8 @@ class Block(nn.Module):
         s.check_state(x, lengths)
         key = self._draw_key()
         padding = None if lengths is None else attn.Padding(lengths, x.shape[1])
-        context = StepContext(s, len(x), padding, None if key is None else [key], s.step_size)
+        keys = None if key is None else [key]
+        context = StepContext(s, len(x), padding, keys, s.step_size, s.windows([0], x.shape[1]))
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

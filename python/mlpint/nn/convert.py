@@ -1,7 +1,8 @@
-"""Weights of the transformers library's GPT-2, BERT, ViT and Llama's kin, to and from a BlockStack."""
+"""Weights of the transformers library's GPT-2, BERT, ViT, Llama and its kin, to and from a BlockStack."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,14 +52,28 @@ _LLAMA: dict[str, tuple[str, ...]] = {
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
 }
-_MODERN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-_SUBMODULES |= dict.fromkeys(_MODERN, _LLAMA)
+_OUTPUT_NORMS = {"ln1_out": ("post_attention_layernorm",), "ln2_out": ("post_feedforward_layernorm",)}
+_LIKE_LLAMA = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "GemmaDecoderLayer",
+)
+_SUBMODULES |= dict.fromkeys(_LIKE_LLAMA, _LLAMA)
+_SUBMODULES["Olmo2DecoderLayer"] = _LLAMA | _OUTPUT_NORMS
+_SUBMODULES["Gemma2DecoderLayer"] = _LLAMA | _OUTPUT_NORMS | {"ln2": ("pre_feedforward_layernorm",)}
+_MODERN = (*_LIKE_LLAMA, "Olmo2DecoderLayer", "Gemma2DecoderLayer")
+_NORMS = {"Olmo2DecoderLayer": "output", "Gemma2DecoderLayer": "sandwich"}
+_QK_NORMS: dict[str, bool | str] = {"Qwen3DecoderLayer": True, "Olmo2DecoderLayer": "all"}
 _GATES = {"silu": "silu gated", "gelu": "gelu gated", "gelu_pytorch_tanh": "gelu gated"}
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def from_transformers(model: nn.Module) -> BlockStack:
-    """The layers of a GPT-2, BERT or ViT model as a stack with copies of their weights; they compute the same.
+    """The layers of a model as a stack with copies of their weights; they compute the same.
+
+    GPT-2, BERT, ViT, Llama, Mistral, Qwen2, Qwen3, OLMo 2, Gemma and, without its capped scores, Gemma 2.
 
     Right-padded batches are given by ``lengths``; in the places of padding the states are not those of the library,
     whose padded queries attend to all keys.
@@ -77,7 +92,7 @@ def from_transformers(model: nn.Module) -> BlockStack:
         for i, layer in enumerate(layers):
             for name, stacked in _present(stack):
                 for theirs, ours in _pairs(layer, name, stacked[i]):
-                    ours.copy_(theirs) if theirs is not None else ours.zero_()
+                    ours.copy_(theirs + _offset(layer, name)) if theirs is not None else ours.zero_()
     if _lacks_qkv_bias(model):
         stack.weights().qkv_bias.requires_grad_(False)  # zero, and stays so
     return stack
@@ -101,7 +116,12 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
             for name, stacked in _present(stack):
                 for theirs, ours in _pairs(layer, name, stacked[i]):
                     if theirs is not None:
-                        theirs.copy_(ours)
+                        theirs.copy_(ours - _offset(layer, name))
+
+
+def _offset(layer: nn.Module, name: str) -> int:
+    """What a norm's weight is short of in the library: Gemma's are kept as what they differ from 1 by."""
+    return 1 if type(layer).__name__.startswith("Gemma") and name.startswith("ln") else 0
 
 
 def _present(stack: BlockStack) -> list[tuple[str, torch.Tensor]]:
@@ -117,8 +137,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if type(m).__name__ in _SUBMODULES]
     if not layers or len({type(m).__name__ for m in layers}) > 1:
         raise ValueError(
-            f"{type(model).__name__} has no layers of the kinds {', '.join(_SUBMODULES)}, or several: only GPT-2, "
-            "BERT, ViT, Llama, Mistral, Qwen2 and Qwen3 can be converted; other stacks can be parallelized as they are"
+            f"{type(model).__name__} has no layers of the kinds {', '.join(_SUBMODULES)}, or several: only these can "
+            "be converted; other stacks can be parallelized as they are"
         )
     return layers
 
@@ -162,11 +182,13 @@ def _settings_of(model: nn.Module) -> BlockSettings:
 
 def _modern_settings(model: nn.Module, kind: str) -> BlockSettings:
     config: Any = model.config
-    if config.hidden_act not in _GATES:
-        raise ValueError(f"the model's activation is {config.hidden_act!r}: blocks have {', '.join(map(repr, _GATES))}")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < config.max_position_embeddings:
-        raise ValueError(f"sliding_window = {window}: blocks attend to all of the sequence; set it to None")
+    act = getattr(config, "hidden_activation", None) or config.hidden_act
+    if act not in _GATES:
+        raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _GATES))}")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"attn_logit_softcapping = {config.attn_logit_softcapping}: blocks do not cap scores; set it to None"
+        )
     if getattr(config, "mlp_bias", False):
         raise ValueError("mlp_bias = True: blocks have no bias in a gated second half")
     layer = _layers(model)[0]
@@ -176,38 +198,56 @@ def _modern_settings(model: nn.Module, kind: str) -> BlockSettings:
     }
     if bias["o_proj"]:
         raise ValueError("attention_bias = True: blocks have a bias of queries, keys and values alone")
-    theta, scaling = _rotary(config)
     return BlockSettings(
         config.hidden_size,
         config.num_attention_heads,
         config.intermediate_size,
-        gelu="tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none",
+        gelu="tanh" if act == "gelu_pytorch_tanh" else "none",
         eps=config.rms_norm_eps,
         attention_dropout=getattr(config, "attention_dropout", 0.0),
         normalization="rms",
-        feed_forward=_GATES[config.hidden_act],
+        norm=_NORMS.get(kind, "pre"),
+        feed_forward=_GATES[act],
         kv_heads=config.num_key_value_heads,
         head_width=getattr(config, "head_dim", None) or 0,
         biases="qkv" if bias["q_proj"] else "none",
-        qk_norm=kind == "Qwen3DecoderLayer",
+        qk_norm=_QK_NORMS.get(kind, False),
         positions="rotary",
-        rope_theta=theta,
-        rope_scaling=scaling,
+        score_scale=config.query_pre_attn_scalar**-0.5 if kind == "Gemma2DecoderLayer" else None,
+        window=_window(config),
+        **_rotary(config),
     )
 
 
-def _rotary(config: Any) -> tuple[float, tuple[float, float, float, float] | None]:
-    """The base, and Llama 3's scaling, by the names of either version of the library."""
+def _window(config: Any) -> int | tuple[int, ...]:
+    """How far each layer looks."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is None or window >= config.max_position_embeddings:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    found = tuple(window if kind == "sliding_attention" else 0 for kind in kinds) if kinds else (window,)
+    return found if len(set(found)) > 1 else found[0]
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """Base and scaling of the positions, by the names of either version of the library."""
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    theta = {"rope_theta": float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"rope_type = {kind!r}: blocks have rotary positions as they are, or scaled as Llama 3's")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, original = (float(rope[name]) for name in names)
-    return float(theta), (factor, low, high, original)
+        return theta
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return theta | {"rope_scaling": tuple(float(rope[name]) for name in names)}
+    if kind == "yarn" and not (rope.get("mscale") or rope.get("mscale_all_dim")) and rope.get("truncate", True):
+        factor = float(rope["factor"])
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        attention = rope.get("attention_factor") or 0.1 * math.log(max(factor, 1)) + 1
+        fast, slow = (rope.get(name) or default for name, default in (("beta_fast", 32), ("beta_slow", 1)))
+        return theta | {"yarn": (factor, float(fast), float(slow), float(original), float(attention))}
+    raise ValueError(
+        f"rope_type = {kind!r}: blocks have rotary positions as they are, or scaled as Llama 3's or YaRN's"
+    )
 
 
 def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:

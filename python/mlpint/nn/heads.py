@@ -20,15 +20,18 @@ Tensors = tuple[torch.Tensor, ...]
 def packed(
     settings: BlockSettings, w: Weights[torch.Tensor], qkv: torch.Tensor, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What attention takes, and 1 / root mean square of queries and keys, [J, B, T, heads] each (empty without norm).
+    """What attention takes, and 1 / root mean square of queries and keys, [J, B, T, heads] each (empty without norm;
+    [J, B, T] where all heads have one together).
 
     Differentiable.
     """
     q, k, v = _split(settings, qkv, batch)
     q_rms = k_rms = qkv.new_empty(len(qkv), 0)
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
+        q, k = (_normed(settings, t) for t in (q, k))
         q_rms, k_rms = ops.inverse_rms(q, settings.eps), ops.inverse_rms(k, settings.eps)
         q, k = ops.rms_norm(q, q_rms, w.q_norm_weight), ops.rms_norm(k, k_rms, w.k_norm_weight)
+        q, k = (t.view(*t.shape[:3], -1, settings.head_width) for t in (q, k))
     if torch.is_grad_enabled() and q.requires_grad:
         return _together(settings, q, k, v), q_rms, k_rms
     return _in_place(settings, q, k, v), q_rms, k_rms
@@ -86,11 +89,17 @@ def packed_backward(
         q, k = (torch.cat(_rotated(t, cos, -sin), -1) for t in (q, k))
     norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
-        before_q, before_k, _ = _split(settings, qkv, batch)
+        before_q, before_k = (_normed(settings, t) for t in _split(settings, qkv, batch)[:2])
+        q, k = q.reshape(before_q.shape), k.reshape(before_k.shape)
         norms = ops.rms_norm_weight_grad(q, before_q, q_rms), ops.rms_norm_weight_grad(k, before_k, k_rms)
         q = ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).to(grad.dtype)
         k = ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).to(grad.dtype)
     return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2), norms
+
+
+def _normed(settings: BlockSettings, heads: torch.Tensor) -> torch.Tensor:
+    """Of [J, B, T, heads, hd] what the norm is taken over as the last dimension."""
+    return heads.flatten(3) if settings.qk_norm == "all" else heads
 
 
 @functools.lru_cache(maxsize=64)
@@ -106,8 +115,18 @@ def rotary_tables(
         turns = original * frequencies / (2 * math.pi)
         part = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - part) * frequencies / factor + part * frequencies
+    length = 1.0
+    if settings.yarn is not None:
+        factor, fast, slow, original, length = settings.yarn
+        # YaRN (Peng et al., 2023): those that turn less often than `slow` are slowed down, more often than `fast` left.
+        places = [
+            half * math.log(original / (turns * 2 * math.pi)) / math.log(settings.rope_theta) for turns in (fast, slow)
+        ]
+        low, high = max(math.floor(places[0]), 0), min(math.ceil(places[1]), settings.head_width - 1)
+        slowed = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequencies = slowed * frequencies / factor + (1 - slowed) * frequencies
     angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)[:, None]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return (length * angles.cos()).to(device, dtype), (length * angles.sin()).to(device, dtype)
 
 
 def _split(settings: BlockSettings, qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ class Weights(NamedTuple, Generic[T_co]):
     """The parameters of one block, or of J of them with a leading dimension J. Linear weights are [out, in].
 
     ``Weights[torch.Tensor]`` are the parameters themselves; other types stand for something about each of them. What a
-    block does not have is None: biases, a LayerNorm's bias where the norm is an RMSNorm, the norms of the heads.
+    block does not have is None: biases, a LayerNorm's bias where the norm is an RMSNorm, norms that are not there.
     H query heads and K of keys and values have hd channels each; D = H hd and K = H where nothing else is said.
     """
 
@@ -32,8 +32,12 @@ class Weights(NamedTuple, Generic[T_co]):
     up_bias: T_co  # [F] or [2 F]
     down_weight: T_co  # [D, F]
     down_bias: T_co  # [D]
-    q_norm_weight: T_co = None  # type: ignore[assignment]  # [hd]
-    k_norm_weight: T_co = None  # type: ignore[assignment]  # [hd]
+    q_norm_weight: T_co = None  # type: ignore[assignment]  # [hd], or [H hd]
+    k_norm_weight: T_co = None  # type: ignore[assignment]  # [hd], or [K hd]
+    ln1_out_weight: T_co = None  # type: ignore[assignment]  # [D], of what attention adds to the stream
+    ln1_out_bias: T_co = None  # type: ignore[assignment]  # [D]
+    ln2_out_weight: T_co = None  # type: ignore[assignment]  # [D], of what the second half adds
+    ln2_out_bias: T_co = None  # type: ignore[assignment]  # [D]
 
     def map(self, function: Callable[[Any], Any]) -> Weights[Any]:
         """The function of each, and None where there is None."""
@@ -67,10 +71,13 @@ class BlockSettings:
     kv_heads: int = 0
     head_width: int = 0
     biases: str = "all"
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     positions: str = "none"
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, float, float, float] | None = None
+    yarn: tuple[float, float, float, float, float] | None = None
+    score_scale: float | None = None
+    window: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "ffn"):
@@ -90,14 +97,21 @@ class BlockSettings:
             raise ValueError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
         choices: dict[str, tuple[str, ...]] = {
             "attention": ("causal", "full"),
-            "norm": ("pre", "post"),
+            "norm": ("pre", "post", "output", "sandwich"),
             "gelu": ("tanh", "none"),
         }
         choices |= {"normalization": ("layer", "rms"), "feed_forward": ("gelu", "silu gated", "gelu gated")}
-        choices |= {"biases": ("all", "qkv", "none"), "positions": ("none", "rotary")}
+        choices |= {"biases": ("all", "qkv", "none"), "positions": ("none", "rotary"), "qk_norm": (False, True, "all")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be {' or '.join(map(repr, allowed))}")
+        if self.rope_scaling is not None and self.yarn is not None:
+            raise ValueError("rope_scaling and yarn are two ways to stretch the same positions: give one of them")
+        for window in self.window_pattern:
+            if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+                raise ValueError(f"window = {self.window!r}: must be a number of tokens, or 0 for all of them")
+        if self.score_scale is not None and not self.score_scale > 0:
+            raise ValueError(f"score_scale = {self.score_scale!r}: must be positive")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be in [0, 1)")
@@ -106,7 +120,7 @@ class BlockSettings:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be positive")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"positions = 'rotary': the {self.head_width} channels of a head must be an even number")
-        if self.modern and self.norm == "post":
+        if self.modern and self.norm == "post":  # where the norm is of the stream itself
             raise ValueError("norm = 'post': is for blocks with LayerNorms, a gelu and all biases")
 
     @property
@@ -114,7 +128,23 @@ class BlockSettings:
         """Whether a block computes more than GPT-2's; see modern.py."""
         plain = self.normalization == "layer" and self.feed_forward == "gelu" and self.biases == "all"
         plain = plain and self.kv_heads == self.heads and self.head_width * self.heads == self.dim
-        return not plain or self.qk_norm or self.positions != "none"
+        plain = plain and not self.qk_norm and self.positions == "none"
+        return not plain or self.norm in ("output", "sandwich")
+
+    @property
+    def window_pattern(self) -> tuple[int, ...]:
+        """The windows of layers 0, 1, ..., over and over; 0: all of the sequence."""
+        return self.window if isinstance(self.window, tuple) else (self.window,)
+
+    def windows(self, layers: Iterable[int], sequence: int) -> tuple[int, ...] | None:
+        """How far each of these layers looks in a sequence so long; None where each sees all of it."""
+        pattern = self.window_pattern
+        found = tuple(pattern[n % len(pattern)] or sequence for n in layers)
+        return found if min(found) < sequence else None
+
+    def of_layer(self, n: int) -> BlockSettings:
+        """Those of one block of a stack: its own window."""
+        return dataclasses.replace(self, window=self.window_pattern[n % len(self.window_pattern)])
 
     @property
     def gated(self) -> bool:
@@ -136,19 +166,24 @@ class BlockSettings:
     @property
     def scale(self) -> float:
         """The factor of the attention scores before the softmax."""
-        return 1 / math.sqrt(self.head_width)
+        return 1 / math.sqrt(self.head_width) if self.score_scale is None else self.score_scale
 
     def shapes(self) -> Weights[tuple[int, ...]]:
         """The shapes of one block's parameters; None for those that it does not have."""
         d, f, hd = self.dim, self.ffn, self.head_width
         qkv, o, up = (self.heads + 2 * self.kv_heads) * hd, self.heads * hd, 2 * f if self.gated else f
+        of_q, of_k = (self.heads * hd, self.kv_heads * hd) if self.qk_norm == "all" else (hd, hd)
+        norm, inner = ((d,), (d,)), ((of_q,), (of_k,))
         every = Weights[Any](
-            (d,), (d,), (qkv, d), (qkv,), (d, o), (d,), (d,), (d,), (up, d), (up,), (d, f), (d,), (hd,), (hd,)
+            *norm, (qkv, d), (qkv,), (d, o), (d,), *norm, (up, d), (up,), (d, f), (d,), *inner, *norm, *norm
         )
         absent = [] if self.qk_norm else ["q_norm_weight", "k_norm_weight"]
-        absent += [] if self.normalization == "layer" else ["ln1_bias", "ln2_bias"]
         absent += [] if self.biases == "all" else ["proj_bias", "up_bias", "down_bias"]
         absent += ["qkv_bias"] if self.biases == "none" else []
+        inward, outward = (self.norm in kinds for kinds in (("pre", "post", "sandwich"), ("output", "sandwich")))
+        for name, there in {"ln1": inward, "ln2": inward, "ln1_out": outward, "ln2_out": outward}.items():
+            absent += [] if there else [f"{name}_weight"]
+            absent += [] if there and self.normalization == "layer" else [f"{name}_bias"]
         return every._replace(**dict.fromkeys(absent))
 
     def check_state(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,7 +27,8 @@ class BlockStack(nn.Module):
 
     Args:
         layers: L.
-        dim, heads, **settings: the arguments of each :class:`Block`; ``depth`` is L by default.
+        dim, heads, **settings: the arguments of each :class:`Block`; ``depth`` is L by default, and ``window`` may be a
+            tuple, the windows of layers 0, 1, ..., over and over.
     """
 
     def __init__(self, layers: int, dim: int, heads: int, *, depth: int | None = None, **settings: Any) -> None:
@@ -75,7 +77,8 @@ class BlockStack(nn.Module):
         for n, block in enumerate(blocks):
             if not isinstance(block, Block):
                 raise TypeError(f"block {n} is a {type(block).__name__}, not an mlpint.nn.Block")
-            if block.settings != blocks[0].settings or block.training != blocks[0].training:
+            settings = dataclasses.replace(block.settings, window=blocks[0].settings.window)
+            if settings != blocks[0].settings or block.training != blocks[0].training:
                 raise ValueError(f"block {n} has other settings than block 0: {block.settings}, {blocks[0].settings}")
             for name, p, q in zip(NAMES, block.weights(), blocks[0].weights(), strict=True):
                 if p is not None and q is not None and (p.requires_grad, p.dtype) != (q.requires_grad, q.dtype):
@@ -85,7 +88,9 @@ class BlockStack(nn.Module):
                     )
         if not blocks:
             raise ValueError("from_blocks got no blocks")
-        stack = cls._not_filled(blocks[0].settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
+        windows = tuple(block.settings.window_pattern[0] for block in blocks)
+        settings = dataclasses.replace(blocks[0].settings, window=windows if len(set(windows)) > 1 else windows[0])
+        stack = cls._not_filled(settings, range(len(blocks)), blocks[0].weights(), blocks[0].training)
         with torch.no_grad():
             for stacked, rows in zip(stack.weights(), zip(*(b.weights() for b in blocks), strict=True), strict=True):
                 if stacked is not None:
@@ -96,7 +101,7 @@ class BlockStack(nn.Module):
         """The blocks with copies of their weights, and of their gradients where there are any."""
         blocks = nn.ModuleList()
         for i in range(len(self)):
-            block = Block._without_memory(self.settings)
+            block = Block._without_memory(self.settings.of_layer(self.indices[i]))
             for name, stacked in self.named_weights():
                 part, _, kind = name.partition(".")
                 p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
@@ -158,7 +163,13 @@ class BlockStack(nn.Module):
         for i in range(len(self)):
             h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
             y = differentiable.step(
-                self.settings, rows.map(operator.itemgetter(i)), x, lengths, keys[i] if keys else None, h
+                self.settings,
+                rows.map(operator.itemgetter(i)),
+                x,
+                lengths,
+                keys[i] if keys else None,
+                h,
+                self.indices[i],
             )
             if self.watch:
                 self.watch(self.indices[i], x, y)

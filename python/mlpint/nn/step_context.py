@@ -20,6 +20,7 @@ class StepContext:
         padding: key lengths, if there are any.
         keys: J dropout keys; None where nothing is dropped.
         h: the whole step size, that of the settings times the solver's.
+        windows: how far each of the J blocks looks; None: over all of the sequence.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class StepContext:
         padding: attn.Padding | None,
         keys: Sequence[int] | None,
         h: float,
+        windows: tuple[int, ...] | None = None,
     ) -> None:
         self.settings, self.batch, self.padding, self.h = settings, batch, padding, h
         self.keys = keys
@@ -36,7 +38,7 @@ class StepContext:
         self.activation = settings.activation
         self.drops = keys is not None and settings.dropout > 0
         self._attention_keys = keys if settings.attention_dropout > 0 else None
-        self._shape = (batch, settings.heads, settings.causal, padding, settings.scale)
+        self._shape = (batch, settings.heads, settings.causal, padding, settings.scale, windows)
 
     def dropped(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """The increment x of the residual stream, or its gradient, behind its dropout."""
@@ -66,7 +68,7 @@ class StepContext:
     def attention_train(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention, and what :meth:`attention_backward` takes as ``attended``."""
         if self._attention_keys is not None:
-            return attn.dropout_attention(qkv, *self._shape, self._attention_keys, self.settings.attention_dropout)
+            return attn.dropout_attention(qkv, self._attention_keys, self.settings.attention_dropout, *self._shape)
         return attn.attention_train(qkv, *self._shape)
 
     def attention_backward(
