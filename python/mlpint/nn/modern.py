@@ -4,8 +4,8 @@
 
 N is an RMSNorm or a LayerNorm: N1 and N2 (norm "pre"), N3 and N4 ("output", as in OLMo 2) or all four ("sandwich", as
 in Gemma 2); where there is none, the values go through. Heads are those of heads.py; f is gelu, or act(a) b for
-(a, b) = W1 N2 y; any linear map may be without its bias. Shapes and the two halves of the backward are those of pre_norm.py,
-which has the kernels.
+(a, b) = W1 N2 y; any linear map may be without its bias. Shapes and the two halves of the backward are those of
+pre_norm.py, which has the kernels.
 """
 
 from __future__ import annotations
