@@ -2,7 +2,8 @@
 
     mlpint train --config examples/bert.toml --levels 1 --control off --layers 12 --sequence 64 --tokenizer bpe \
         --vocabulary 4096 --steps 2500 --data TEXT --out runs/bert
-    python experiments/finetuning.py --bert runs/bert --data en_gum-ud-dev.conllu.gz --validation en_gum-ud-test.conllu.gz
+    python experiments/finetuning.py --bert runs/bert --data en_gum-ud-dev.conllu.gz \
+        --validation en_gum-ud-test.conllu.gz
 
 Two tasks of UD English GUM: the type of a sentence (s_type) and the genre of the document that it is from. ``cheap`` is
 (1,1) with injection, ``consistent`` the same with the consistency term, ``fitted`` (2,1); all without error control and

@@ -53,16 +53,17 @@ def input_vjp(
     context: StepContext, w: Weights[torch.Tensor], saved: Tensors, grad: torch.Tensor
 ) -> tuple[torch.Tensor, Tensors]:
     """The gradient for x, and the gradients inside the step that :func:`weight_vjp` takes."""
-    x, mean1, rstd1, _, qkv, q_rms, k_rms, into, o, attended, y, mean2, rstd2, _, pre, _, *outputs = saved
+    x, mean1, rstd1, _, qkv, q_rms, k_rms, into, o, attended, y, mean2, rstd2, _, pre, _ = saved[:16]
+    u1, mean3, rstd3, u2, mean4, rstd4 = saved[16:]
     settings, h = context.settings, context.h
     scaled = grad if h == 1 else grad * h
     d_out2 = context.dropped(scaled, FFN)
-    d_down = _norm_backward(d_out2, *outputs[3:], w.ln2_out_weight).to(w.down_weight.dtype)
+    d_down = _norm_backward(d_out2, u2, mean4, rstd4, w.ln2_out_weight).to(w.down_weight.dtype)
     d_pre = _activated_backward(settings, ops.linear_backward(d_down, w.down_weight), pre)
     d_n2 = ops.linear_backward(d_pre, w.up_weight)
     dy = _plus(_norm_backward(d_n2, y, mean2, rstd2, w.ln2_weight), scaled)
     d_out1 = context.dropped(dy, PROJECTION)
-    d_proj = _norm_backward(d_out1, *outputs[:3], w.ln1_out_weight).to(w.proj_weight.dtype)
+    d_proj = _norm_backward(d_out1, u1, mean3, rstd3, w.ln1_out_weight).to(w.proj_weight.dtype)
     d_into = context.attention_backward(ops.linear_backward(d_proj, w.proj_weight), into, o, attended)
     d_qkv, norms = packed_backward(settings, w, d_into, qkv, q_rms, k_rms, context.batch)
     d_n1 = ops.linear_backward(d_qkv, w.qkv_weight)
@@ -78,7 +79,8 @@ def weight_vjp(
     context: StepContext, w: Weights[torch.Tensor], saved: Tensors, inner: Tensors, into: Weights[torch.Tensor | None]
 ) -> None:
     """Writes the parameters' gradients into [J, ...] tensors of any strides; None stands for one not wanted."""
-    x, mean1, rstd1, n1, _, _, _, _, o, _, y, mean2, rstd2, n2, _, a, *outputs = saved
+    x, mean1, rstd1, n1, _, _, _, _, o, _, y, mean2, rstd2, n2, _, a = saved[:16]
+    u1, mean3, rstd3, u2, mean4, rstd4 = saved[16:]
     d_down, d_pre, d_n2, d_proj, d_qkv, d_n1, d_out1, d_out2, of_q, of_k = inner
     ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
     ops.linear_weight_grads(d_pre, n2, into.up_weight, into.up_bias)
@@ -86,8 +88,8 @@ def weight_vjp(
     ops.linear_weight_grads(d_qkv, n1, into.qkv_weight, into.qkv_bias)
     _norm_weight_grads(d_n1, x, mean1, rstd1, into.ln1_weight, into.ln1_bias)
     _norm_weight_grads(d_n2, y, mean2, rstd2, into.ln2_weight, into.ln2_bias)
-    _norm_weight_grads(d_out1, *outputs[:3], into.ln1_out_weight, into.ln1_out_bias)
-    _norm_weight_grads(d_out2, *outputs[3:], into.ln2_out_weight, into.ln2_out_bias)
+    _norm_weight_grads(d_out1, u1, mean3, rstd3, into.ln1_out_weight, into.ln1_out_bias)
+    _norm_weight_grads(d_out2, u2, mean4, rstd4, into.ln2_out_weight, into.ln2_out_bias)
     for target, found in ((into.q_norm_weight, of_q), (into.k_norm_weight, of_k)):
         if target is not None:
             target.copy_(found)

@@ -95,7 +95,7 @@ class BlockSettings:
         object.__setattr__(self, "head_width", self.head_width or self.dim // self.heads)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
-        choices: dict[str, tuple[str, ...]] = {
+        choices: dict[str, tuple[Any, ...]] = {
             "attention": ("causal", "full"),
             "norm": ("pre", "post", "output", "sandwich"),
             "gelu": ("tanh", "none"),
