@@ -7,6 +7,7 @@ import torch
 
 from mlpint import MGRIT, LayerParallel
 from mlpint import nn as mnn
+from mlpint.layers import stack_evaluator
 from mlpint.layers.saved_rows import SavedRows
 from mlpint.layers.stack_evaluator import Slice, progressions, stacked_states
 from mlpint.nn import batching
@@ -137,3 +138,25 @@ def test_width():
     assert batching.width(8, 32, 64, cpu) == 8  # the aim's case goes in one step
     assert batching.width(8, 4096, 1024, cpu) == 1
     assert batching.width(64, 4096, 1024, gpu) == 64
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_under_autocast_weights_are_cast_once_in_a_pass(recompute, monkeypatch):
+    casts, cast = [], stack_evaluator.for_products
+    monkeypatch.setattr(stack_evaluator, "for_products", lambda w, dtype: casts.append(dtype) or cast(w, dtype))
+    ours, x = mnn.BlockStack(8, 16, 2), torch.randn(2, 5, 16)
+    network = LayerParallel(copy.deepcopy(ours), MGRIT(2, 2, 1, 1), recompute=recompute)
+    one_by_one = LayerParallel(ours.to_blocks(), MGRIT(2, 2, 1, 1))
+    for _ in range(2):  # the second pass casts what the optimiser has made of the weights
+        results = []
+        for layers in (network, one_by_one):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = layers(x)
+            y.square().sum().backward()
+            results.append(y.detach())
+            with torch.no_grad():
+                for p in layers.parameters():
+                    p -= 0.01 * p.grad.clamp(-1, 1)
+                    p.grad = None
+        torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    assert casts == [torch.bfloat16] * 2

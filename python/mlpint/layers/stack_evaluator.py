@@ -75,6 +75,7 @@ class StackEvaluator:
         self._indices = stack.indices
         self._rows = {n: i for i, n in enumerate(stack.indices)}
         self._parameters = stack.weights()
+        self._cast: Weights[torch.Tensor] | None = None
         self._weights: dict[range, Weights[torch.Tensor]] = {}
         self._keys: dict[int, int] = {}
         self._padding: Padding | None = None
@@ -174,17 +175,17 @@ class StackEvaluator:
                 self.stack.watch(n, state.tensors[0], result.tensors[0])
         return results
 
-    def _without_autocast(self, device: torch.device) -> AbstractContextManager:
-        self._dtype = self.call.autocast_dtype  # the steps cast for themselves
+    @staticmethod
+    def _without_autocast(device: torch.device) -> AbstractContextManager:
+        """The steps cast for themselves."""
         return torch.autocast(device.type, enabled=False)
 
     def _weights_of(self, rows: range) -> Weights[torch.Tensor]:
-        """Views of the stacked parameters, cast where autocast is on."""
+        """Views of the stacked parameters, cast where autocast is on: all of them, once in a pass."""
+        if self._cast is None:
+            self._cast = for_products(self._parameters.map(torch.detach), self.call.autocast_dtype)
         if rows not in self._weights:
-            views = self._parameters.map(lambda p: p.detach()[as_slice(rows)])
-            if self._dtype is not None:
-                return for_products(views, self._dtype)  # copies, not to be kept for all layers
-            self._weights[rows] = views
+            self._weights[rows] = self._cast.map(lambda p: p[as_slice(rows)])
         return self._weights[rows]
 
     def _weight_vjp(
