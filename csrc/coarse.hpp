@@ -61,9 +61,9 @@ class Sum final : public CoarseOperator {
     for (int q = 1; q < s.length; ++q) others.push_back({s.position + q, u, nullptr});
     if (others.empty()) return v;
     p.evaluate(others, s.level, Sweep::intermediate, s.slice);
-    State sum = v;
-    for (const Evaluation& e : others) sum = p.axpy(1.0, p.axpy(-1.0, u, e.output), sum);
-    return sum;
+    std::vector<State> outputs;
+    for (const Evaluation& e : others) outputs.push_back(e.output);
+    return p.axpy(1.0, p.increments(u, outputs), v);
   }
 };
 

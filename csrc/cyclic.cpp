@@ -202,12 +202,13 @@ State CyclicSolve::own_increments(const Interval& interval, const Values& v, con
     }
   }
   evaluate(others, 1, Sweep::intermediate, slice_index(i));
-  State own;
-  auto add = [&](State increment) { own = own ? propagator_.axpy(1.0, increment, own) : std::move(increment); };
-  if (step) add(propagator_.axpy(-1.0, start, step));
-  for (const Evaluation& e : others) add(propagator_.axpy(-1.0, start, e.output));
-  if (interval.owns_last && v.tau) add(slice(v.tau, i));
-  return own;
+  std::vector<State> outputs;
+  if (step) outputs.push_back(step);
+  for (const Evaluation& e : others) outputs.push_back(e.output);
+  State own = outputs.empty() ? State() : propagator_.increments(start, outputs);
+  if (!interval.owns_last || !v.tau) return own;
+  State tau = slice(v.tau, i);
+  return own ? propagator_.axpy(1.0, tau, own) : tau;
 }
 
 State CyclicSolve::final_sweep(StoppingRule& rule) {

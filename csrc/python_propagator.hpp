@@ -31,6 +31,12 @@ class PythonPropagator final : public Propagator {
     pybind11::gil_scoped_acquire gil;
     return wrap(object_.attr("axpy")(a, unwrap(x), unwrap(y)));
   }
+  State increments(const State& u, const std::vector<State>& outputs) override {
+    pybind11::gil_scoped_acquire gil;
+    pybind11::list states;
+    for (const State& s : outputs) states.append(unwrap(s));
+    return wrap(object_.attr("increments")(unwrap(u), states));
+  }
   double squared_norm(const State& x) override {
     pybind11::gil_scoped_acquire gil;
     return object_.attr("squared_norm")(unwrap(x)).cast<double>();

@@ -52,6 +52,10 @@ class Propagator:
         self._called("axpy", a, x.value, y.value)
         return Number(a * x.value + y.value)
 
+    def increments(self, u, outputs):
+        self._called("increments", u.value, [y.value for y in outputs])
+        return Number(sum(y.value - u.value for y in outputs))
+
     def squared_norm(self, x):
         self._called("squared_norm", x.value)
         return x.value**2

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .._core import Sweep
 from ..mgrit import recorder, vectors
 from ..mgrit.learnt_operator import LearntOperator
@@ -14,6 +16,18 @@ from .batch_slices import BatchSlices
 from .consistency import ConsistencyPart
 from .evaluator import LayerEvaluator
 from .sliced_evaluator import SlicedEvaluator
+from .stack_evaluator import stacked_states
+
+
+def increments(u: State, outputs: Sequence[State]) -> State:
+    """The sum of output - u, tensor by tensor, in few operations; integer tensors are carried over from u."""
+
+    def summed(i: int, t: torch.Tensor) -> torch.Tensor:
+        single = len(u.tensors) == 1
+        stacked = stacked_states(outputs) if single else torch.stack([output.tensors[i] for output in outputs])
+        return (stacked - t).sum(0)
+
+    return State(summed(i, t) if t.is_floating_point() else t for i, t in enumerate(u.tensors))
 
 
 class Propagator:
@@ -57,6 +71,7 @@ class Propagator:
     extrapolate = staticmethod(vectors.extrapolate)
     axpy = staticmethod(vectors.axpy)
     squared_norm = staticmethod(vectors.squared_norm)
+    increments = staticmethod(increments)
 
     def empty(self, index: int) -> State:
         return (self.template if index < 0 else self.slice(self.template, index)).empty_like()
