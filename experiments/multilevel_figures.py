@@ -73,9 +73,11 @@ def main() -> None:
     grown = [r for r in read("multilevel_grow") if r["seed"] == 0 and r["lr"] == 0.003]
     named = {
         "12 layers": lambda r: r["method"] == "plain" and r["layers"] == 12,
-        "grown from 1 layer": lambda r: r["options"].get("coarse_steps") == 2160
-        and (r["options"]["networks"], r["options"].get("neighbours"), r["options"]["step_size"])
-        == (12, "average", "unit"),
+        "grown from 1 layer": lambda r: (
+            r["options"].get("coarse_steps") == 2160
+            and (r["options"]["networks"], r["options"].get("neighbours"), r["options"]["step_size"])
+            == (12, "average", "unit")
+        ),
         "6 layers": lambda r: r["method"] == "shallow",
         "3 layers": lambda r: r["layers"] == 3,
         "1 layer": lambda r: r["layers"] == 1,
