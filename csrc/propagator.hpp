@@ -43,8 +43,8 @@ class Propagator {
   // Evaluates independent fine steps, all at once, and sets every output. This is the hot call. The states are those of
   // one slice of the batch, or of the whole.
   virtual void evaluate(std::vector<Evaluation>& batch, int level, Sweep sweep, int slice = whole_batch) = 0;
-  virtual State extrapolate(const State& u, const State& v, int length) = 0;  // returns u + length (v - u)
-  virtual State axpy(double a, const State& x, const State& y) = 0;           // returns a x + y
+  virtual State extrapolate(const State& u, const State& v, int length) = 0;        // returns u + length (v - u)
+  virtual State axpy(double a, const State& x, const State& y) = 0;                 // returns a x + y
   virtual State increments(const State& u, const std::vector<State>& outputs) = 0;  // returns the sum of output - u
   virtual double squared_norm(const State& x) = 0;
   virtual State empty(int slice = whole_batch) = 0;  // returns memory that a state can be received into
