@@ -1,6 +1,7 @@
 """The critical path of a training step, counted: the real solver on any number of ranks, in one process.
 
     python benchmarks/critical_path.py
+    python benchmarks/critical_path.py --levels
 
 The ranks are threads and the messages real, but time is counted, not measured: every rank has a clock that each layer
 evaluation moves on (forward 1, input-vjp 1, combined vjp 2 units; a slice of the batch its part of that) and that a
@@ -161,13 +162,32 @@ CASES = [
     ("cyclic", "sum", 1, 1, 16, 1024, (64,), (1,)),
 ]
 
+# Three levels beside two, where a step's iterations are as many both ways: (iterations, relaxation).
+SWEEPS = [(1, "F"), (2, "F"), (2, "FCF")]
+
+
+def levels() -> None:
+    print("depth  ranks  levels  setting   relaxation  counted  speed-up")
+    for depth, ranks, depth_levels in itertools.product((64, 128), (8, 16, 32), (2, 3)):
+        for iterations, relaxation in SWEEPS:
+            options = MGRIT(depth_levels, 4, iterations, iterations, relaxation=relaxation)
+            units = step_units(depth, ranks, options, "block")
+            setting = f"({iterations},{iterations}) cf 4"
+            print(
+                f"{depth:5}{ranks:7}{depth_levels:8}  {setting:10}{relaxation:12}{units:7.1f}{3 * depth / units:10.2f}"
+            )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hop", type=float, default=0.2, help="what a message costs, in layer forwards (0.2)")
-    hop = parser.parse_args().hop
+    parser.add_argument("--levels", action="store_true", help="two levels beside three, instead")
+    args = parser.parse_args()
+    hop = args.hop
     torch.set_num_threads(1)
     count_units()
+    if args.levels:
+        return levels()
     print("layout  operator   setting           N  ranks  slices  serial  counted  formula  speed-up  with hops")
     for layout, coarse, kf, kb, cfactor, depth, rank_counts, slice_counts in CASES:
         for ranks, slices in itertools.product(rank_counts, slice_counts):
