@@ -167,14 +167,14 @@ SWEEPS = [(1, "F"), (2, "F"), (2, "FCF")]
 
 
 def levels() -> None:
-    print("depth  ranks  levels  setting   relaxation  counted  speed-up")
+    print("depth  ranks  levels  setting      relaxation  counted  speed-up")
     for depth, ranks, depth_levels in itertools.product((64, 128), (8, 16, 32), (2, 3)):
         for iterations, relaxation in SWEEPS:
             options = MGRIT(depth_levels, 4, iterations, iterations, relaxation=relaxation)
             units = step_units(depth, ranks, options, "block")
             setting = f"({iterations},{iterations}) cf 4"
             print(
-                f"{depth:5}{ranks:7}{depth_levels:8}  {setting:10}{relaxation:12}{units:7.1f}{3 * depth / units:10.2f}"
+                f"{depth:5}{ranks:7}{depth_levels:8}  {setting:13}{relaxation:12}{units:7.1f}{3 * depth / units:10.2f}"
             )
 
 

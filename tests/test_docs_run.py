@@ -53,7 +53,7 @@ def small(arguments):
     if "--resume" in arguments:
         return [*arguments, "--steps", "3", "--sample", "0"]
     steps = ["--steps", "2", "--layers", "12", *SMALL.split()]
-    if "examples/multilevel.toml" in arguments:
+    if {"examples/multilevel.toml", "--multilevel"} & {*arguments}:
         steps += ["--coarse-steps", "2", "--layers", "8", "--compare", "0"]
     return arguments + steps
 
