@@ -140,6 +140,7 @@ def test_models_that_are_refused(kind, changed, text):
         ({"positions": "rotary", "head_width": 5}, "the 5 channels of a head must be an even number"),
         ({"normalization": "rms", "norm": "post"}, "norm = 'post': is for blocks with LayerNorms"),
         ({"window": -1}, "window = -1: must be a number of tokens"),
+        ({"window": (4, 0)}, r"window = \(4, 0\): one block has one window"),
         ({"qk_norm": "some"}, "qk_norm = 'some': must be False or True or 'all'"),
         ({"score_scale": 0.0}, "score_scale = 0.0: must be positive"),
         ({"rope_scaling": (8.0, 1.0, 4.0, 16.0), "yarn": (4.0, 32.0, 1.0, 16.0, 1.1)}, "give one of them"),
@@ -149,6 +150,13 @@ def test_models_that_are_refused(kind, changed, text):
 def test_bad_settings(settings, text):
     with pytest.raises(ValueError, match=text):
         mnn.Block(16, 4, **settings)
+
+
+def test_a_stacks_windows_are_checked():
+    assert mnn.BlockStack(3, 8, 2, window=[4, 0]).settings.window == (4, 0)
+    for window in ((), (2, -1), (2, True)):
+        with pytest.raises(ValueError, match="must be a number of tokens, or 0 for all of them"):
+            mnn.BlockStack(3, 8, 2, window=window)
 
 
 def test_multilevel_training_takes_them():

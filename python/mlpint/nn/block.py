@@ -96,6 +96,8 @@ class Block(nn.Module):
         window: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(window, int):
+            raise ValueError(f"window = {window!r}: one block has one window, a number; a BlockStack takes several")
         self.settings = BlockSettings(
             dim,
             heads,

@@ -107,7 +107,7 @@ class BlockSettings:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be {' or '.join(map(repr, allowed))}")
         if self.rope_scaling is not None and self.yarn is not None:
             raise ValueError("rope_scaling and yarn are two ways to stretch the same positions: give one of them")
-        for window in self.window_pattern:
+        for window in self.window_pattern or (None,):
             if isinstance(window, bool) or not isinstance(window, int) or window < 0:
                 raise ValueError(f"window = {self.window!r}: must be a number of tokens, or 0 for all of them")
         if self.score_scale is not None and not self.score_scale > 0:

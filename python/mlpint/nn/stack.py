@@ -35,8 +35,10 @@ class BlockStack(nn.Module):
         super().__init__()
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise ValueError(f"layers = {layers!r}: must be a positive integer")
+        window = settings.pop("window", 0)
         with torch.device("meta"):
-            self.settings = Block(dim, heads, **settings).settings
+            block = Block(dim, heads, **settings)
+        self.settings = dataclasses.replace(block.settings, window=window if isinstance(window, int) else tuple(window))
         self._build(range(layers))
         for n in range(layers):
             initialize(self.row(n), depth or layers)
