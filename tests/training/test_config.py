@@ -188,7 +188,8 @@ def test_the_consistency_term_is_there_by_default_where_injection_iterates_both_
     ] == [0.1, 0, 1]
     assert solver().mu == 1 and solver(consistency=0.25).mu == 0.25 and solver(levels=1, consistency=0.5).mu == 0.5
     without = ({"consistency": 0.0}, {"levels": 1}, {"forward_iters": 0}, {"backward_iters": 0}, {"coarse": "fitted"})
-    assert [solver(**options).mu for options in without] == [0] * 5
+    without += ({"step_size": 0.0}, {"step_size": 0.5})
+    assert [solver(**options).mu for options in without] == [0] * 7
     for values in ({"multilevel": True}, {"task": "translation"}):
         chosen = TrainConfig.of(values).solver
         assert (chosen.coarse, chosen.forward_iters, chosen.mu) == ("fitted", 2, 0)

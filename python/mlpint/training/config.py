@@ -68,7 +68,8 @@ class SolverConfig(Section):
     )
     consistency: float = key(
         -1.0,
-        "mu of the term that keeps the coarse model true; 0: none; -1: 1 (vit: .1) where injection iterates both ways",
+        "mu of the term that keeps the coarse model true; 0: none; -1: 1 (vit: .1) where injection iterates both ways "
+        "at step_size = 1",
         least=-1,
     )
     consistency_start: int = key(0, "steps without that term at first", least=0)
@@ -133,10 +134,12 @@ class SolverConfig(Section):
     def mu_by_default(self) -> bool:
         """Whether there is a term because nobody said otherwise: left out where no interval has several layers.
 
-        Injection at (1,1), the cheapest setting, diverges without it (docs/experiments.md, sections 6 and 13).
+        Injection at (1,1), the cheapest setting, diverges without it (docs/experiments.md, sections 6 and 13). Shorter
+        steps need no term, and mu 1 costs a tenth of the loss and more with them (section 14).
         """
         both = not self.mgrit().exact and self.forward_iters > 0 and self.backward_iters > 0
-        return self.consistency < 0 and both and self.coarse == "injection" and self.layout == "block"
+        needed = both and self.coarse == "injection" and self.layout == "block" and self.step_size == 1
+        return self.consistency < 0 and needed
 
     def consistency_part(self, step: int, steps: int) -> float:
         """The part of mu in step 0, 1, ..., steps - 1 that its schedule allows."""
