@@ -146,8 +146,9 @@ def test_a_cascade(capsys):
     assert "preset = 'paper': must be 'cascade', as in" in capsys.readouterr().err
 
 
-def test_growing_from_one_layer():
-    assert train("--preset=grow", "--cycles=1", "--out=a") == 0
+@pytest.mark.parametrize("buffers", [0, 1])
+def test_growing_from_one_layer(buffers):
+    assert train("--preset=grow", "--cycles=1", "--out=a", open_layers=buffers, close_layers=buffers) == 0
     assert [line["network"] for line in steps_of("a")] == ["fine", "A", "A", "fine", "fine"]
 
 

@@ -75,7 +75,10 @@ class Trainer:
         solver = config.solver
         torch.manual_seed(config.run.seed)  # every rank builds the same model
         self.model = task.model()
-        self.model.blocks = self.blocks = _layer_parallel(self.model.get_submodule("blocks"), solver, comm)
+        # Coarse networks of a stack have no buffer layers in common with it (mlpint.multilevel.stacks).
+        buffers = solver.open_layers + solver.close_layers
+        stacked = solver.stacked and not (config.multilevel.multilevel and buffers)
+        self.model.blocks = self.blocks = _layer_parallel(self.model.get_submodule("blocks"), solver, comm, stacked)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.multilevel: Multilevel | None = None
@@ -320,11 +323,11 @@ class Trainer:
                 raise ConfigError(f"{checkpoint.path}: {error}") from None
 
 
-def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm) -> LayerParallel:
+def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm, stacked: bool) -> LayerParallel:
     layers = list(blocks.children())
     depth = len(layers) - solver.open_layers - solver.close_layers
     stack = LayerParallel(
-        _stacked(layers) if solver.stacked else layers,
+        _stacked(layers) if stacked else layers,
         solver.mgrit(),
         comm=comm,
         step_size=solver.step_size or 1 / depth,
