@@ -1,4 +1,4 @@
-"""Fine-tuning, serial against layer-parallel, from a BERT on byte pairs whose pre-training helps; and from nothing.
+"""Fine-tuning, serial against layer-parallel, from a BERT on byte pairs; and from nothing.
 
     mlpint train --config examples/bert.toml --levels 1 --control off --layers 12 --sequence 64 --tokenizer bpe \
         --vocabulary 4096 --steps 2500 --data TEXT --out runs/bert
@@ -73,6 +73,7 @@ def main() -> None:
                 last = [line for line in lines if line.get("val_accuracy") is not None][-1]
                 compared = next((line["comparison"] for line in lines if "comparison" in line), None)
                 record = {"task": task, "setting": setting, "seed": seed, "steps": args.steps}
+                record |= {"bert": Path(args.bert).name}
                 record |= {"accuracy": last["val_accuracy"], "loss": last["val_loss"]}
                 write(args.out, record | {"cosine": compared and compared["gradient_cosine"]}, comm)
                 print(json.dumps(record), flush=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 from ..errors import ConfigError
 from ..layers.consistency import check_operator
 from ..mgrit.options import MGRIT
-from ..multilevel.options import CASCADE
+from ..multilevel.options import CASCADE, GROW
 from .fields import Section, key, similar
 from .loggers import LOGS
 
@@ -201,6 +201,15 @@ class OptimizerConfig(Section):
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
 
 
+# What Multilevel calls the keys that have names of their own.
+_OPTIONS = {
+    "coarse_networks": "networks",
+    "depths": "levels",
+    "coarse_step_size": "step_size",
+    "optimizer_state": "state",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MultilevelConfig(Section):
     """The arguments of ``Multilevel``."""
@@ -247,13 +256,7 @@ class MultilevelConfig(Section):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``Multilevel``."""
-        names = {
-            "coarse_networks": "networks",
-            "depths": "levels",
-            "coarse_step_size": "step_size",
-            "optimizer_state": "state",
-        }
-        options = {names.get(name, name): value for name, value in vars(self).items()}
+        options = {_OPTIONS.get(name, name): value for name, value in vars(self).items()}
         options["data"] = "same" if options.pop("same_data") else "fresh"
         options["cycles"] = "auto" if self.cycles < 0 else self.cycles
         del options["multilevel"], options["preset"]
@@ -365,8 +368,9 @@ class TrainConfig:
 
 
 # The keys that presets stand for.
+_KEY_OF = {option: name for name, option in _OPTIONS.items()}
 _PRESETS: dict[str, dict[str, Any]] = {"cascade": CASCADE}
-_PRESETS["grow"] = CASCADE | {"coarse_step_size": "unit", "clock": "work", "schedule": "wsd"}
+_PRESETS["grow"] = {_KEY_OF.get(option, option): value for option, value in GROW.items()} | {"schedule": "wsd"}
 # Defaults where there is better no consistency term: coarse networks' gradients are not measured, and an interval that
 # spans encoder and decoder goes on as it began.
 _WITHOUT_TERM = {"forward_iters": 2, "coarse": "fitted"}

@@ -16,6 +16,7 @@ from ...comm.communicator import Comm
 from ...mgrit.recorder import span
 from ...parallel import LayerParallel, shard_loss
 from ..config import TrainConfig
+from ..data.subwords import Subwords
 from ..models import Shape
 
 Batch = tuple[torch.Tensor, ...]
@@ -47,12 +48,14 @@ class Task(abc.ABC):
         unit: what a run's progress is counted in.
         per_batch: so many of them are in a batch; of padded sequences, with the padding.
         held_out_batches: batches that go once through the held-out data.
+        subwords: what tokens stand for; None where they are no byte pairs, or translation's.
     """
 
     name: str
     unit = "tokens"
     per_batch: int
     held_out_batches: int
+    subwords: Subwords | None = None
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -77,8 +80,8 @@ class Task(abc.ABC):
         return {}
 
     def files(self) -> dict[str, bytes]:
-        """What belongs in a run's directory beside its metrics, by name."""
-        return {}
+        """What belongs in a run's directory beside its metrics, by name: the byte pairs, where tokens are such."""
+        return {"tokenizer.json": self.subwords.pairs.saved} if self.subwords else {}
 
     @abc.abstractmethod
     def model(self) -> nn.Module:

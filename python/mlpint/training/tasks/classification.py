@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ..config import TrainConfig
 from ..data.labelled import LabelledText, load_labelled
 from ..data.order import spread
-from ..data.subwords import Subwords, read_subwords
+from ..data.subwords import read_subwords
 from ..models import TextClassifier
 from .base import Batch, Sample, cross_entropy, measured
 from .examples import ExamplesTask
@@ -36,7 +36,6 @@ class ClassificationTask(ExamplesTask):
         data = config.data
         if not data.data:
             raise ConfigError("data = '': must name a CoNLL-U or .tsv file for task = 'classification'")
-        self.subwords: Subwords | None = None
         if data.tokenizer == "bpe":
             raise ConfigError(
                 "tokenizer = 'bpe': must be 'bytes', or the tokenizer.json of the run that the weights come from"
@@ -49,8 +48,8 @@ class ClassificationTask(ExamplesTask):
         self.vocabulary = self.subwords.vocabulary if self.subwords else config.model.vocabulary or _BYTES
         self.training, self.held_out = load_labelled(data.data, data.validation, data.label)
         self.name = data.data
-        self.classes = sorted({text.label for text in (*self.training, *self.held_out)})
         everyone = (*self.training, *self.held_out)
+        self.classes = sorted({text.label for text in everyone})
         self._encoded = {text.text: tokens for text, tokens in zip(everyone, self._encode(everyone), strict=True)}
         self._deal()
 
@@ -73,9 +72,6 @@ class ClassificationTask(ExamplesTask):
         digest = crc("\n".join(self.classes).encode())
         tokens = self.subwords.identity if self.subwords else f"{self.vocabulary} tokens"
         return {"vocabulary": tokens, "classes": f"{len(self.classes)}, digest {digest}"}
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self.subwords.pairs.saved} if self.subwords else {}
 
     def model(self) -> nn.Module:
         vocabulary = self.vocabulary + 1  # the token that masks others in pre-training

@@ -16,7 +16,7 @@ class TextTask(Task):
         data = config.data
         self.corpus = load(data.data, data.sequence, config.model.vocabulary, data.validation, data.tokenizer)
         self.corpus.check_samples()
-        self.name = self.corpus.name
+        self.name, self.subwords = self.corpus.name, self.corpus.subwords
         self.batches = Batches(self.corpus, data.sequence, data.batch, config.run.seed)
         self.per_batch = data.batch * data.sequence
         self.held_out_batches = max(1, (len(self.corpus.validation) - 1) // self.per_batch)
@@ -32,6 +32,3 @@ class TextTask(Task):
 
     def identity(self) -> dict[str, str]:
         return {"vocabulary": self.corpus.identity}
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self.corpus.subwords.pairs.saved} if self.corpus.subwords else {}
