@@ -41,7 +41,7 @@ class Case:
         stack = BlockStack(j * CFACTOR, d, heads or max(2, d // 64), **settings)
         self.step = batched_steps(stack.settings)
         self.blocks = stack.to_blocks()[::CFACTOR]
-        self.context = StepContext(stack.settings, 1, None, None, 1.0)
+        self.context = StepContext.plain(stack.settings, 1, m)
         self.x, self.grad = torch.randn(j, m, d), torch.randn(j, m, d)
         self.leaves = [t[None].clone().requires_grad_() for t in self.x]
         gradients = stack.weights().map(torch.empty_like)
@@ -108,7 +108,7 @@ class AgainstLibrary(Case):
         sizes = {"hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": 1, "vocab_size": 8}
         model = LlamaModel(LlamaConfig(**heads, **sizes))
         stack = from_transformers(model)
-        self.step, self.context = batched_steps(stack.settings), StepContext(stack.settings, 4, None, None, 1.0)
+        self.step, self.context = batched_steps(stack.settings), StepContext.plain(stack.settings, 4, m)
         self.x, self.grad = torch.randn(1, 4 * m, d), torch.randn(1, 4 * m, d)
         self.leaf = self.x.view(4, m, d).clone().requires_grad_()
         self.layer, self.positions = model.layers[0], model.rotary_emb(self.leaf, torch.arange(m)[None])

@@ -56,7 +56,7 @@ def stack_steps(dim: int, blocks: int, args: argparse.Namespace, **settings: str
 
         def run() -> object:
             with torch.no_grad():
-                context = StepContext(stack.settings, args.batch, None, None, 1.0)
+                context = StepContext.plain(stack.settings, args.batch, args.sequence)
                 out, saved = forward(context, weights, x)
                 dx, inner = input_part(context, weights, saved, x)
                 weight_part(context, weights, saved, inner, into)

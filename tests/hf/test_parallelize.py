@@ -1,13 +1,16 @@
 """parallelize: which stack it finds, what it refuses, and that the changed model does what the unchanged one does."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from mlpint import LayerParallel
-from mlpint.hf import parallelize
+from mlpint.hf import parallelize, stacked
 from mlpint.hf.families import stack_type
 from mlpint.hf.looped_stack import LoopedStack
+from mlpint.hf.stacked import StackedLoop
 from mlpint.nn import BlockStack
 from mlpint.parallel.replicas import check_replicas
 from scenarios import check, names
@@ -241,3 +244,102 @@ def test_position_bias():
 
 def test_replicas_of_a_model_without_stacks():
     assert check_replicas(nn.Linear(2, 2)) == []
+
+
+def llama(**more):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | {"vocab_size": 30} | more))
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def frozen(model):
+    model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
+
+
+def in_two_dtypes(model):
+    model.model.layers[0].input_layernorm.double()
+
+
+def with_more(model):
+    model.model.layers[2].mlp.gate_proj.register_parameter("more", nn.Parameter(torch.ones(1)))
+
+
+def of_another_class(model):
+    model.model.layers[1].self_attn.q_proj = type("Mine", (nn.Linear,), {})(16, 16, bias=False)
+
+
+def with_a_patched_forward(model):
+    layer = model.model.layers[1]
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+
+
+def sharing(model):
+    model.model.layers[2].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+
+
+def with_checkpointing(model):
+    model.gradient_checkpointing_enable()
+
+
+def with_attention_of_its_own(model):
+    model.config._attn_implementation = "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hooked, "layer 1.mlp has hooks"),
+        (frozen, "mlp.up_proj.weight of layer 2 has another dtype, device or requires_grad"),
+        (in_two_dtypes, "input_layernorm.weight is torch.float64, and other parameters of the layer are not"),
+        (with_more, "layer 2 has other parameters than its kind: mlp.gate_proj.more"),
+        (of_another_class, "layer 1.self_attn.q_proj is a Mine"),
+        (with_a_patched_forward, "layer 1 has another forward than its class"),
+        (sharing, "self_attn.q_proj.weight of layer 2 is a parameter of another layer, too"),
+        (with_checkpointing, "layer 0 has gradient checkpointing on; enable it afterwards"),
+        (with_attention_of_its_own, "attn_implementation = 'flash_attention_2'"),
+    ],
+)
+def test_layers_that_are_no_blocks_say_why(change, reason):
+    model = llama()
+    change(model)
+    before = [*model.modules()]
+    with pytest.raises(
+        ValueError, match=f"stacked = True: the layers of LlamaForCausalLM cannot be stacked: ({reason})"
+    ):
+        parallelize(model, stacked=True, check=False)
+    assert [*model.modules()] == before
+    with pytest.warns(UserWarning, match=f"({reason}).*; they are evaluated one by one"):
+        parallelize(model, stacked="auto", check=False)
+    assert type(model.model.layers) is LoopedStack
+
+
+def test_stacked_where_it_can_be(recwarn):
+    model = parallelize(llama(), stacked="auto")
+    assert isinstance(model.model.layers, StackedLoop) and not [w for w in recwarn if "stacked" in str(w.message)]
+    assert "BlockStack" in repr(model)
+    with pytest.raises(ValueError, match="stacked = 'yes': must be"):
+        parallelize(llama(), stacked="yes")
+    with pytest.raises(ValueError, match="it is no model of the transformers library"):
+        parallelize(Model(blocks=blocks(3)), stacked=True)
+
+
+def test_blocks_that_compute_something_else_are_found(monkeypatch):
+    """The trial before anything is trained, with and without padding."""
+    true = stacked.stack_of
+
+    def false(layers, config):
+        blocks = true(layers, config)
+        blocks.settings = dataclasses.replace(blocks.settings, attention="full")
+        return blocks
+
+    monkeypatch.setattr(stacked, "stack_of", false)
+    with pytest.raises(ValueError, match="computes something else"):
+        parallelize(llama(), stacked=True)
+    model = llama()
+    with pytest.warns(UserWarning, match="computes something else"):
+        parallelize(model, stacked="auto")
+    assert type(model.model.layers) is LoopedStack

@@ -8,6 +8,7 @@ from layers import assert_close
 
 from mlpint import MGRIT
 from mlpint.hf import parallelize
+from mlpint.nn import BlockStack
 from mlpint.parallel.clip import stacks_of
 
 TOLERANCE = 1e-10
@@ -42,13 +43,26 @@ def disturb(model, comm):
                 t += comm.rank
 
 
+def named_gradients(model):
+    """Gradients (None where there are none) by the parameters' names where no layers are stacked."""
+    stacks = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, BlockStack)}
+    for name, p in model.named_parameters():
+        if not name.startswith(tuple(stacks)):
+            yield name, p.grad
+    for name, stack in stacks.items():
+        for i, n in enumerate(stack.indices):
+            for piece in stack.pieces:
+                grad = getattr(stack, piece.field).grad
+                yield name.replace("stacked.", f"{n}.") + piece.name, None if grad is None else piece.view(grad[i])
+
+
 def names_everywhere(comm, model):
     """Names of the parameters that some rank holds."""
-    own = json.dumps([name for name, _ in model.named_parameters()]).encode()
+    own = json.dumps([name for name, _ in named_gradients(model)]).encode()
     return {name for message in comm.gather(own) for name in json.loads(message)}
 
 
-def compare(comm, model, call, *, options=None, layers=None, **kwargs):
+def compare(comm, model, call, *, options=None, layers=None, tolerance=TOLERANCE, **kwargs):
     """Calls both models, compares all results, their gradients and the state dicts; returns the changed model.
 
     call: returns tensors by name, of which "loss" is differentiated, or else the sum of the cubes of all (that of their
@@ -60,12 +74,12 @@ def compare(comm, model, call, *, options=None, layers=None, **kwargs):
         disturb(changed, comm)
         assert parallelize(changed, o, comm=comm, **kwargs) is changed
         assert {stack.options for _, stack in stacks_of(changed)} == {o}
-        check(comm, reference, changed, call, f"with {o}")
+        check(comm, reference, changed, call, f"with {o}", tolerance)
         _compare_states(reference, changed)
     return changed
 
 
-def check(comm, reference, changed, call, what=""):
+def check(comm, reference, changed, call, what="", tolerance=TOLERANCE):
     """Calls both models and compares all results and their gradients."""
     results = []
     for model in (reference, changed):
@@ -76,22 +90,22 @@ def check(comm, reference, changed, call, what=""):
         results.append(result)
     assert results[0].keys() == results[1].keys()
     for name, expected in results[0].items():
-        assert_close(results[1][name], expected, TOLERANCE, f"{name} {what}")
-    _compare_gradients(comm, reference, changed)
+        assert_close(results[1][name], expected, tolerance, f"{name} {what}")
+    _compare_gradients(comm, reference, changed, tolerance)
 
 
-def _compare_gradients(comm, reference, changed):
+def _compare_gradients(comm, reference, changed, tolerance):
     assert names_everywhere(comm, changed) == {name for name, _ in reference.named_parameters()}
     gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     largest = max((g.abs().max() for g in gradients.values()), default=0)
-    for name, parameter in changed.named_parameters():
+    for name, gradient in named_gradients(changed):
         if name in gradients:
             # Gradients that are zero but for rounding (of the keys' biases) are measured by the others.
             scale = max(gradients[name].abs().max(), 1e-4 * largest)
-            error = (parameter.grad - gradients[name]).abs().max()
-            assert error <= TOLERANCE * scale, f"gradient of {name}: {error:.3g} over {TOLERANCE} of {scale:.3g}"
+            error = (gradient - gradients[name]).abs().max()
+            assert error <= tolerance * scale, f"gradient of {name}: {error:.3g} over {tolerance} of {scale:.3g}"
         else:
-            assert parameter.grad is None or not parameter.grad.any(), name
+            assert gradient is None or not gradient.any(), name
 
 
 def _compare_states(reference, changed):

@@ -168,6 +168,22 @@ def trainer_saves_and_resumes(comm):
         optimizer.load_state_dict(torch.load(folder / f"{comm.rank}.pt"))
 
 
+def trainer_of_stacked_layers(comm):
+    """The parameters of a plain Trainer, weight decay and clipping included; resumed from its own checkpoint."""
+    reference, start = (m.double() for m in (llama(), llama()))
+    start.load_state_dict(reference.state_dict())
+    stacked = [parallelize(copy.deepcopy(start), EXACT, comm=comm, stacked=True) for _ in range(2)]
+    close = {"rtol": 0, "atol": 1e-4}  # of six steps of 1e-2; the library has RMSNorms in single precision
+    with shared_folder(comm) as folder:
+        more = {"weight_decay": 3.0, "optim_args": "eps=1e-4"}
+        _trainer(transformers.Trainer, reference, folder / f"plain-{comm.rank}", save_strategy="no", **more).train()
+        _trainer(Trainer, stacked[0], folder / "run", **more).train()
+        torch.testing.assert_close(dict(stacked[0].state_dict()), dict(reference.state_dict()), **close)
+        checkpoint = folder / "run" / "checkpoint-3"
+        _trainer(Trainer, stacked[1], folder / "run", **more).train(resume_from_checkpoint=str(checkpoint))
+        torch.testing.assert_close(dict(stacked[1].state_dict()), dict(reference.state_dict()), **close)
+
+
 def adapters_are_saved_whole(comm):
     """PEFT before parallelize: the saved adapters are those of all ranks, and plain PEFT loads them."""
     torch.manual_seed(4)
@@ -286,6 +302,7 @@ if __name__ == "__main__":
             other_models_are_clipped_alone,
             compiled_whole,
             trainer_saves_and_resumes,
+            trainer_of_stacked_layers,
             adapters_are_saved_whole,
             files_are_read_by_those_who_need_them,
             weights_are_drawn_for_any_number_of_ranks,

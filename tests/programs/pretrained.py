@@ -313,9 +313,90 @@ def saved_and_loaded(comm):
         comm.barrier()
 
 
+MODERN = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODERN |= {"intermediate_size": 32, "vocab_size": 30, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+SINGLE = 2e-5  # the library has RMSNorms and positions in single precision
+HEADS_OF_8 = {"head_dim": 8}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
+
+
+@float64
+def stacked_models(comm):
+    """Layers that become a BlockStack: outputs, gradients and state dicts are the model's, also of padded batches."""
+    for mask in BOTH:
+        for kind, more in [
+            ("Llama", {}),
+            ("Mistral", {"sliding_window": 3}),
+            ("Qwen2", WINDOWS),
+            ("Qwen3", HEADS_OF_8),
+            ("Olmo2", {"attn_implementation": "eager"}),
+            ("Gemma", HEADS_OF_8),
+            ("Gemma2", HEADS_OF_8 | {"attn_logit_softcapping": None, "sliding_window": 3}),
+        ]:
+            config = getattr(transformers, f"{kind}Config")(**MODERN, **more)
+            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+            # In double precision the library's eager attention makes NaNs of padding on the left.
+            seen = (
+                mask
+                if mask is None or model.config._attn_implementation != "eager"
+                else mask.sort(1, descending=True)[0]
+            )
+            call = outputs(input_ids=IDS, attention_mask=seen, labels=IDS)
+            options = [MGRIT(levels=1)] if mask is None else [converged(4)]
+            compare(comm, model, call, options=options, stacked=True, tolerance=SINGLE)
+        compare(comm, gpt2(GPT2Model), outputs(input_ids=IDS, attention_mask=mask), layers=6, stacked=True)
+        compare(comm, bert(BertModel), outputs(input_ids=IDS, attention_mask=mask), layers=5, stacked=True)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2], [3, 4, 5, 6, 7, 8], [*range(6)]])  # two texts in the first row
+    turned = outputs(input_ids=IDS, position_ids=packed, use_cache=False)
+    compare(comm, transformers.LlamaModel(LlamaConfig(**MODERN)), turned, layers=4, stacked=True, tolerance=SINGLE)
+    slices = {"stacked": True, "serial_microbatches": 3, "recompute": True}
+    compare(comm, gpt2(GPT2Model), outputs(input_ids=IDS, attention_mask=MASK), options=[MGRIT(levels=1)], **slices)
+    for layout in ({}, {"qkv_bias": False}):
+        model = ViTModel(ViTConfig(**vit(ViTModel).config.to_diff_dict() | layout))
+        compare(comm, model, outputs(pixel_values=torch.randn(3, 1, 8, 8)), layers=4, stacked=True)
+
+
+@float64
+def stacked_and_used(comm):
+    """Generating, activation checkpointing, frozen biases, saving and what cannot be asked of stacked layers."""
+    reference = transformers.LlamaForCausalLM(LlamaConfig(**MODERN)).eval()
+    for name, p in reference.named_parameters():
+        p.requires_grad_("layernorm" not in name)
+    with torch.no_grad():
+        reference.lm_head.weight *= 20
+    model = parallelize(copy.deepcopy(reference), converged(4), comm=comm, stacked=True)
+    assert not model.model.layers.stacked.ln1_weight.requires_grad
+    rules = {"attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **rules), reference.generate(IDS, **rules))
+    call = outputs(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    for on in (False, True):
+        for each in (model, reference):
+            each.zero_grad()
+            (each.train().gradient_checkpointing_enable if on else each.gradient_checkpointing_disable)()
+        check(comm, reference, model, call, tolerance=SINGLE)
+        assert model.model.layers.conditions.recompute is on
+    state = model.state_dict()
+    if comm.rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict=dict(state))
+            loaded = LlamaForCausalLM.from_pretrained(folder)
+        for name, value in reference.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+    with tempfile.TemporaryDirectory() as folder:
+        if comm.size == 1:
+            model.save_pretrained(folder)
+            assert torch.equal(
+                LlamaForCausalLM.from_pretrained(folder).state_dict()["lm_head.weight"], state["lm_head.weight"]
+            )
+    refused = "stacked layers cannot be given head_mask"
+    raises(ValueError, refused, lambda: model.model.layers(torch.zeros(3, 6, 16), head_mask=MASK))
+
+
 if __name__ == "__main__":
     run(
         [
+            stacked_models,
+            stacked_and_used,
             gpt2_models,
             gpt2_with_its_own_loss,
             gpt2_eager_attention,

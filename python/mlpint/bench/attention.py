@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..nn import attention as attn
+from ..nn.attending import Attending, Padding
 from .cases import BACKWARD, FORWARD, FULL, Inputs, Key, Operation, Random, Tensors
 from .shapes import Shape
 from .timing import Call
@@ -48,23 +49,22 @@ class Attention(Operation):
         o = plain_attention(q, k, v, layer_inputs["causal"], layer_inputs["lengths"])
         return (o.transpose(1, 2).reshape(m, width // 3),)
 
-    def _shape(self, inputs: Inputs) -> tuple[int, int, bool, attn.Padding | None, float]:
-        qkv, lengths = inputs["qkv"], inputs["lengths"]
-        padding = None if lengths is None else attn.Padding(lengths[0], qkv.shape[1] // inputs["batch"])
-        scale = (qkv.shape[-1] // 3 // inputs["heads"]) ** -0.5
-        return inputs["batch"], inputs["heads"], inputs["causal"], padding, scale
+    def _attending(self, inputs: Inputs) -> Attending:
+        qkv, lengths, batch, heads = (inputs[name] for name in ("qkv", "lengths", "batch", "heads"))
+        padding = None if lengths is None else Padding(lengths[0], qkv.shape[1] // batch)
+        return Attending(batch, heads, inputs["causal"], (qkv.shape[-1] // 3 // heads) ** -0.5, padding)
 
     def batched(self, inputs: Inputs, mode: str) -> Call:
-        qkv, grad, shape = inputs["qkv"], inputs["grad"], self._shape(inputs)
+        qkv, grad, to = inputs["qkv"], inputs["grad"], self._attending(inputs)
         if mode == FORWARD:
-            return lambda: (attn.attention(qkv, *shape),)
+            return lambda: (attn.attention(qkv, to),)
 
         def backward(o: torch.Tensor, saved: torch.Tensor) -> Tensors:
-            return (attn.attention_backward(grad, qkv, o, saved, *shape),)
+            return (attn.attention_backward(grad, qkv, o, saved, to),)
 
         if mode == FULL:
-            return lambda: backward(*attn.attention_train(qkv, *shape))
-        outputs = attn.attention_train(qkv, *shape)
+            return lambda: backward(*attn.attention_train(qkv, to))
+        outputs = attn.attention_train(qkv, to)
         return lambda: backward(*outputs)
 
     def kernel(self, inputs: Inputs, mode: str) -> Call:
@@ -72,8 +72,8 @@ class Attention(Operation):
         from ..kernels.attention_backward import attention_backward
 
         qkv = inputs["qkv"]
-        batch, heads, causal, _, scale = self._shape(inputs)
-        lengths = inputs["lengths"]
+        to, lengths = self._attending(inputs), inputs["lengths"]
+        batch, heads, causal, scale = to.batch, to.heads, to.causal, to.scale
         j, m, width = qkv.shape
 
         def heads_of(t: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..nn import attention as attn
 from ..nn import pre_norm
+from ..nn.batch_arguments import BatchArguments
 from ..nn.settings import BlockSettings, Weights
 from ..nn.step_context import StepContext
 from .attention import plain_attention
@@ -59,8 +59,8 @@ class BlockCase(Case):
         lengths = inputs["lengths"]
         attention = "causal" if inputs["causal"] else "full"
         settings = BlockSettings(d, inputs["heads"], inputs["up_bias"].shape[-1], attention)
-        padding = None if lengths is None else attn.Padding(lengths[0], t)
-        context = StepContext(settings, b, padding, None, inputs["h"])
+        arguments = BatchArguments(None if lengths is None else lengths[0])
+        context = StepContext(settings, arguments.attending(settings, [0], b, t), None, inputs["h"])
         w = Weights(*(inputs[name] for name in _FIELDS))
         x, grad = (inputs[name].view(j, b * t, d) for name in ("x", "grad"))
         if mode == FORWARD:

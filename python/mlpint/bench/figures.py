@@ -19,6 +19,7 @@ from .. import MGRIT, LayerParallel, capture
 from ..errors import UserError
 from ..nn import Block, BlockStack, differentiable
 from ..nn.settings import Weights
+from ..nn.step_context import StepContext
 from . import providers, timing
 from .accuracy import Judge
 from .cases import FORWARD, Case
@@ -211,7 +212,7 @@ class _Serial(nn.Module):
         self.blocks = stack.to_blocks()
 
         def step(w: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
-            return differentiable.step(stack.settings, Weights(*w), x, None, None, 1.0)
+            return differentiable.step(StepContext.plain(stack.settings, *x.shape[:2]), Weights(*w), x)
 
         self.step = torch.compile(step, dynamic=False) if compiled else step
 

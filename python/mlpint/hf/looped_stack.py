@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers.arguments import joined
 from ..mgrit.options import MGRIT
+from ..nn import BlockStack
 from ..parallel.compiled import not_compiled
 from ..parallel.layer_parallel import LayerParallel
 from .recorded_loop import LayerInLoop, RecordedLoop, UnusedOutput
@@ -56,9 +57,16 @@ class LoopedStack(LayerParallel):
             attentions, hidden states or router logits.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], options: MGRIT | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        options: MGRIT | None = None,
+        *,
+        evaluated: BlockStack | None = None,
+        **kwargs: Any,
+    ) -> None:
         layers = list(layers)
-        super().__init__(layers, options, **kwargs)
+        super().__init__(layers if evaluated is None else evaluated, options, **kwargs)
         kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(layers[0].forward).parameters.values()
         self._argument_names = [p.name for p in parameters if p.kind in kinds]
@@ -93,7 +101,7 @@ class LoopedStack(LayerParallel):
         """The state after the last layer, in the form in which a layer returns it; see :class:`LayerParallel`."""
         state, args, kwargs = self._split(args, kwargs)
         self._find_form(state, args, kwargs)
-        return self._returned(super().forward(state, *args, **kwargs), len(self) - 1)
+        return self._returned(self._solve(state, args, kwargs), len(self) - 1)
 
     @not_compiled
     def _called(self, n: int, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -114,7 +122,11 @@ class LoopedStack(LayerParallel):
             return self._returned(loop.pending(), n)
         self._loop = None
         args, kwargs = joined(loop.calls)
-        return self._returned(super().forward(loop.state, *args, **kwargs), n)
+        return self._returned(self._solve(loop.state, args, kwargs), n)
+
+    def _solve(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The state after the last layer; the arguments are those of layers."""
+        return super().forward(state, *args, **kwargs)
 
     def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """The state and the other arguments of a call."""
@@ -133,7 +145,7 @@ class LoopedStack(LayerParallel):
             return
         form = torch.full((_MOST_OUTPUTS,), -1)  # per entry beside the state: -1 there is none, 0 a value, 1 None
         kind = torch.zeros(1, dtype=torch.int64)  # 1: a tensor, 2: a tuple
-        first = self.local_layers.get(0)
+        first = self._first_layer(state)
         if first is not None:
             with torch.no_grad(), self.layer_random.preserved(state.device):
                 output = first(state, *args, **kwargs)
@@ -149,6 +161,10 @@ class LoopedStack(LayerParallel):
             )
         self._returns_tensor = int(kind) == 1
         self._further = [bool(entry) for entry in form.tolist() if entry >= 0]
+
+    def _first_layer(self, state: torch.Tensor) -> nn.Module | None:
+        """The first layer, on the rank that has it."""
+        return self.local_layers.get(0)
 
     def _returned(self, state: Any, layer: int) -> Any:
         """What a layer returns that makes this state."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from ..parallel.replicas import sync_replicas
 from . import families as huggingface
 from .build import build
 from .find_stacks import find_stacks
+from .stacked import StackedLoop, as_blocks
 from .trial import Trial
 
 
@@ -34,6 +36,7 @@ def parallelize(
     stack: str | None = None,
     check: bool = True,
     load: Mapping[str, Any] | None = None,
+    stacked: bool | Literal["auto"] = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Replaces the stack of layers in a model by a :class:`LayerParallel` of them. Collective.
@@ -68,6 +71,11 @@ def parallelize(
         check: whether a model of the transformers library runs a small batch as it is and once more with its stacks
             replaced, so that a loop that does more than this function knows of is refused.
         load: with a class and a directory or name: further arguments of ``from_pretrained``, such as ``dtype``.
+        stacked: whether the layers of models that :func:`mlpint.nn.from_transformers` knows are evaluated as a
+            :class:`mlpint.nn.BlockStack`, those of all intervals of a rank at once, which is faster where batches are
+            small. ``True``: or refused; ``"auto"``: where they compute exactly that, and rank 0 warns where not.
+            Parameters then have a leading dimension, layers, and names of their own (``layers.stacked.qkv_weight``), by
+            which an optimiser's groups have to go; ``state_dict`` keeps the model's. Dropout draws other masks.
         **kwargs: further arguments of :class:`LayerParallel` (open_layers, recompute, ...).
 
     Returns:
@@ -79,6 +87,8 @@ def parallelize(
             :class:`LayerParallel` raises. The model is as it was.
     """
     comm = Comm.of(comm)
+    if stacked not in (True, False, "auto"):
+        raise ValueError(f'stacked = {stacked!r}: must be True, False or "auto"')
     if isinstance(model, type):
         if not args:
             raise TypeError(f"parallelize({model.__name__}, ...) needs a configuration or what from_pretrained takes")
@@ -92,14 +102,47 @@ def parallelize(
         sync_replicas(model, comm)  # layers of several drawings would make up no model of anybody's
     paths = find_stacks(model, stack)
     comm.vote({"stack": ", ".join(paths), "class": type(model).__name__}, "the model")
-    trial = Trial(model, comm) if check and whole else None
+    trial = Trial(model, comm, stacked=bool(stacked)) if check and whole else None
+    ways = [True, False] if stacked == "auto" else [bool(stacked)]
+    reason = ""
+    for as_stacks in ways:
+        try:
+            replacements = _replaced(model, paths, as_stacks, options, comm, trial, kwargs)
+            break
+        except _NotStackedError as error:
+            reason = f"the layers of {type(model).__name__} cannot be stacked: {error}"
+            if stacked is True:
+                raise ValueError(f"stacked = True: {reason}") from None
+    if reason and comm.world.rank == 0:
+        warnings.warn(f"{reason}; they are evaluated one by one", stacklevel=2)
+    for place in replacements:
+        owner = model.get_submodule(place.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoder):
+            owner.use_nested_tensor = False  # the state has to be an ordinary tensor
+    huggingface.prepare(model, paths)
+    return model
+
+
+class _NotStackedError(ValueError):
+    """The layers of a stack cannot be blocks; says why."""
+
+
+def _replaced(
+    model: nn.Module,
+    paths: list[str],
+    as_stacks: bool,
+    options: MGRIT | None,
+    comm: Comm,
+    trial: Trial | None,
+    kwargs: dict[str, Any],
+) -> dict[str, nn.Module]:
+    """What has taken the places of the stacks, by name; after an error the model is as it was."""
     replacements: dict[str, nn.Module] = {}
     for path in paths:
         layers: Any = model.get_submodule(path)
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layers]
         _check_ties(model, layers, places)
-        kind = LayerParallel if isinstance(layers, BlockStack) else huggingface.stack_type(model, path)
-        replacement = kind(layers, options, comm=comm, **kwargs)
+        replacement = _replacement(model, path, as_stacks, options, comm, kwargs)
         replacement.training = layers.training
         replacements |= dict.fromkeys(places, replacement)
     originals = {place: model.get_submodule(place) for place in replacements}
@@ -108,15 +151,30 @@ def parallelize(
     if trial is not None:
         try:
             trial.compare()
-        except ValueError:
+        except ValueError as error:
             _put(model, originals)
-            raise
-    for place in replacements:
-        owner = model.get_submodule(place.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoder):
-            owner.use_nested_tensor = False  # the state has to be an ordinary tensor
-    huggingface.prepare(model, paths)
-    return model
+            raise (_NotStackedError(str(error)) if as_stacks else error) from None
+    return replacements
+
+
+def _replacement(
+    model: nn.Module, path: str, as_stacks: bool, options: MGRIT | None, comm: Comm, kwargs: dict[str, Any]
+) -> LayerParallel:
+    layers: Any = model.get_submodule(path)
+    if isinstance(layers, BlockStack):
+        return LayerParallel(layers, options, comm=comm, **kwargs)
+    kind = huggingface.stack_type(model, path)
+    if not as_stacks:
+        return kind(layers, options, comm=comm, **kwargs)
+    blocks, reason = None, ""
+    try:
+        blocks = as_blocks(model, path)
+    except ValueError as error:
+        reason = str(error)
+    reasons = [message.decode() for message in comm.world.gather(reason.encode())]
+    if any(reasons) or blocks is None:
+        raise _NotStackedError(next(filter(None, reasons)))
+    return StackedLoop(layers, blocks, options, comm=comm, **kwargs)
 
 
 def _has_parts_elsewhere(model: nn.Module) -> bool:

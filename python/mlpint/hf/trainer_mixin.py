@@ -10,6 +10,8 @@ import torch
 from .. import checkpoint as checkpoints
 from ..comm.collectively import collectively
 from ..errors import UserError
+from ..nn import BlockStack
+from ..nn.settings import NORMS, Weights
 from ..parallel.optimizer_marks import foreign_states_left_out
 from .saving import ranks_of, save_pretrained
 
@@ -114,6 +116,17 @@ class TrainerMixin:
         collectively(comm, find)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         checkpoints.load(folder, model, optimizer, comm=comm)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As Trainer's, whose rules go by layers' names: biases and norms of stacked ones have no decay either."""
+        spared = {
+            f"{path}.{field}"
+            for path, stack in model.named_modules()
+            if isinstance(stack, BlockStack)
+            for field in Weights._fields
+            if field.startswith(NORMS) or field.endswith("bias")
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]  # type: ignore[misc]
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]

@@ -30,18 +30,29 @@ class Trial:
     Args:
         model: the whole model, on every rank.
         comm: the ranks. Where their weights differ there is nothing to compare with.
+        stacked: whether layers are to become blocks: text is tried with padding, too, and may differ in any dtype by
+            the single precision in which the library has norms and positions.
     """
 
-    def __init__(self, model: nn.Module, comm: Comm) -> None:
+    def __init__(self, model: nn.Module, comm: Comm, stacked: bool = False) -> None:
         self.model, self.comm = model, comm
-        self.inputs = _inputs(model)
+        self._rounding = _ROUNDING | ({torch.float64: 1e-5} if stacked else {})
+        inputs = _inputs(model)
+        self.inputs = [] if inputs is None else [inputs]
+        if inputs is not None and "input_ids" in inputs and stacked:
+            lengths = torch.arange(_LENGTH - 1, _LENGTH - 1 - _BATCH, -1)[:, None]
+            mask = (torch.arange(_LENGTH) < lengths).long().to(inputs["input_ids"].device)
+            self.inputs.append(inputs | {"attention_mask": mask})
         self.expected: list[torch.Tensor] | None = None
-        if self.inputs is not None and _same_on_all_ranks(model, comm):
+        if self.inputs and _same_on_all_ranks(model, comm):
             try:
                 with _undisturbed(model):
-                    self.expected = _results(model(**self.inputs))
+                    self.expected = self._run()
             except Exception:  # it takes other inputs than it says: there is nothing to compare
-                self.inputs = None
+                self.inputs = []
+
+    def _run(self) -> list[torch.Tensor]:
+        return [result for inputs in self.inputs for result in _results(self.model(**inputs))]
 
     def compare(self) -> None:
         """Runs the same batch through the replaced stacks, swept exactly. Collective.
@@ -49,13 +60,16 @@ class Trial:
         Raises:
             ValueError: on all ranks; the results differ, or what a stack refuses.
         """
-        if self.expected is None or self.inputs is None:
+        if self.expected is None:
             return
         with ExitStack() as exactly, _undisturbed(self.model):
             for _, stack in stacks_of(self.model):
                 exactly.enter_context(stack.using(options=_EXACT, consistency=0.0, keys=itertools.repeat((0, 0))))
-            results = _results(self.model(**self.inputs))
-        worst = max((_distance(a, b) for a, b in zip(results, self.expected, strict=False)), default=0.0)
+            results = self._run()
+        worst = max(
+            (_distance(a, b, self._rounding[b.dtype]) for a, b in zip(results, self.expected, strict=False)),
+            default=0.0,
+        )
         worst = max(float(message) for message in self.comm.gather(repr(worst).encode()))
         if worst > 1:
             raise ValueError(
@@ -117,10 +131,10 @@ def _results(output: Any) -> list[torch.Tensor]:
     return [t for t in values if isinstance(t, torch.Tensor) and t.dtype in _ROUNDING]
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def _distance(a: torch.Tensor, b: torch.Tensor, rounding: float) -> float:
     """In units of what rounding may make; NaNs are at the same places or infinitely far."""
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
-    rounding, finite = _ROUNDING[b.dtype], b.isfinite()
+    finite = b.isfinite()
     a, b = a[finite].double(), b[finite].double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300)) / rounding if b.numel() else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..nn import BlockStack, batching
-from ..nn.attention import Padding
+from ..nn.batch_arguments import BatchArguments
 from ..nn.block import batched_steps
 from ..nn.settings import Weights
 from ..nn.step_context import StepContext, for_products
@@ -67,7 +67,7 @@ class StackEvaluator:
 
     def __init__(self, stack: BlockStack, call: LayerCall) -> None:
         self.stack, self.call = stack, call
-        self.lengths = key_lengths(*call.arguments, call.single)
+        self.arguments = batch_arguments(*call.arguments, call.single)
         self.evaluations, self.recompute = call.stats.evaluations, call.recompute
         self.where = ""
         self.gradients = GradientSums()
@@ -78,7 +78,6 @@ class StackEvaluator:
         self._cast: Weights[torch.Tensor] | None = None
         self._weights: dict[range, Weights[torch.Tensor]] = {}
         self._keys: dict[int, int] = {}
-        self._padding: Padding | None = None
         self._saved, self._inner = SavedRows(), SavedRows()
 
     # --- what the propagators call -----------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ class StackEvaluator:
         place = {self._rows[n]: i for i, n in enumerate(layers)}
         results: list[Any] = [None] * len(layers)
         first = states[0].tensors[0]
-        self.stack.settings.check_state(first, self.lengths)
+        self.arguments.check(self.stack.settings, first)
         width = batching.width(len(layers), first.shape[0] * first.shape[1], first.shape[2], first.device)
         h = self.stack.settings.step_size * self.call.step_size_of(layers[0])
         with torch.no_grad(), self._without_autocast(first.device):
@@ -165,8 +164,10 @@ class StackEvaluator:
                 for start in range(0, len(evenly_spaced), width):
                     rows = evenly_spaced[start : start + width]
                     x = stacked_states([states[place[row]] for row in rows])
-                    windows = self.stack.settings.windows((self._indices[row] for row in rows), x.shape[2])
-                    call = StepContext(self.stack.settings, x.shape[1], self._pad(x), self._keys_of(rows), h, windows)
+                    indices = (self._indices[row] for row in rows)
+                    attending = self.arguments.attending(self.stack.settings, indices, *x.shape[1:3])
+                    rotation = self.arguments.rotation
+                    call = StepContext(self.stack.settings, attending, self._keys_of(rows), h, rotation)
                     y = step(call, rows, x.flatten(1, 2)).view(x.shape)
                     for i, row in enumerate(rows):
                         results[place[row]] = Slice(y, i)
@@ -215,11 +216,6 @@ class StackEvaluator:
         self._count("forward", level, len(rows))
         return self._step.forward_train(call, self._weights_of(rows), *self._saved.get(rows))[1]
 
-    def _pad(self, x: torch.Tensor) -> Padding | None:
-        if self.lengths is not None and self._padding is None:
-            self._padding = Padding(self.lengths, x.shape[2])
-        return self._padding
-
     def _keys_of(self, rows: range) -> list[int] | None:
         """The dropout keys that blocks on their own would draw."""
         if not self.stack.drops:
@@ -233,14 +229,17 @@ class StackEvaluator:
         self.evaluations[kind][level] += count
 
 
-def key_lengths(args: tuple, kwargs: dict[str, Any], single: bool) -> torch.Tensor | None:
-    """The one argument that blocks take beside their state."""
-    if not single or len(args) > 1 or set(kwargs) - {"lengths"} or args and kwargs:
+def batch_arguments(args: tuple, kwargs: dict[str, Any], single: bool) -> BatchArguments:
+    """What blocks take beside their state."""
+    known = {"lengths", "attention_mask", "rotation"}
+    if not single or len(args) > 1 or set(kwargs) - known or args and "lengths" in kwargs:
         passed = "a tuple as its state" if not single else f"{len(args)} arguments and {sorted(kwargs)}"
         raise TypeError(
-            f"a BlockStack takes x, one tensor, and lengths; it was given {passed}; use an nn.ModuleList of layers"
+            f"a BlockStack takes x, one tensor, and {', '.join(sorted(known))}; it was given {passed}; use an "
+            "nn.ModuleList of layers"
         )
-    lengths = args[0] if args else kwargs.get("lengths")
-    if isinstance(lengths, PerLayer):
-        raise TypeError("the blocks of a BlockStack share their lengths; use an nn.ModuleList of layers")
-    return lengths
+    lengths, rotation = args[0] if args else kwargs.get("lengths"), kwargs.get("rotation")
+    if isinstance(lengths, PerLayer) or isinstance(rotation, PerLayer):
+        raise TypeError("the blocks of a BlockStack share their lengths and rotation; use an nn.ModuleList of layers")
+    masks = kwargs.get("attention_mask")
+    return BatchArguments(lengths, masks.values if isinstance(masks, PerLayer) else masks, rotation)

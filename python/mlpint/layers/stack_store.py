@@ -12,7 +12,7 @@ from torch import nn
 from ..nn import BlockStack
 from .evaluator import LayerCall
 from .random_keys import LayerRandom
-from .stack_evaluator import StackEvaluator, key_lengths
+from .stack_evaluator import StackEvaluator, batch_arguments
 
 
 class StackStore:
@@ -52,10 +52,10 @@ class StackStore:
         return StackEvaluator(self.stack, call)
 
     def run(self, call: LayerCall, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        stack, lengths = self.stack, key_lengths(*call.arguments, call.single)
+        stack, arguments = self.stack, batch_arguments(*call.arguments, call.single)
         keys = [call.random.key_of(*call.key, n) for n in stack.indices] if stack.drops else None
         step_sizes = [call.step_size_of(n) for n in stack.indices]
-        return (stack.forward_in_turn(state[0], lengths, keys, step_sizes),)
+        return (stack.forward_in_turn(state[0], arguments, keys, step_sizes),)
 
     def drawing(self, random: LayerRandom) -> str | None:
         return "the blocks" if self.stack.drops else None

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
-from . import dropout
+from . import dropout, fused_attention
+from .attending import Attending
 from .kernels import kernel
-
-Windows = tuple[int, ...] | None
-
-
-def _masked(dtype: torch.dtype) -> float:
-    """What is added to scores of keys not to be seen: finite, twice too, so that a row without any key stays finite."""
-    return max(-1e30, torch.finfo(dtype).min / 4)
-
-
-class Padding:
-    """Key lengths of one batch, in the forms that attention asks for."""
-
-    def __init__(self, lengths: torch.Tensor, sequence: int) -> None:
-        self.lengths = lengths
-        positions = torch.arange(sequence, device=lengths.device)
-        self.padded = positions >= lengths.unsqueeze(1)  # [B, T]
-        self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-
-    def bias(self, j: int, dtype: torch.dtype) -> torch.Tensor:
-        """The mask that is added to the scores of J batches, [J B, 1, 1, T]."""
-        if (j, dtype) not in self._biases:
-            bias = torch.zeros(self.padded.shape, dtype=dtype, device=self.padded.device)
-            bias = bias.masked_fill_(self.padded, _masked(dtype))
-            self._biases[j, dtype] = bias.repeat(j, 1)[:, None, None, :]
-        return self._biases[j, dtype]
-
-    def clear(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns x [J, B, T, ...] with zeros where there is padding."""
-        padded = self.padded.reshape(1, *self.padded.shape, *[1] * (x.dim() - 3))
-        return x.masked_fill(padded, 0)
 
 
 def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
@@ -49,157 +19,122 @@ def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Ten
     return qkv.reshape(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attention(
-    qkv: torch.Tensor,
-    batch: int,
-    heads: int,
-    causal: bool,
-    padding: Padding | None,
-    scale: float,
-    windows: Windows = None,
-) -> torch.Tensor:
-    """Softmax attention [J, B T, 3 D] -> [J, B T, D], with nothing saved. Padded queries give 0.
-
-    ``windows``, one for each of the J layers: a token attends to those less than so many places away.
-    """
-    module = _kernel("attention", qkv, batch, heads, len(qkv)) if windows is None else None
+def attention(qkv: torch.Tensor, to: Attending) -> torch.Tensor:
+    """Softmax attention [J, B T, 3 D] -> [J, B T, D], with nothing saved. Tokens that see none get 0."""
+    module = _kernel("attention", qkv, to, len(qkv))
     if module:
-        return _tokens(module.attention(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale))
-    q, k, v = split_heads(qkv, batch, heads)
-    bias, causal = _mask(qkv, batch, causal, padding, windows)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
-    return _merged(o, len(qkv), padding)
+        return _tokens(module.attention(*_per_layer(qkv, to), to.causal, _lengths(to), to.scale))
+    q, k, v = split_heads(qkv, to.batch, to.heads)
+    bias, causal = to.mask(qkv)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=to.scale)
+    return _merged(o, len(qkv), to)
 
 
-def attention_train(
-    qkv: torch.Tensor,
-    batch: int,
-    heads: int,
-    causal: bool,
-    padding: Padding | None,
-    scale: float,
-    windows: Windows = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of :func:`attention`, and what its backward needs beside that and qkv: the log-sum-exp [J, B, H, T] on
-    the CPU and where the kernels are taken; elsewhere nothing, [J, 0], since the backward evaluates it again."""
-    if windows is None and _trains_by_kernels(qkv, batch, heads):
+def attention_train(qkv: torch.Tensor, to: Attending) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of :func:`attention`, and what its backward needs beside that and qkv: the log-sum-exp [J, B, H, T]
+    (or longer, see :mod:`.fused_attention`); nothing, [J, 0], where the backward has to evaluate again."""
+    if _trains_by_kernels(qkv, to):
         from ..kernels.attention import attention_train as train
 
-        o, lse = train(*_per_layer(qkv, batch, heads), causal, _lengths(padding), scale)
+        o, lse = train(*_per_layer(qkv, to), to.causal, _lengths(to), to.scale)
         return _tokens(o), lse
-    if qkv.device.type != "cpu":
-        return attention(qkv, batch, heads, causal, padding, scale, windows), qkv.new_empty(len(qkv), 0)
-    q, k, v = split_heads(qkv, batch, heads)
-    bias, causal = _mask(qkv, batch, causal, padding, windows)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    return _merged(o, len(qkv), padding), lse.view(len(qkv), batch, *lse.shape[1:])
+    q, k, v = split_heads(qkv, to.batch, to.heads)
+    bias, causal = to.mask(qkv)
+    operation = fused_attention.chosen(q, k, v, bias, causal)
+    if operation is None:
+        return attention(qkv, to), qkv.new_empty(len(qkv), 0)
+    o, lse = operation.forward(q, k, v, bias, causal, to.scale)
+    return _merged(o, len(qkv), to), lse.view(len(qkv), to.batch, *lse.shape[1:])
 
 
 def attention_backward(
-    grad: torch.Tensor,
-    qkv: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    batch: int,
-    heads: int,
-    causal: bool,
-    padding: Padding | None,
-    scale: float,
-    windows: Windows = None,
+    grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, to: Attending
 ) -> torch.Tensor:
     """The gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
     j, m, d = o.shape
-    if windows is None and _trains_by_kernels(qkv, batch, heads):
+    batch, heads = to.batch, to.heads
+    if _trains_by_kernels(qkv, to):
         from ..kernels.attention_backward import attention_backward_packed
 
         do, o = (t.view(j, batch, m // batch, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
         packed = attention_backward_packed(
-            do, *_per_layer(qkv, batch, heads), o, lse.contiguous(), causal, _lengths(padding), scale
+            do, *_per_layer(qkv, to), o, lse.contiguous(), to.causal, _lengths(to), to.scale
         )
         return packed.view(j, m, 3 * d)
-    bias, causal = _mask(qkv, batch, causal, padding, windows)
-    grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
-    if qkv.device.type == "cpu":
+    bias, causal = to.mask(qkv)
+    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, batch, m // batch, d)), heads)
+    if lse.numel():
         q, k, v = split_heads(qkv, batch, heads)
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, _split_output(o, batch, heads, None), lse.flatten(0, 1), 0.0, causal,
-            attn_mask=bias, scale=scale,
-        )  # fmt: skip
+        operation = fused_attention.chosen(q, k, v, bias, causal)
+        if operation is None:
+            raise RuntimeError("torch's choice of attention changed between a forward and its backward")
+        o = _split_output(o.view(j, batch, m // batch, d), heads)
+        gradients = operation.backward(grad, q, k, v, o, lse.flatten(0, 1), bias, causal, to.scale)
         return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in gradients], -1)
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()
         q, k, v = split_heads(leaf, batch, heads)
-        again = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+        again = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=to.scale)
     return torch.autograd.grad(again, leaf, grad)[0]
 
 
 def dropout_attention(
-    qkv: torch.Tensor,
-    keys: Sequence[int],
-    probability: float,
-    batch: int,
-    heads: int,
-    causal: bool,
-    padding: Padding | None,
-    scale: float,
-    windows: Windows = None,
+    qkv: torch.Tensor, to: Attending, keys: Sequence[int], probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, T]."""
     j = len(qkv)
-    q, k, v = split_heads(qkv, batch, heads)
-    scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    bias, causal = _mask(qkv, batch, causal, padding, windows)
+    q, k, v = split_heads(qkv, to.batch, to.heads)
+    scores = torch.matmul(q * to.scale, k.transpose(-1, -2))
+    bias, causal = to.mask(qkv)
     if bias is not None:
         scores = scores + bias
     if causal:
         scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
     weights = torch.softmax(scores, -1)
-    weights = weights.view(j, batch, *weights.shape[1:])
+    weights = weights.view(j, to.batch, *weights.shape[1:])
     thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability)
-    return _merged(torch.matmul(thinned.flatten(0, 1), v), j, padding), weights
+    return _merged(torch.matmul(thinned.flatten(0, 1), v), j, to), weights
 
 
 def dropout_attention_backward(
     grad: torch.Tensor,
     qkv: torch.Tensor,
     weights: torch.Tensor,
-    batch: int,
-    heads: int,
-    padding: Padding | None,
-    scale: float,
+    to: Attending,
     keys: Sequence[int],
     probability: float,
 ) -> torch.Tensor:
     """The gradient for qkv of :func:`dropout_attention`."""
     j, m, _ = qkv.shape
-    q, k, v = split_heads(qkv, batch, heads)
-    grad = _split_output(grad.to(qkv.dtype), batch, heads, padding)
+    q, k, v = split_heads(qkv, to.batch, to.heads)
+    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
     thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability).flatten(0, 1)
     dv = torch.matmul(thinned.transpose(-1, -2), grad)
     dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights)
     dweights = dropout.dropped(dweights, keys, dropout.ATTENTION, probability)
-    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(to.scale)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
     return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in (dq, dk, dv)], -1)
 
 
-def _kernel(op: str, qkv: torch.Tensor, batch: int, heads: int, j: int) -> ModuleType | None:
+def _kernel(op: str, qkv: torch.Tensor, to: Attending, j: int) -> ModuleType | None:
+    if not to.by_lengths:
+        return None
     _, m, width = qkv.shape
-    head = max(16, 1 << (width // 3 // heads - 1).bit_length())  # the width of the kernel's tiles
-    return kernel(op, head, m // batch, j * batch * heads, qkv)
+    head = max(16, 1 << (width // 3 // to.heads - 1).bit_length())  # the width of the kernel's tiles
+    return kernel(op, head, m // to.batch, j * to.batch * to.heads, qkv)
 
 
-def _trains_by_kernels(qkv: torch.Tensor, batch: int, heads: int) -> bool:
+def _trains_by_kernels(qkv: torch.Tensor, to: Attending) -> bool:
     """Whether both kernels are taken, whatever the number of layers: what one grouping of them saves another reads."""
-    return all(_kernel(op, qkv, batch, heads, 1) for op in ("attention", "attention_backward"))
+    return all(_kernel(op, qkv, to, 1) for op in ("attention", "attention_backward"))
 
 
-def _per_layer(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
+def _per_layer(qkv: torch.Tensor, to: Attending) -> Sequence[torch.Tensor]:
     """The q, k, v as views [J, B, H, T, hd], as the kernels take them."""
     j, m, width = qkv.shape
-    return qkv.view(j, batch, m // batch, 3, heads, width // 3 // heads).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    heads = qkv.view(j, to.batch, m // to.batch, 3, to.heads, width // 3 // to.heads)
+    return heads.permute(3, 0, 1, 4, 2, 5).unbind(0)
 
 
 def _tokens(o: torch.Tensor) -> torch.Tensor:
@@ -207,50 +142,21 @@ def _tokens(o: torch.Tensor) -> torch.Tensor:
     return o.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def _lengths(padding: Padding | None) -> torch.Tensor | None:
-    return None if padding is None else padding.lengths.to(torch.int32)
-
-
-def _mask(
-    qkv: torch.Tensor, batch: int, causal: bool, padding: Padding | None, windows: Windows
-) -> tuple[torch.Tensor | None, bool]:
-    """What is added to the scores of J batches, broadcast to [J B, H, T, T], and whether causality comes on top."""
-    j, m, _ = qkv.shape
-    # Under a causal mask padded queries alone see padded keys, and their output is cleared.
-    bias = None if causal or padding is None else padding.bias(j, qkv.dtype)
-    if windows is None:
-        return bias, causal
-    inside = _window_bias(windows, causal, m // batch, qkv.dtype, qkv.device)
-    inside = inside[:, None, None].expand(-1, batch, -1, -1, -1).flatten(0, 1)
-    return inside if bias is None else inside + bias, False
-
-
-@functools.lru_cache(maxsize=64)
-def _window_bias(
-    windows: tuple[int, ...], causal: bool, sequence: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """[J, T, T]: 0 where a token of the layer attends to another, else a large negative number."""
-    places = torch.arange(sequence, device=device)
-    back = places[:, None] - places
-    reach = torch.tensor(windows, device=device)[:, None, None]
-    seen = (back < reach) & (back >= 0 if causal else back > -reach)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, _masked(dtype))
+def _lengths(to: Attending) -> torch.Tensor | None:
+    return None if to.padding is None else to.padding.lengths.to(torch.int32)
 
 
 def _above_diagonal(scores: torch.Tensor) -> torch.Tensor:
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
 
 
-def _merged(o: torch.Tensor, j: int, padding: Padding | None) -> torch.Tensor:
+def _merged(o: torch.Tensor, j: int, to: Attending) -> torch.Tensor:
     """[J B, H, T, hd] -> [J, B T, D]."""
     batch, heads, sequence, width = o.shape
-    o = o.transpose(1, 2).reshape(j, batch // j, sequence, heads * width)
-    return (o if padding is None else padding.clear(o)).flatten(1, 2)
+    return to.clear(o.transpose(1, 2).reshape(j, batch // j, sequence, heads * width)).flatten(1, 2)
 
 
-def _split_output(o: torch.Tensor, batch: int, heads: int, padding: Padding | None) -> torch.Tensor:
-    """[J, B T, D] -> [J B, H, T, hd]."""
-    j, m, d = o.shape
-    if padding is not None:
-        o = padding.clear(o.view(j, batch, m // batch, d))
-    return o.reshape(j * batch, m // batch, heads, d // heads).transpose(1, 2)
+def _split_output(o: torch.Tensor, heads: int) -> torch.Tensor:
+    """[J, B, T, D] -> [J B, H, T, hd]."""
+    j, batch, sequence, d = o.shape
+    return o.reshape(j * batch, sequence, heads, d // heads).transpose(1, 2)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention as attn
 from . import differentiable, modern, post_norm, pre_norm
+from .batch_arguments import BatchArguments, Rotation
 from .random_keys import draw_key
-from .settings import NAMES, BlockSettings, Weights
+from .settings import NAMES, NORMS, BlockSettings, Weights
 from .step_context import StepContext, autocast_dtype, for_products
 
 
@@ -174,25 +174,43 @@ class Block(nn.Module):
         s = self.settings
         return draw_key() if self.training and (s.dropout or s.attention_dropout) else None
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         """One step.
 
         Args:
             x: [batch, sequence, dim].
             lengths: [batch] integers; keys from there on are not attended to, and what a query from there on would
                 attend to counts as 0. None: all of the sequence.
-        """
-        self.settings.check_state(x, lengths)
-        return differentiable.step(self.settings, self.weights(), x, lengths, self._draw_key(), self.settings.step_size)
 
-    def split_forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, BlockTape]:
+        Keyword args:
+            attention_mask: in the place of causality, windows and lengths: [batch or 1, 1, sequence or 1, sequence],
+                booleans, True where a token (row) sees another, or numbers that are added to the scores.
+            rotation: cosine and sine of rotary positions in the place of those of 0, 1, ...: [batch or 1, sequence,
+                head_width / 2] each.
+        """
+        context = self._context(x, BatchArguments(lengths, attention_mask, rotation))
+        return differentiable.step(context, self.weights(), x)
+
+    def _context(self, x: torch.Tensor, arguments: BatchArguments) -> StepContext:
+        s = self.settings
+        arguments.check(s, x)
+        key = self._draw_key()
+        attending = arguments.attending(s, [0], *x.shape[:2])
+        return StepContext(s, attending, None if key is None else [key], s.step_size, arguments.rotation)
+
+    def split_forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None, **more: Any
+    ) -> tuple[torch.Tensor, BlockTape]:
         """One step without autograd, and the tape for its backward (:class:`mlpint.layers.tapes.SplitTape`)."""
         s = self.settings
-        s.check_state(x, lengths)
-        key = self._draw_key()
-        padding = None if lengths is None else attn.Padding(lengths, x.shape[1])
-        keys = None if key is None else [key]
-        context = StepContext(s, len(x), padding, keys, s.step_size, s.windows([0], x.shape[1]))
+        context = self._context(x, BatchArguments(lengths, **more))
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -238,7 +256,7 @@ def initialize(w: Weights[torch.Tensor], depth: int) -> None:
             continue
         if name.endswith("bias"):
             p.zero_()
-        elif name.startswith(("ln", "q_norm", "k_norm")):
+        elif name.startswith(NORMS):
             p.fill_(1)
         else:
             p.normal_(std=0.02 / math.sqrt(2 * depth) if name in ("proj_weight", "down_weight") else 0.02)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .settings import BlockSettings, Weights
+from .row_names import Piece
+from .settings import BlockSettings
 from .stack import BlockStack
 
 # The submodules of a layer that are each linear map or LayerNorm, by the names of either version of the library.
@@ -84,17 +86,22 @@ def from_transformers(model: nn.Module) -> BlockStack:
     Raises:
         ValueError: a model that is none of these, or a variant of one that blocks do not compute.
     """
-    layers = _layers(model)
-    stack = BlockStack._not_filled(_settings_of(model), range(len(layers)), None, model.training)
+    return stack_of(layers_of(model), model.config)
+
+
+def stack_of(layers: Sequence[nn.Module], config: Any) -> BlockStack:
+    """As :func:`from_transformers`, of layers and the configuration that they were made by."""
+    settings = settings_of(layers[0], config)
+    stack = BlockStack._not_filled(settings, range(len(layers)), None, layers[0].training)
     first = next(layers[0].parameters())
     stack.to(first.device, first.dtype)
+    pieces = pieces_of(layers[0], settings)
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            for name, stacked in _present(stack):
-                for theirs, ours in _pairs(layer, name, stacked[i]):
-                    ours.copy_(theirs + _offset(layer, name)) if theirs is not None else ours.zero_()
-    if _lacks_qkv_bias(model):
-        stack.weights().qkv_bias.requires_grad_(False)  # zero, and stays so
+            for piece in pieces:
+                piece.take(getattr(stack, piece.field)[i], layer.get_parameter(piece.name))
+        if _lacks_qkv_bias(stack, pieces):
+            stack.weights().qkv_bias.zero_().requires_grad_(False)  # and stays so
     return stack
 
 
@@ -104,36 +111,27 @@ def to_transformers(stack: BlockStack, model: nn.Module) -> None:
     Raises:
         ValueError: the model's layers are others, in number or in what they compute.
     """
-    layers, settings = _layers(model), _settings_of(model)
+    layers = layers_of(model)
+    settings = settings_of(layers[0], model.config)
     if len(layers) != len(stack) or settings != stack.settings:
         raise ValueError(
             f"the model has {len(layers)} layers with {settings}, the stack {len(stack)} with {stack.settings}"
         )
-    if _lacks_qkv_bias(model) and bool(stack.weights().qkv_bias.detach().any()):
+    pieces = pieces_of(layers[0], settings)
+    if _lacks_qkv_bias(stack, pieces) and bool(stack.weights().qkv_bias.detach().any()):
         raise ValueError("the stack has learnt a qkv_bias and the model has none: make the model with qkv_bias=True")
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            for name, stacked in _present(stack):
-                for theirs, ours in _pairs(layer, name, stacked[i]):
-                    if theirs is not None:
-                        theirs.copy_(ours - _offset(layer, name))
+            for piece in pieces:
+                layer.get_parameter(piece.name).copy_(piece.kept(getattr(stack, piece.field)[i]))
 
 
-def _offset(layer: nn.Module, name: str) -> int:
-    """What a norm's weight is short of in the library: Gemma's are kept as what they differ from 1 by."""
-    return 1 if type(layer).__name__.startswith("Gemma") and name.startswith("ln") else 0
-
-
-def _present(stack: BlockStack) -> list[tuple[str, torch.Tensor]]:
-    return [(name, p) for name, p in zip(Weights._fields, stack.weights(), strict=True) if p is not None]
-
-
-def _lacks_qkv_bias(model: nn.Module) -> bool:
+def _lacks_qkv_bias(stack: BlockStack, pieces: Sequence[Piece]) -> bool:
     """Whether queries, keys and values have no bias though the blocks of that kind do (some ViTs)."""
-    return type(_layers(model)[0]).__name__ not in _MODERN and not getattr(model.config, "qkv_bias", True)
+    return stack.settings.biases != "none" and all(piece.field != "qkv_bias" for piece in pieces)
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if type(m).__name__ in _SUBMODULES]
     if not layers or len({type(m).__name__ for m in layers}) > 1:
         raise ValueError(
@@ -143,11 +141,15 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _settings_of(model: nn.Module) -> BlockSettings:
-    config: Any = model.config
-    kind = type(_layers(model)[0]).__name__
+def settings_of(layer: nn.Module, config: Any) -> BlockSettings:
+    """What a layer of the library computes, made by this configuration.
+
+    Raises:
+        ValueError: blocks do not compute it.
+    """
+    kind = type(layer).__name__
     if kind in _MODERN:
-        return _modern_settings(model, kind)
+        return _modern_settings(layer, config)
     refused: dict[str, object] = {"add_cross_attention": False, "position_embedding_type": "absolute"}
     if kind == "GPT2Block":
         refused |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -180,8 +182,8 @@ def _settings_of(model: nn.Module) -> BlockSettings:
     )
 
 
-def _modern_settings(model: nn.Module, kind: str) -> BlockSettings:
-    config: Any = model.config
+def _modern_settings(layer: nn.Module, config: Any) -> BlockSettings:
+    kind = type(layer).__name__
     act = getattr(config, "hidden_activation", None) or config.hidden_act
     if act not in _GATES:
         raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _GATES))}")
@@ -191,7 +193,6 @@ def _modern_settings(model: nn.Module, kind: str) -> BlockSettings:
         )
     if getattr(config, "mlp_bias", False):
         raise ValueError("mlp_bias = True: blocks have no bias in a gated second half")
-    layer = _layers(model)[0]
     bias = {
         part: getattr(layer.get_submodule(f"self_attn.{part}"), "bias", None) is not None
         for part in ("q_proj", "o_proj")
@@ -250,17 +251,24 @@ def _rotary(config: Any) -> dict[str, Any]:
     )
 
 
-def _pairs(layer: nn.Module, name: str, row: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
-    """A layer's own tensors (None: it has no such bias) and the views of a stack's row that correspond to them."""
-    part, kind = name.rsplit("_", 1)
-    paths = _paths_of(layer, part)
-    modules: list[Any] = [layer.get_submodule(path) for path in paths]
-    # Grouped queries are wider than keys and values.
-    widths = [len(module.weight) for module in modules] if len(modules) > 1 else [len(row)]
-    for module, ours in zip(modules, row.split(widths), strict=True):
-        theirs = getattr(module, kind)
-        # GPT-2's Conv1D is a linear map with its weight transposed.
-        yield (theirs.t() if type(module).__name__ == "Conv1D" and kind == "weight" else theirs), ours
+def pieces_of(layer: nn.Module, settings: BlockSettings) -> tuple[Piece, ...]:
+    """How a layer's own parameters are made of a row's."""
+    pieces = []
+    present = {field.rsplit("_", 1)[0] for field, shape in settings.shapes()._asdict().items() if shape is not None}
+    for part in (part for part in _SUBMODULES[type(layer).__name__] if part in present):
+        paths = _paths_of(layer, part)
+        modules: list[Any] = [layer.get_submodule(path) for path in paths]
+        ends = list(itertools.accumulate(len(module.weight) for module in modules))  # queries may be wider than keys
+        for path, module, end in zip(paths, modules, ends, strict=True):
+            rows = (end - len(module.weight), end) if len(paths) > 1 else None
+            # GPT-2's Conv1D is a linear map with its weight transposed.
+            turned = type(module).__name__ == "Conv1D"
+            # Gemma's norms are kept as what they differ from 1 by.
+            less = 1.0 if type(layer).__name__.startswith("Gemma") and part.startswith("ln") else 0.0
+            for kind in ("weight", "bias"):
+                if getattr(module, kind, None) is not None:
+                    pieces.append(Piece(f"{path}.{kind}", f"{part}_{kind}", rows, turned and kind == "weight", less))
+    return tuple(pieces)
 
 
 def _paths_of(layer: nn.Module, part: str) -> list[str]:

@@ -5,26 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from . import attention as attn
-from . import dropout, ops
+from . import ops
 from .dropout import FFN, PROJECTION
 from .heads import packed
 from .modern import activated
-from .settings import BlockSettings, Weights
+from .settings import Weights
+from .step_context import StepContext
 
 
-def step(
-    settings: BlockSettings,
-    w: Weights[torch.Tensor],
-    x: torch.Tensor,
-    lengths: torch.Tensor | None,
-    key: int | None,
-    h: float,
-    layer: int = 0,
-) -> torch.Tensor:
-    """One step x [B, T, D] -> [B, T, D] of layer n; h is the whole step size, ``key`` that of dropout."""
-    windows = settings.windows([layer], x.shape[1])
-    padding = None if lengths is None else attn.Padding(lengths, x.shape[1])
+def step(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One step x [B, T, D] -> [B, T, D] of the one layer that the context is for."""
+    settings, h = context.settings, context.h
 
     def norm(t: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         if weight is None:  # there is no norm in this place
@@ -35,15 +26,13 @@ def step(
 
     def drop(t: torch.Tensor, place: int) -> torch.Tensor:
         # A mask numbers the elements of [M, D].
-        return t if key is None else dropout.dropped(t.flatten(0, 1)[None], [key], place, settings.dropout).view_as(t)
+        return context.dropped(t.flatten(0, 1)[None], place).view_as(t) if context.drops else t
 
     def attended(t: torch.Tensor) -> torch.Tensor:
-        qkv = F.linear(t, w.qkv_weight, w.qkv_bias)
+        qkv = F.linear(t, w.qkv_weight, w.qkv_bias).flatten(0, 1)[None]
         if settings.modern:
-            flat = packed(settings, w.map(lambda p: p[None]), qkv.flatten(0, 1)[None], len(x))[0]
-            qkv = flat.view(*x.shape[:2], -1)
-        o = _attend(settings, qkv, padding, key, windows)
-        update = F.linear(o, w.proj_weight, w.proj_bias)
+            qkv = packed(context, w.map(lambda p: p[None]), qkv)[0]
+        update = F.linear(context.attention(qkv).view(*x.shape[:2], -1), w.proj_weight, w.proj_bias)
         return drop(norm(update, w.ln1_out_weight, w.ln1_out_bias), PROJECTION)
 
     def ffn(t: torch.Tensor) -> torch.Tensor:
@@ -58,20 +47,3 @@ def step(
         y = x + attended(norm(x, w.ln1_weight, w.ln1_bias))
         out = y + ffn(norm(y, w.ln2_weight, w.ln2_bias))
     return out if h == 1 else torch.lerp(x, out, h)
-
-
-def _attend(
-    settings: BlockSettings,
-    qkv: torch.Tensor,
-    padding: attn.Padding | None,
-    key: int | None,
-    windows: tuple[int, ...] | None,
-) -> torch.Tensor:
-    batch, sequence, _ = qkv.shape
-    flat = qkv.view(1, batch * sequence, -1)
-    shape = (batch, settings.heads, settings.causal, padding, settings.scale, windows)
-    if key is not None and settings.attention_dropout:
-        o, _ = attn.dropout_attention(flat, [key], settings.attention_dropout, *shape)
-    else:
-        o = attn.attention(flat, *shape)
-    return o.view(batch, sequence, -1)

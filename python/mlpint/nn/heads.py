@@ -13,19 +13,21 @@ import torch
 
 from . import ops
 from .settings import BlockSettings, Weights
+from .step_context import StepContext
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 def packed(
-    settings: BlockSettings, w: Weights[torch.Tensor], qkv: torch.Tensor, batch: int
+    context: StepContext, w: Weights[torch.Tensor], qkv: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What attention takes, and 1 / root mean square of queries and keys, [J, B, T, heads] each (empty without norm;
     [J, B, T] where all heads have one together).
 
     Differentiable.
     """
-    q, k, v = _split(settings, qkv, batch)
+    settings = context.settings
+    q, k, v = _split(settings, qkv, context.batch)
     q_rms = k_rms = qkv.new_empty(len(qkv), 0)
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
         q, k = (_normed(settings, t) for t in (q, k))
@@ -33,27 +35,29 @@ def packed(
         q, k = ops.rms_norm(q, q_rms, w.q_norm_weight), ops.rms_norm(k, k_rms, w.k_norm_weight)
         q, k = (t.view(*t.shape[:3], -1, settings.head_width) for t in (q, k))
     if torch.is_grad_enabled() and q.requires_grad:
-        return _together(settings, q, k, v), q_rms, k_rms
-    return _in_place(settings, q, k, v), q_rms, k_rms
+        return _together(context, q, k, v), q_rms, k_rms
+    return _in_place(context, q, k, v), q_rms, k_rms
 
 
-def _together(settings: BlockSettings, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _together(context: StepContext, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Of heads [J, B, T, H or K, hd] what attention takes, by what autograd can follow."""
+    settings = context.settings
     if settings.positions == "rotary":
-        cos, sin = rotary_tables(settings, q.shape[2], q.device, q.dtype)
+        cos, sin = _rotation(context, q)
         q, k = (torch.cat(_rotated(t, cos, sin), -1) for t in (q, k))
     k, v = (t.repeat_interleave(settings.heads // settings.kv_heads, 3) for t in (k, v))
     return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2)
 
 
-def _in_place(settings: BlockSettings, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _in_place(context: StepContext, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The same, each head written once, to where it belongs."""
+    settings = context.settings
     j, batch, sequence, heads, width = q.shape
     out = q.new_empty(j, batch, sequence, 3, heads, width)
     grouped = out.unflatten(4, (settings.kv_heads, heads // settings.kv_heads))
     grouped[:, :, :, 2].copy_(v.unsqueeze(4))
     if settings.positions == "rotary":
-        cos, sin = rotary_tables(settings, sequence, q.device, q.dtype)
+        cos, sin = _rotation(context, q)
         for part, values in zip(out[:, :, :, 0].chunk(2, -1), _rotated(q, cos, sin), strict=True):
             part.copy_(values)
         for part, values in zip(grouped[:, :, :, 1].chunk(2, -1), _rotated(k, cos, sin), strict=True):
@@ -65,13 +69,12 @@ def _in_place(settings: BlockSettings, q: torch.Tensor, k: torch.Tensor, v: torc
 
 
 def packed_backward(
-    settings: BlockSettings,
+    context: StepContext,
     w: Weights[torch.Tensor],
     grad: torch.Tensor,
     qkv: torch.Tensor,
     q_rms: torch.Tensor,
     k_rms: torch.Tensor,
-    batch: int,
 ) -> tuple[torch.Tensor, Tensors]:
     """The gradient for qkv, and those of the norms' weights, [J, hd] each (empty without norm).
 
@@ -79,13 +82,14 @@ def packed_backward(
         grad: for what :func:`packed` gave.
         qkv: as it was given; read only where there is a norm.
     """
+    settings, batch = context.settings, context.batch
     heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_width
     j, m, _ = grad.shape
     q, k, v = grad.view(j, batch, m // batch, 3, heads, width).unbind(3)
     if heads != kv_heads:
         k, v = (t.unflatten(3, (kv_heads, heads // kv_heads)).sum(4) for t in (k, v))
     if settings.positions == "rotary":
-        cos, sin = rotary_tables(settings, q.shape[2], q.device, q.dtype)
+        cos, sin = _rotation(context, q)
         q, k = (torch.cat(_rotated(t, cos, -sin), -1) for t in (q, k))
     norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
@@ -100,6 +104,14 @@ def packed_backward(
 def _normed(settings: BlockSettings, heads: torch.Tensor) -> torch.Tensor:
     """Of [J, B, T, heads, hd] what the norm is taken over as the last dimension."""
     return heads.flatten(3) if settings.qk_norm == "all" else heads
+
+
+def _rotation(context: StepContext, heads: torch.Tensor) -> Tensors:
+    """Cosine and sine for heads [J, B, T, heads, hd], in shapes to be broadcast."""
+    if context.rotation is not None:
+        cos, sin = (table.unsqueeze(2).to(heads.dtype) for table in context.rotation)
+        return cos, sin
+    return rotary_tables(context.settings, heads.shape[2], heads.device, heads.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ def forward(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> 
     """One step, with nothing saved."""
     settings = context.settings
     qkv = ops.linear(_norm(context, x, w.ln1_weight, w.ln1_bias)[0], w.qkv_weight, w.qkv_bias)
-    o = context.attention(packed(settings, w, qkv, context.batch)[0])
+    o = context.attention(packed(context, w, qkv)[0])
     y, _ = _onto_stream(context, o, _attention_output(w), x, x, 1, PROJECTION)
     a = _inner(settings, w, _norm(context, y, w.ln2_weight, w.ln2_bias)[0])
     return _onto_stream(context, a, _ffn_output(w), y, x, context.h, FFN)[0]
@@ -36,7 +36,7 @@ def forward_train(context: StepContext, w: Weights[torch.Tensor], x: torch.Tenso
     settings = context.settings
     n1, mean1, rstd1 = _norm(context, x, w.ln1_weight, w.ln1_bias)
     qkv = ops.linear(n1, w.qkv_weight, w.qkv_bias)
-    into, q_rms, k_rms = packed(settings, w, qkv, context.batch)
+    into, q_rms, k_rms = packed(context, w, qkv)
     o, attended = context.attention_train(into)
     y, out1 = _onto_stream(context, o, _attention_output(w), x, x, 1, PROJECTION)
     n2, mean2, rstd2 = _norm(context, y, w.ln2_weight, w.ln2_bias)
@@ -65,7 +65,7 @@ def input_vjp(
     d_out1 = context.dropped(dy, PROJECTION)
     d_proj = _norm_backward(d_out1, u1, mean3, rstd3, w.ln1_out_weight).to(w.proj_weight.dtype)
     d_into = context.attention_backward(ops.linear_backward(d_proj, w.proj_weight), into, o, attended)
-    d_qkv, norms = packed_backward(settings, w, d_into, qkv, q_rms, k_rms, context.batch)
+    d_qkv, norms = packed_backward(context, w, d_into, qkv, q_rms, k_rms)
     d_n1 = ops.linear_backward(d_qkv, w.qkv_weight)
     dx = _plus(_norm_backward(d_n1, x, mean1, rstd1, w.ln1_weight), dy)
     if h != 1:

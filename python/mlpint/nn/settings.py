@@ -51,6 +51,8 @@ class Weights(NamedTuple, Generic[T_co]):
 # These are the names of the same parameters in a block, which has them in submodules: "ln1.weight" for ln1_weight.
 NAMES = tuple(".".join(field.rsplit("_", 1)) for field in Weights._fields)
 
+NORMS = ("ln", "q_norm", "k_norm")  # how the fields of norms begin
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSettings:
@@ -139,6 +141,8 @@ class BlockSettings:
     def windows(self, layers: Iterable[int], sequence: int) -> tuple[int, ...] | None:
         """How far each of these layers looks in a sequence so long; None where each sees all of it."""
         pattern = self.window_pattern
+        if not any(pattern):
+            return None
         found = tuple(pattern[n % len(pattern)] or sequence for n in layers)
         return found if min(found) < sequence else None
 
@@ -186,19 +190,7 @@ class BlockSettings:
             absent += [] if there and self.normalization == "layer" else [f"{name}_bias"]
         return every._replace(**dict.fromkeys(absent))
 
-    def check_state(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Raises a ValueError where a block cannot take this state or these key lengths."""
+    def check_state(self, x: torch.Tensor) -> None:
+        """Raises a ValueError where a block cannot take this state."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x is {tuple(x.shape)}: a block of dim {self.dim} takes [batch, sequence, {self.dim}]")
-        if lengths is not None and (
-            not isinstance(lengths, torch.Tensor)
-            or lengths.shape != x.shape[:1]
-            or lengths.is_floating_point()
-            or lengths.dtype == torch.bool
-        ):
-            got = (
-                f"{lengths.dtype} of shape {tuple(lengths.shape)}"
-                if isinstance(lengths, torch.Tensor)
-                else f"a {type(lengths).__name__}"
-            )
-            raise ValueError(f"lengths is {got}: must be an integer tensor with one entry for each of {len(x)} rows")

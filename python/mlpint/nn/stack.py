@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from . import differentiable
+from .batch_arguments import BatchArguments, Rotation
 from .block import Block, initialize
 from .random_keys import draw_key
+from .row_names import own_pieces
 from .settings import NAMES, BlockSettings, Weights
+from .step_context import StepContext
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -46,6 +49,7 @@ class BlockStack(nn.Module):
     def _build(self, indices: Sequence[int], like: Weights[torch.Tensor] | None = None) -> None:
         """Registers parameters for so many rows, not filled, with the dtypes, devices and requires_grad of others."""
         self.indices = tuple(indices)  # of the rows in the whole stack
+        self.pieces = own_pieces(self.settings.shapes())  # what rows are in state dicts
         self.saved_by_owner = False  # a LayerParallel saves and loads the rows under its own prefix
         self.watch: Watch | None = None  # called with (layer, input, output) where layers are evaluated
         others: Sequence[torch.Tensor | None] = like or [None] * len(Weights._fields)
@@ -115,6 +119,7 @@ class BlockStack(nn.Module):
     def select(self, indices: Sequence[int]) -> BlockStack:
         """A stack of copies of some of the rows."""
         part = self._not_filled(self.settings, [self.indices[i] for i in indices], self.weights(), self.training)
+        part.pieces = self.pieces
         with torch.no_grad():
             for p, q in zip(part.weights().present(), self.weights().present(), strict=True):
                 p.copy_(q[list(indices)])
@@ -146,33 +151,34 @@ class BlockStack(nn.Module):
 
     # --- serial run --------------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
         """All blocks one after the other, each as :meth:`Block.forward`: [batch, sequence, dim] -> the same shape."""
         keys = [draw_key() for _ in range(len(self))] if self.drops else None
-        return self.forward_in_turn(x, lengths, keys)
+        return self.forward_in_turn(x, BatchArguments(lengths, attention_mask, rotation), keys)
 
     def forward_in_turn(
         self,
         x: torch.Tensor,
-        lengths: torch.Tensor | None,
+        arguments: BatchArguments,
         keys: Sequence[int] | None,
         step_sizes: Sequence[float] | None = None,
     ) -> torch.Tensor:
         """The blocks one after the other, with dropout keys and factors of the step size, one of each for each row."""
-        self.settings.check_state(x, lengths)
+        arguments.check(self.settings, x)
         # The backward of unbind stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
         rows = self.weights().map(lambda p: p.unbind(0))
         for i in range(len(self)):
             h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
-            y = differentiable.step(
-                self.settings,
-                rows.map(operator.itemgetter(i)),
-                x,
-                lengths,
-                keys[i] if keys else None,
-                h,
-                self.indices[i],
-            )
+            attending = arguments.attending(self.settings, [self.indices[i]], *x.shape[:2])
+            context = StepContext(self.settings, attending, [keys[i]] if keys else None, h, arguments.rotation)
+            y = differentiable.step(context, rows.map(operator.itemgetter(i)), x)
             if self.watch:
                 self.watch(self.indices[i], x, y)
             x = y
@@ -180,28 +186,28 @@ class BlockStack(nn.Module):
 
     @property
     def row_names(self) -> frozenset[str]:
-        """What an unstacked block calls its parameters."""
-        return frozenset(name for name, _ in self.named_weights())
+        """What parameters of a row are called in state dicts."""
+        return frozenset(piece.name for piece in self.pieces)
 
-    # --- state dict, by the names of unstacked blocks ----------------------------------------------------------------
+    # --- state dict, by the names of layers of their own -------------------------------------------------------------
 
     def save_rows(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for i, n in enumerate(self.indices):
-            for name, stacked in self.named_weights():
-                destination[f"{prefix}{n}.{name}"] = stacked[i] if keep_vars else stacked.detach()[i]
+            for piece in self.pieces:
+                stacked = getattr(self, piece.field)
+                destination[f"{prefix}{n}.{piece.name}"] = piece.kept((stacked if keep_vars else stacked.detach())[i])
 
     def load_rows(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
-        with torch.no_grad():
-            for i, n in enumerate(self.indices):
-                for name, stacked in self.named_weights():
-                    key = f"{prefix}{n}.{name}"
-                    value = state_dict.get(key)
-                    if value is None:
-                        missing.append(key)
-                    elif value.shape != stacked.shape[1:]:
-                        errors.append(f"{key} is {tuple(value.shape)}, here {tuple(stacked.shape[1:])}")
-                    else:
-                        stacked[i].copy_(value)
+        for i, n in enumerate(self.indices):
+            for piece in self.pieces:
+                row, key = getattr(self, piece.field).detach()[i], f"{prefix}{n}.{piece.name}"
+                value = state_dict.get(key)
+                if value is None:
+                    missing.append(key)
+                elif value.shape != piece.view(row).shape:
+                    errors.append(f"{key} is {tuple(value.shape)}, here {tuple(piece.view(row).shape)}")
+                else:
+                    piece.take(row, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.saved_by_owner:
@@ -211,7 +217,7 @@ class BlockStack(nn.Module):
         if self.saved_by_owner:
             return
         self.load_rows(state_dict, prefix, missing, errors)
-        known = {f"{n}.{name}" for n in self.indices for name, _ in self.named_weights()}
+        known = {f"{n}.{name}" for n in self.indices for name in self.row_names}
         unexpected.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known)
 
 

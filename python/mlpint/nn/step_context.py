@@ -8,37 +8,42 @@ import torch
 
 from . import attention as attn
 from . import dropout, ops
-from .settings import BlockSettings, Weights
+from .attending import Attending
+from .batch_arguments import BatchArguments, Rotation
+from .settings import NORMS, BlockSettings, Weights
 
 
 class StepContext:
-    """The settings, step size, padding and dropout keys of one evaluation of J blocks.
+    """The settings, step size, attention and dropout keys of one evaluation of J blocks.
 
     Args:
         settings: what the blocks compute.
-        batch: rows of the batch; M = batch x sequence.
-        padding: key lengths, if there are any.
+        attending: what their attention is told; M = batch x sequence of it.
         keys: J dropout keys; None where nothing is dropped.
         h: the whole step size, that of the settings times the solver's.
-        windows: how far each of the J blocks looks; None: over all of the sequence.
+        rotation: as :class:`mlpint.nn.batch_arguments.BatchArguments` has it.
     """
 
     def __init__(
         self,
         settings: BlockSettings,
-        batch: int,
-        padding: attn.Padding | None,
+        attending: Attending,
         keys: Sequence[int] | None,
         h: float,
-        windows: tuple[int, ...] | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
-        self.settings, self.batch, self.padding, self.h = settings, batch, padding, h
+        self.settings, self.attending, self.h, self.rotation = settings, attending, h, rotation
+        self.batch = attending.batch
         self.keys = keys
         self.eps = settings.eps
         self.activation = settings.activation
         self.drops = keys is not None and settings.dropout > 0
         self._attention_keys = keys if settings.attention_dropout > 0 else None
-        self._shape = (batch, settings.heads, settings.causal, padding, settings.scale, windows)
+
+    @classmethod
+    def plain(cls, settings: BlockSettings, batch: int, sequence: int, h: float = 1.0) -> StepContext:
+        """That of a batch with nothing beside the state, without dropout; layer 0's window holds for all."""
+        return cls(settings, BatchArguments().attending(settings, [0], batch, sequence), None, h)
 
     def dropped(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """The increment x of the residual stream, or its gradient, behind its dropout."""
@@ -63,24 +68,25 @@ class StepContext:
         """The attention of [J, M, 3 D], with nothing kept for a backward."""
         if self._attention_keys is not None:
             return self.attention_train(qkv)[0]
-        return attn.attention(qkv, *self._shape)
+        return attn.attention(qkv, self.attending)
 
     def attention_train(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention, and what :meth:`attention_backward` takes as ``attended``."""
         if self._attention_keys is not None:
-            return attn.dropout_attention(qkv, self._attention_keys, self.settings.attention_dropout, *self._shape)
-        return attn.attention_train(qkv, *self._shape)
+            probability = self.settings.attention_dropout
+            return attn.dropout_attention(qkv, self.attending, self._attention_keys, probability)
+        return attn.attention_train(qkv, self.attending)
 
     def attention_backward(
         self, grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
         """The gradient for qkv."""
         if self._attention_keys is not None:
-            s, keys = self.settings, self._attention_keys
+            probability = self.settings.attention_dropout
             return attn.dropout_attention_backward(
-                grad, qkv, attended, self.batch, s.heads, self.padding, s.scale, keys, s.attention_dropout
+                grad, qkv, attended, self.attending, self._attention_keys, probability
             )
-        return attn.attention_backward(grad, qkv, o, attended, *self._shape)
+        return attn.attention_backward(grad, qkv, o, attended, self.attending)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -93,6 +99,5 @@ def for_products(w: Weights[torch.Tensor], dtype: torch.dtype | None) -> Weights
     """The weights, with the matrices and their biases in the dtype that products are taken in."""
     if dtype is None:
         return w
-    norms = ("ln", "q_norm", "k_norm")
-    cast = (t if t is None or n.startswith(norms) else t.to(dtype) for n, t in zip(Weights._fields, w, strict=True))
+    cast = (t if t is None or n.startswith(NORMS) else t.to(dtype) for n, t in zip(Weights._fields, w, strict=True))
     return Weights(*cast)
