@@ -58,10 +58,8 @@ def _in_place(context: StepContext, q: torch.Tensor, k: torch.Tensor, v: torch.T
     grouped[:, :, :, 2].copy_(v.unsqueeze(4))
     if settings.positions == "rotary":
         cos, sin = _rotation(context, q)
-        for part, values in zip(out[:, :, :, 0].chunk(2, -1), _rotated(q, cos, sin), strict=True):
-            part.copy_(values)
-        for part, values in zip(grouped[:, :, :, 1].chunk(2, -1), _rotated(k, cos, sin), strict=True):
-            part.copy_(values.unsqueeze(4))
+        _rotate_into(out[:, :, :, 0], q, cos, sin)
+        _rotate_into(grouped[:, :, :, 1], k.unsqueeze(4), cos.unsqueeze(-2), sin.unsqueeze(-2))
     else:
         out[:, :, :, 0].copy_(q)
         grouped[:, :, :, 1].copy_(k.unsqueeze(4))
@@ -86,19 +84,27 @@ def packed_backward(
     heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_width
     j, m, _ = grad.shape
     q, k, v = grad.view(j, batch, m // batch, 3, heads, width).unbind(3)
-    if heads != kv_heads:
-        k, v = (t.unflatten(3, (kv_heads, heads // kv_heads)).sum(4) for t in (k, v))
+    d_qkv = grad.new_empty(j, batch, m // batch, heads + 2 * kv_heads, width)
+    d_q, d_k, d_v = d_qkv.split([heads, kv_heads, kv_heads], 3)
+    if heads == kv_heads:
+        d_v.copy_(v)
+    else:
+        k = k.unflatten(3, (kv_heads, heads // kv_heads)).sum(4)
+        torch.sum(v.unflatten(3, (kv_heads, heads // kv_heads)), 4, out=d_v)
     if settings.positions == "rotary":
         cos, sin = _rotation(context, q)
-        q, k = (torch.cat(_rotated(t, cos, -sin), -1) for t in (q, k))
+        q, k = _rotate_into(d_q, q, cos, -sin), _rotate_into(d_k, k, cos, -sin)
     norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
         before_q, before_k = (_normed(settings, t) for t in _split(settings, qkv, batch)[:2])
         q, k = q.reshape(before_q.shape), k.reshape(before_k.shape)
         norms = ops.rms_norm_weight_grad(q, before_q, q_rms), ops.rms_norm_weight_grad(k, before_k, k_rms)
-        q = ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).to(grad.dtype)
-        k = ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).to(grad.dtype)
-    return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2), norms
+        q = ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).view(d_q.shape)
+        k = ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).view(d_k.shape)
+    if q is not d_q:
+        d_q.copy_(q)
+        d_k.copy_(k)
+    return d_qkv.view(j, m, -1), norms
 
 
 def _normed(settings: BlockSettings, heads: torch.Tensor) -> torch.Tensor:
@@ -152,3 +158,11 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
     """Both halves of the channels."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+
+
+def _rotate_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same with both halves written where they belong; x may be broadcast."""
+    (a, b), (first, second) = x.expand(out.shape).chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return out

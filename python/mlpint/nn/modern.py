@@ -193,5 +193,8 @@ def _activated_backward(settings: BlockSettings, grad: torch.Tensor, pre: torch.
     if not settings.gated:
         return ops.activation_backward(grad, pre, settings.activation)
     gate, up = pre.chunk(2, -1)
-    d_gate = ops.activation_backward(grad * up, gate, settings.activation)
-    return torch.cat([d_gate, ops.activate(gate, settings.activation).mul_(grad)], -1)
+    d_pre = torch.empty_like(pre)
+    d_gate, d_up = d_pre.chunk(2, -1)
+    ops.activation_backward(torch.mul(grad, up, out=d_up), gate, settings.activation, d_gate)
+    torch.mul(ops.activate(gate, settings.activation), grad, out=d_up)
+    return d_pre

@@ -185,11 +185,15 @@ def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def activation_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """The gradient for the argument of an activation that is not "none"."""
+def activation_backward(
+    grad: torch.Tensor, pre: torch.Tensor, activation: str, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient for the argument of an activation that is not "none"; written into a tensor if one is given."""
+    out: dict[str, torch.Tensor] = {} if into is None else {"grad_input": into}
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, pre)
-    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return torch.ops.aten.silu_backward(grad, pre, **out)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate, **out)
 
 
 def ln_linear(
