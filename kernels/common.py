@@ -17,7 +17,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 GELU_TANH_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_TANH_CUBIC = tl.constexpr(0.044715 * 1.5957691216057308)
-ACTIVATIONS = ("none", "gelu_tanh", "gelu")
+INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
 
 
 @triton.jit
@@ -57,16 +58,34 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`x`, its tanh-approximate GELU ("gelu_tanh") or its exact GELU ("gelu"), of a float32 block."""
+    """`x`, its tanh-approximate GELU ("gelu_tanh"), exact GELU ("gelu") or SiLU ("silu"), of a float32 block."""
     if ACTIVATION == "gelu_tanh":
         # This is 0.5 (1 + tanh u) = sigmoid(2 u): libdevice's tanh does not exist in the interpreter.
         y = x * tl.sigmoid(x * (x * x * GELU_TANH_CUBIC + GELU_TANH_LINEAR))
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * INVERSE_SQRT_2))
+    elif ACTIVATION == "silu":
+        y = x * tl.sigmoid(x)
     else:
         tl.static_assert(ACTIVATION == "none")
         y = x
     return y
+
+
+@triton.jit
+def activate_and_slope(x, ACTIVATION: tl.constexpr):
+    """(value, derivative) of an activation that is not "none", of a float32 block."""
+    if ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(x * (x * x * GELU_TANH_CUBIC + GELU_TANH_LINEAR))
+        slope = s + x * s * (1.0 - s) * (3.0 * GELU_TANH_CUBIC * x * x + GELU_TANH_LINEAR)
+    elif ACTIVATION == "gelu":
+        s = 0.5 * (1.0 + tl.erf(x * INVERSE_SQRT_2))
+        slope = s + x * tl.exp(-0.5 * x * x) * INVERSE_SQRT_2_PI
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        s = tl.sigmoid(x)
+        slope = s * (1.0 + x * (1.0 - s))
+    return x * s, slope
 
 
 @triton.jit
@@ -114,9 +133,12 @@ def distinct(configs: list[dict[str, int]]) -> list[dict[str, int]]:
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
-def strides_of(*tensors: torch.Tensor) -> list[tuple[int, ...]]:
-    """What kernels take of the layout of each tensor: the strides of all dimensions but the last, whose is 1."""
-    return [tensor.stride()[:-1] for tensor in tensors]
+def strides_of(*tensors: torch.Tensor | None) -> list[tuple[int, ...]]:
+    """What kernels take of the layout of each tensor: the strides of all dimensions but the last, whose is 1.
+
+    Of vectors that there are not, [J, N] for None: (0,).
+    """
+    return [(0,) if tensor is None else tensor.stride()[:-1] for tensor in tensors]
 
 
 def input_precision() -> str:
@@ -124,8 +146,13 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
-    """Raise ValueError unless `tensor` has `shape`, `like`'s dtype and device, and a last dimension of stride 1."""
+def check(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Raise ValueError unless `tensor` has `shape`, `like`'s dtype and device, and a last dimension of stride 1.
+
+    None is what there is not: nothing is wrong with it.
+    """
+    if tensor is None:
+        return
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.dtype != like.dtype or tensor.device != like.device:

@@ -23,7 +23,9 @@ OPERATIONS = (
     "attention",
     "attention_backward",
     "ln_backward_add",
-    "axpby_norm",
+    "gated_linear",
+    "gated_backward",
+    "pack_heads",
     "average",
 )
 WIDEST = {"mlp": 256}  # channels that a kernel can hold, where that is bounded

@@ -77,14 +77,21 @@ def explain(
         ("mlp", "the whole FFN", d, m, j),
         ("ln_backward_add", "", d, m, j),
     )
-    if settings.modern:  # has kernels for what it shares with the plain block alone
-        shared = {"attention", "attention_backward"}
-        shared |= {"linear_axpy"} if settings.biases == "all" else set()
-        shared |= {"ln_backward_add"} if settings.normalization == "layer" else set()
+    if settings.modern:
+        before, after = settings.norm != "output", settings.norm != "pre"  # norms of a half's input, of what it adds
         own = settings.heads * settings.head_width
-        parts = tuple(
-            (op, part, own if part == "projection" else w, rows, n) for op, part, w, rows, n in parts if op in shared
-        )
+        there: dict[tuple[str, str, int, int, int], bool] = {
+            ("ln_linear", "QKV" if settings.gated else "QKV, FFN up", d, m, j): before,
+            ("pack_heads", "", settings.head_width, m, j): settings.qk_norm != "all" and settings.head_width % 2 == 0,
+            ("attention", "", head, sequence, heads): True,
+            ("attention_backward", "", head, sequence, heads): True,
+            ("linear_axpy", "projection", own, m, j): not after,
+            ("gated_linear", "", d, m, j): settings.gated and before,
+            ("linear_axpy", "FFN down", ffn, m, j): not after,
+            ("gated_backward", "", ffn, m, j): settings.gated,
+            ("ln_backward_add", "", d, m, j): True,
+        }
+        parts = tuple(part for part, is_there in there.items() if is_there)
     return Explanation(
         tuple(
             (f"{op} ({part})" if part else op, choose(op, d=width, m=rows, j=layers, dtype=dtype, device=device))

@@ -19,7 +19,8 @@ def store_step(acc, bias, y, x, out, rows, columns, y_stride, x_stride, M, N, h,
     """Store the step of an accumulator [BM, BN] without its bias; y, x and out point to one layer's [M, N]."""
     rows64 = rows.to(tl.int64)[:, None]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
-    acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
+    if bias is not None:
+        acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
     old = to_float(tl.load(x + rows64 * x_stride + columns[None, :], mask=mask, other=0.0))  # [BM, BN]
     if SAME:
         new = old + h * acc
@@ -33,7 +34,7 @@ def store_step(acc, bias, y, x, out, rows, columns, y_stride, x_stride, M, N, h,
 def linear_axpy_fwd_kernel(
     a,  # [J, M, K]
     weight,  # [J, N, K]
-    bias,  # [J, N]
+    bias,  # [J, N], or None
     y,  # [J, M, N]
     x,  # [J, M, N]
     out,  # [J, M, N], dense
@@ -66,14 +67,15 @@ def linear_axpy_fwd_kernel(
         acc = dot(a_block, w, acc, INPUT_PRECISION)
     y += layer * y_strides[0]
     x += layer * x_strides[0]
-    bias += layer * bias_strides[0]
+    if bias is not None:
+        bias += layer * bias_strides[0]
     out += layer * M * N
     store_step(acc, bias, y, x, out, rows, columns, y_strides[1], x_strides[1], M, N, h, SAME)
 
 
-def linear_axpy_reference(a: Tensor, weight: Tensor, bias: Tensor, y: Tensor, x: Tensor, h: float) -> Tensor:
+def linear_axpy_reference(a: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, x: Tensor, h: float) -> Tensor:
     """What :func:`linear_axpy` does, in plain PyTorch."""
-    linear = torch.stack([F.linear(a[j], weight[j], bias[j]) for j in range(len(a))])
+    linear = torch.stack([F.linear(a[j], weight[j], None if bias is None else bias[j]) for j in range(len(a))])
     return y + linear if h == 1 else x + h * ((y - x) + linear)
 
 
@@ -98,7 +100,14 @@ def _config(m, n, k, warps, stages):
 
 
 def launch_of(
-    a: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, x: Tensor, h: float, out: Tensor, config: dict[str, int]
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    x: Tensor,
+    h: float,
+    out: Tensor,
+    config: dict[str, int],
 ) -> Launch:
     """The launch that fills `out` [J, M, N]; y is None where it is x, which is then read once."""
     (layers, m, k), n = a.shape, weight.shape[1]
@@ -124,7 +133,7 @@ def _check(a, weight, bias, y, x):
 
 
 @library.custom_op("mlpint::linear_axpy", mutates_args=())
-def linear_axpy(a: Tensor, weight: Tensor, bias: Tensor, y: Tensor, x: Tensor, h: float) -> Tensor:
+def linear_axpy(a: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, x: Tensor, h: float) -> Tensor:
     """x + h ((y - x) + a @ weight^T + bias) of J independent layers.
 
     With y = x it is x + h (a @ weight^T + bias). Training keeps nothing of it: its backward needs `a` alone.
@@ -132,7 +141,7 @@ def linear_axpy(a: Tensor, weight: Tensor, bias: Tensor, y: Tensor, x: Tensor, h
     Args:
         a: [J, M, K], float32, bfloat16 or float16. Like all tensors, any strides but 1 in the last dimension.
         weight: [J, N, K], as torch.nn.Linear has it. Strided views of stacked parameters are read in place.
-        bias: [J, N].
+        bias: [J, N], or None.
         y: [J, M, N], the state within the step; pass x itself where there is none.
         x: [J, M, N], the state before the step.
         h: step size.
@@ -168,3 +177,4 @@ def aot_launches(candidates: bool = False):
             bias = torch.empty(layers, n, dtype=dtype, device="meta")
             for config in configs(k, dtype) if candidates else [default_config(k, dtype)]:
                 yield launch_of(a, weight, bias, None if k == n else y, x, 0.5, y, config)
+                yield launch_of(a, weight, None, y, x, 0.5, y, config)

@@ -3,6 +3,8 @@
     dx = residual_grad + rstd (w dy - mean(w dy) - xhat mean(w dy xhat)),   xhat = (x - mean) rstd
     dweight = sum_m dy xhat,   dbias = sum_m dy
 
+Of an RMSNorm, which is given no mean: without mean and mean(w dy), and without a bias.
+
 Each program walks over a chunk of rows and keeps its part of the two sums in registers; a second launch adds the parts
 up in a fixed order, so that the result is the same every time.
 """
@@ -26,7 +28,7 @@ WIDEST = 16384  # a row is one block in registers
 def ln_backward_add_kernel(
     dy,  # [J, M, D]
     x,  # [J, M, D]
-    mean,  # [J, M], dense
+    mean,  # [J, M], dense, or None
     rstd,  # [J, M], dense
     weight,  # [J, D]
     residual_grad,  # [J, M, D]
@@ -38,6 +40,7 @@ def ln_backward_add_kernel(
     weight_strides,  # (J,)
     M,
     D,
+    RMS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,  # of one program, a multiple of BLOCK_M
     BLOCK_M: tl.constexpr,
@@ -58,12 +61,17 @@ def ln_backward_add_kernel(
         x_at = x + j * x_strides[0] + rows[:, None] * x_strides[1] + cols[None, :]
         dys = to_float(tl.load(dy_at, mask=mask, other=0.0))  # [BM, BD]
         xs = to_float(tl.load(x_at, mask=mask, other=0.0))
-        mu = tl.load(mean + j * M + rows, mask=rows < M, other=0.0)[:, None]
         rs = tl.load(rstd + j * M + rows, mask=rows < M, other=0.0)[:, None]
-        xhat = (xs - mu) * rs  # beyond D of no matter: dy and w are zero there
         wdy = w * dys
+        # Beyond D of no matter: dy and w are zero there.
+        if RMS:
+            xhat = xs * rs
+            level = tl.zeros((BLOCK_M, 1), acc)
+        else:
+            xhat = (xs - tl.load(mean + j * M + rows, mask=rows < M, other=0.0)[:, None]) * rs
+            level = tl.sum(wdy, 1)[:, None] / D
         along = tl.sum(wdy * xhat, 1)[:, None] / D
-        dxs = rs * (wdy - tl.sum(wdy, 1)[:, None] / D - xhat * along)
+        dxs = rs * (wdy - level - xhat * along)
         if RESIDUAL:
             residual_at = residual_grad + j * residual_strides[0] + rows[:, None] * residual_strides[1] + cols[None, :]
             dxs += to_float(tl.load(residual_at, mask=mask, other=0.0))
@@ -102,14 +110,15 @@ def ln_backward_sum_kernel(
 
 
 def ln_backward_add_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`ln_backward_add` does, in plain PyTorch."""
-    wide = mean.dtype
+    wide = rstd.dtype
     dys = dy.to(wide)
-    xhat = (x.to(wide) - mean[..., None]) * rstd[..., None]
+    xhat = (x.to(wide) if mean is None else x.to(wide) - mean[..., None]) * rstd[..., None]
     wdy = weight.to(wide)[:, None] * dys
-    dx = rstd[..., None] * (wdy - wdy.mean(-1, keepdim=True) - xhat * (wdy * xhat).mean(-1, keepdim=True))
+    level = 0 if mean is None else wdy.mean(-1, keepdim=True)
+    dx = rstd[..., None] * (wdy - level - xhat * (wdy * xhat).mean(-1, keepdim=True))
     if residual_grad is not None:
         dx = dx + residual_grad.to(wide)
     return dx.to(x.dtype), (dys * xhat).sum(1).to(weight.dtype), dys.sum(1).to(weight.dtype)
@@ -139,14 +148,15 @@ def configs(d: int, m: int, j: int) -> list[dict[str, int]]:
 
 @library.custom_op("mlpint::ln_backward_add", mutates_args=())
 def ln_backward_add(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
+    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of J layer normalisations over D, plus the gradient that reaches `x` past them.
 
     Args:
         dy: gradient of the normalised output, [J, M, D].
         x: input of the normalisation, [J, M, D].
-        mean, rstd: its mean and reciprocal standard deviation, [J, M], float32 (float64 where `x` is).
+        mean, rstd: its mean and reciprocal standard deviation, [J, M], float32 (float64 where `x` is). Without a mean
+            the norm is an RMSNorm, and dbias, which it has not, the sum over the rows of dy all the same.
         weight: [J, D].
         residual_grad: what is added to the gradient, [J, M, D], or None.
 
@@ -185,6 +195,8 @@ def _check(dy, x, mean, rstd, weight, residual_grad) -> None:
     check_dense("weight", weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic is None:
+            continue
         if tuple(statistic.shape) != tuple(x.shape[:2]) or statistic.dtype != wide or not statistic.is_contiguous():
             got = f"{tuple(statistic.shape)} of {statistic.dtype} with strides {statistic.stride()}"
             raise ValueError(f"{name} is {got}, expected {tuple(x.shape[:2])} of {wide}, contiguous")
@@ -193,7 +205,7 @@ def _check(dy, x, mean, rstd, weight, residual_grad) -> None:
 def launches(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor,
     residual_grad: Tensor | None,
@@ -206,12 +218,12 @@ def launches(
     j, m, d = x.shape
     rows = config["ROWS"]
     residual = x if residual_grad is None else residual_grad
-    partial = torch.empty(j, triton.cdiv(m, rows), 2, d, dtype=mean.dtype, device=x.device)
+    partial = torch.empty(j, triton.cdiv(m, rows), 2, d, dtype=rstd.dtype, device=x.device)
     yield Launch(
         ln_backward_add_kernel,
         (partial.shape[1], j),
         (dy, x, mean, rstd, weight, residual, dx, partial, *strides_of(dy, x, residual, weight), m, d),
-        {"RESIDUAL": residual_grad is not None, "BLOCK_D": triton.next_power_of_2(d)} | config,
+        {"RMS": mean is None, "RESIDUAL": residual_grad is not None, "BLOCK_D": triton.next_power_of_2(d)} | config,
     )
     yield Launch(
         ln_backward_sum_kernel,
@@ -230,3 +242,5 @@ def aot_launches(candidates: bool = False) -> Iterator[Launch]:
             mean, weight = torch.empty(j, m, device="meta"), torch.empty(2 * j, d, dtype=dtype, device="meta")[::2]
             for config in configs(d, m, j) if candidates else [default_config(d, m, j)]:
                 yield from launches(x, x, mean, mean, weight, x, x, weight, weight, config)
+                if d in (256, 4096):
+                    yield from launches(x, x, None, mean, weight, x, x, weight, weight, config)

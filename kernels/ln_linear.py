@@ -1,6 +1,7 @@
-"""LayerNorm, linear map and activation in one kernel: QKV, and the FFN's way up with its GELU.
+"""LayerNorm or RMSNorm, linear map and activation in one kernel: QKV, and the FFN's way up with its GELU.
 
-`ln_linear` keeps nothing; `ln_linear_train` also returns what a backward pass needs. J layers run in one launch.
+Without a bias the norm is an RMSNorm, whose mean counts as 0. `ln_linear` keeps nothing; `ln_linear_train` also returns
+what a backward pass needs. J layers run in one launch.
 """
 
 import torch
@@ -29,16 +30,20 @@ WIDEST_ROW = 256  # channels of a row that is held whole
 
 
 @triton.jit
-def row_statistics(block, columns, D, eps):
+def row_statistics(block, columns, D, eps, RMS: tl.constexpr):
     """Mean and 1/std [BM] of whole rows, a block [BM, BK] with BK >= D and zeros beyond D; float32."""
-    mean = tl.sum(block, 1) / D
-    centred = tl.where((columns < D)[None, :], block - mean[:, None], 0.0)
+    if RMS:
+        mean = tl.zeros((block.shape[0],), tl.float32)
+        centred = block
+    else:
+        mean = tl.sum(block, 1) / D
+        centred = tl.where((columns < D)[None, :], block - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     return mean, rstd
 
 
 @triton.jit
-def stream_statistics(x, row_mask, D, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def stream_statistics(x, row_mask, D, eps, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Mean and 1/std [BM] of rows at pointers x [BM, 1], read in blocks of BLOCK_K columns.
 
     Blocks are merged by Chan, Golub and LeVeque's update: no cancellation where a row's mean is far from zero.
@@ -49,36 +54,46 @@ def stream_statistics(x, row_mask, D, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.co
         columns = start + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (columns < D)[None, :]
         block = to_float(tl.load(x + columns[None, :], mask=mask, other=0.0))  # [BM, BK]
-        count = tl.minimum(D - start, BLOCK_K).to(tl.float32)
-        block_mean = tl.sum(block, 1) / count
-        centred = tl.where((columns < D)[None, :], block - block_mean[:, None], 0.0)
-        delta = block_mean - mean
-        share = count / (start + count)
-        mean += delta * share
-        squares += tl.sum(centred * centred, 1) + delta * delta * (share * start)
+        if RMS:
+            squares += tl.sum(block * block, 1)
+        else:
+            count = tl.minimum(D - start, BLOCK_K).to(tl.float32)
+            block_mean = tl.sum(block, 1) / count
+            centred = tl.where((columns < D)[None, :], block - block_mean[:, None], 0.0)
+            delta = block_mean - mean
+            share = count / (start + count)
+            mean += delta * share
+            squares += tl.sum(centred * centred, 1) + delta * delta * (share * start)
     return mean, tl.rsqrt(squares / D + eps)
 
 
 @triton.jit
 def store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n):
-    """Store a layer's mean and 1/std [BM] to mean_out and rstd_out [J, M]; the programs of the first columns do."""
+    """Store a layer's mean and 1/std [BM] to mean_out and rstd_out [J, M]; the programs of the first columns do.
+
+    An RMSNorm has no mean: None.
+    """
     first = pid_n == 0
-    tl.store(mean_out + layer * M + rows, mean, mask=(rows < M) & first)
+    if mean_out is not None:
+        tl.store(mean_out + layer * M + rows, mean, mask=(rows < M) & first)
     tl.store(rstd_out + layer * M + rows, rstd, mask=(rows < M) & first)
 
 
 @triton.jit
 def normalised(block, mean, rstd, ln_weight, ln_bias, weight_strides, bias_strides, layer, columns, D):
-    """LayerNorm of a block [BM, BK] with known statistics, by a layer's row of ln_weight and ln_bias [J, D]."""
+    """The norm of a block [BM, BK] with known statistics, by a layer's row of ln_weight and ln_bias, [J, D] or None."""
     scale = to_float(tl.load(ln_weight + layer * weight_strides[0] + columns, mask=columns < D, other=0.0))
-    shift = to_float(tl.load(ln_bias + layer * bias_strides[0] + columns, mask=columns < D, other=0.0))
-    return (block - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+    normal = (block - mean[:, None]) * rstd[:, None] * scale[None, :]
+    if ln_bias is not None:
+        normal += to_float(tl.load(ln_bias + layer * bias_strides[0] + columns, mask=columns < D, other=0.0))[None, :]
+    return normal
 
 
 @triton.jit
 def store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATION: tl.constexpr, TRAIN: tl.constexpr):
     """Store an accumulator [BM, BN] with bias and activation; y and pre_activation point to one layer's [M, N]."""
-    acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
+    if bias is not None:
+        acc += to_float(tl.load(bias + columns, mask=columns < N, other=0.0))[None, :]
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     if TRAIN and ACTIVATION != "none":
@@ -90,12 +105,12 @@ def store_activated(acc, bias, y, pre_activation, rows, columns, M, N, ACTIVATIO
 def ln_linear_fwd_kernel(
     x,  # [J, M, D]
     ln_weight,  # [J, D]
-    ln_bias,  # [J, D]
+    ln_bias,  # [J, D], or None
     weight,  # [J, N, D]
-    bias,  # [J, N]
+    bias,  # [J, N], or None
     y,  # [J, M, N], dense
     pre_activation,  # [J, M, N], dense; y itself where none is kept
-    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out
+    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out, or RMS is true
     rstd_out,  # [J, M], float32, dense
     x_strides,  # (J, M)
     ln_weight_strides,  # (J,)
@@ -107,6 +122,7 @@ def ln_linear_fwd_kernel(
     D,
     eps,
     ACTIVATION: tl.constexpr,
+    RMS: tl.constexpr,
     TRAIN: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -121,7 +137,7 @@ def ln_linear_fwd_kernel(
     row_mask = rows < M
     x_rows = x + layer * x_strides[0] + rows.to(tl.int64)[:, None] * x_strides[1]
     weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
-    mean, rstd = stream_statistics(x_rows, row_mask, D, eps, BLOCK_M, BLOCK_K)
+    mean, rstd = stream_statistics(x_rows, row_mask, D, eps, RMS, BLOCK_M, BLOCK_K)
     if TRAIN:
         store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n)
 
@@ -134,21 +150,21 @@ def ln_linear_fwd_kernel(
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(round_to(a, x.dtype.element_ty), w, acc, INPUT_PRECISION)
     at = layer * M * N
-    store_activated(
-        acc, bias + layer * bias_strides[0], y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN
-    )
+    if bias is not None:
+        bias += layer * bias_strides[0]
+    store_activated(acc, bias, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
 
 
 @triton.jit
 def ln_linear_rows_fwd_kernel(
     x,  # [J, M, D]
     ln_weight,  # [J, D]
-    ln_bias,  # [J, D]
+    ln_bias,  # [J, D], or None
     weight,  # [J, N, D]
-    bias,  # [J, N]
+    bias,  # [J, N], or None
     y,  # [J, M, N], dense
     pre_activation,  # [J, M, N], dense; y itself where none is kept
-    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out
+    mean_out,  # [J, M], float32, dense; None where TRAIN is false, like rstd_out, or RMS is true
     rstd_out,  # [J, M], float32, dense
     x_strides,  # (J, M)
     ln_weight_strides,  # (J,)
@@ -160,6 +176,7 @@ def ln_linear_rows_fwd_kernel(
     D,
     eps,
     ACTIVATION: tl.constexpr,
+    RMS: tl.constexpr,
     TRAIN: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -176,29 +193,29 @@ def ln_linear_rows_fwd_kernel(
     k_mask = k < D
     x_rows = x + layer * x_strides[0] + rows.to(tl.int64)[:, None] * x_strides[1]
     row = to_float(tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0))  # [BM, BK]
-    mean, rstd = row_statistics(row, k, D, eps)
+    mean, rstd = row_statistics(row, k, D, eps, RMS)
     if TRAIN:
         store_statistics(mean, rstd, mean_out, rstd_out, layer, rows, M, pid_n)
     a = normalised(row, mean, rstd, ln_weight, ln_bias, ln_weight_strides, ln_bias_strides, layer, k, D)
     a = round_to(a, x.dtype.element_ty)
 
     at = layer * M * N
+    if bias is not None:
+        bias += layer * bias_strides[0]
     for tile in range(0, TILES):
         columns = (pid_n * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_rows = weight + layer * weight_strides[0] + columns.to(tl.int64)[None, :] * weight_strides[1]
         w = tl.load(weight_rows + k[:, None], mask=k_mask[:, None] & (columns < N)[None, :], other=0.0)  # [BK, BN]
         acc = dot(a, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION)
-        store_activated(
-            acc, bias + layer * bias_strides[0], y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN
-        )
+        store_activated(acc, bias, y + at, pre_activation + at, rows, columns, M, N, ACTIVATION, TRAIN)
 
 
 def ln_linear_reference(
     x: Tensor,
     ln_weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
@@ -209,24 +226,50 @@ def ln_linear_reference(
 def ln_linear_train_reference(
     x: Tensor,
     ln_weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-5,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`ln_linear_train` does, in plain PyTorch."""
     y, pre_activation = _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)
+    return y, *statistics_reference(x, eps, ln_bias is None), x.new_empty(0) if activation == "none" else pre_activation
+
+
+def statistics_reference(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """Mean ([J, 0] of an RMSNorm) and 1/std of rows, in single precision at least."""
     wide = x if x.dtype == torch.float64 else x.float()
+    if rms:
+        return wide.new_empty(len(x), 0), torch.rsqrt(wide.square().mean(-1) + eps)
     variance, mean = torch.var_mean(wide, -1, correction=0)
-    return y, mean, torch.rsqrt(variance + eps), x.new_empty(0) if activation == "none" else pre_activation
+    return mean, torch.rsqrt(variance + eps)
+
+
+def norm_reference(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, eps: float) -> Tensor:
+    """The norm of one layer, in plain PyTorch."""
+    if ln_bias is None:
+        return F.rms_norm(x, x.shape[-1:], ln_weight, eps)
+    return F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
+
+
+def activation_reference(x: Tensor, activation: str) -> Tensor:
+    """An activation by its name, in plain PyTorch."""
+    if activation == "silu":
+        return F.silu(x)
+    return x if activation == "none" else F.gelu(x, approximate=GELU_APPROXIMATION[activation])
+
+
+def of_layer(tensor: Tensor | None, j: int) -> Tensor | None:
+    """That of layer j of what there may not be."""
+    return None if tensor is None else tensor[j]
 
 
 def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
     check_activation(activation)
-    normal = [F.layer_norm(x[j], x.shape[-1:], ln_weight[j], ln_bias[j], eps) for j in range(len(x))]
-    linear = torch.stack([F.linear(normal[j], weight[j], bias[j]) for j in range(len(x))])
-    return linear if activation == "none" else F.gelu(linear, approximate=GELU_APPROXIMATION[activation]), linear
+    normal = [norm_reference(x[j], ln_weight[j], of_layer(ln_bias, j), eps) for j in range(len(x))]
+    linear = torch.stack([F.linear(normal[j], weight[j], of_layer(bias, j)) for j in range(len(x))])
+    return activation_reference(linear, activation), linear
 
 
 def default_config(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
@@ -260,15 +303,18 @@ def _rows(m, n, tiles, warps, stages):
 def launch_of(
     x: Tensor,
     ln_weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     activation: str,
     outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     config: dict[str, int],
 ) -> Launch:
-    """The launch that fills outputs = (y, mean, rstd, pre_activation); without the last three, it is forward-only."""
+    """The launch that fills outputs = (y, mean, rstd, pre_activation); without the last three, it is forward-only.
+
+    The mean is None, too, of an RMSNorm.
+    """
     (layers, m, d), n = x.shape, weight.shape[1]
     if "TILES" in config and d > WIDEST_ROW:  # tuned for a narrower network
         config = default_config(d, x.dtype)
@@ -285,7 +331,13 @@ def launch_of(
             *(x, ln_weight, ln_bias, weight, bias, y, pre_activation, mean, rstd),
             *(*strides_of(x, ln_weight, ln_bias, weight, bias), m, n, d, float(eps)),
         ),
-        {"ACTIVATION": activation, "TRAIN": mean is not None, "INPUT_PRECISION": input_precision(), **config},
+        {
+            "ACTIVATION": activation,
+            "RMS": ln_bias is None,
+            "TRAIN": rstd is not None,
+            "INPUT_PRECISION": input_precision(),
+            **config,
+        },
     )
 
 
@@ -310,9 +362,9 @@ def _config(x: Tensor) -> dict[str, int]:
 def ln_linear(
     x: Tensor,
     ln_weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-5,
     activation: str = "none",
 ) -> Tensor:
@@ -320,11 +372,11 @@ def ln_linear(
 
     Args:
         x: [J, M, D], float32, bfloat16 or float16. Like all tensors, any strides but 1 in the last dimension.
-        ln_weight, ln_bias: [J, D].
+        ln_weight, ln_bias: [J, D]; the bias None: an RMSNorm.
         weight: [J, N, D], as torch.nn.Linear has it. Strided views of stacked parameters are read in place.
-        bias: [J, N].
+        bias: [J, N], or None.
         eps: added to the variance.
-        activation: "none", "gelu_tanh" or "gelu" (exact).
+        activation: "none", "gelu_tanh", "gelu" (exact) or "silu".
 
     Returns:
         [J, M, N] of x's dtype. Statistics, products and activation are in float32.
@@ -349,34 +401,35 @@ def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
 def ln_linear_train(
     x: Tensor,
     ln_weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-5,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`ln_linear` that keeps what a backward pass needs.
 
     Returns:
-        y [J, M, N]; mean and 1/std of the rows, [J, M], float32; the activation's argument [J, M, N] of x's dtype,
-        empty for activation "none", where it is y.
+        y [J, M, N]; mean and 1/std of the rows, [J, M], float32 (the mean [J, 0] of an RMSNorm); the activation's
+        argument [J, M, N] of x's dtype, empty for activation "none", where it is y.
     """
     _check(x, ln_weight, ln_bias, weight, bias, activation)
-    outputs = _train_outputs(x, weight, activation)
-    if outputs[0].numel():
-        launch_of(x, ln_weight, ln_bias, weight, bias, eps, activation, outputs, _config(x)).run()
+    y, mean, rstd, pre = outputs = _train_outputs(x, ln_bias, weight, activation)
+    if y.numel():
+        filled = y, mean if mean.numel() else None, rstd, pre
+        launch_of(x, ln_weight, ln_bias, weight, bias, eps, activation, filled, _config(x)).run()
     return outputs
 
 
 @ln_linear_train.register_fake
 def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
-    return _train_outputs(x, weight, activation)
+    return _train_outputs(x, ln_bias, weight, activation)
 
 
-def _train_outputs(x, weight, activation):
+def _train_outputs(x, ln_bias, weight, activation):
     (layers, m, _), n = x.shape, weight.shape[1]
     y = x.new_empty(layers, m, n)
-    mean, rstd = (x.new_empty(layers, m, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(layers, size, dtype=torch.float32) for size in (0 if ln_bias is None else m, m))
     return y, mean, rstd, x.new_empty(0) if activation == "none" else torch.empty_like(y)
 
 
@@ -393,3 +446,5 @@ def aot_launches(candidates: bool = False):
             for config in configs(d, dtype) if candidates else [default_config(d, dtype)]:
                 for outputs in ((y, mean, mean, y), (y, None, None, None)):
                     yield launch_of(x, norm, norm, weight, bias, 1e-5, "gelu_tanh", outputs, config)
+                for rstd in (mean, None):
+                    yield launch_of(x, norm, None, weight, None, 1e-5, "none", (y, None, rstd, y), config)

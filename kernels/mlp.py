@@ -68,7 +68,7 @@ def mlp_fwd_kernel(
     mask = (rows < M)[:, None] & d_mask[None, :]
     y_at = y + layer * y_strides[0] + rows64 * y_strides[1] + d[None, :]
     row = to_float(tl.load(y_at, mask=mask, other=0.0))  # [BM, BD]
-    mean, rstd = row_statistics(row, d, D, eps)
+    mean, rstd = row_statistics(row, d, D, eps, False)
     a = normalised(row, mean, rstd, ln_weight, ln_bias, ln_weight_strides, ln_bias_strides, layer, d, D)
     a = round_to(a, y.dtype.element_ty)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlpint.bench import timing, tune
+from mlpint.bench.cases import layer_of
 from mlpint.bench.shapes import Shape
 from mlpint.bench.suite import CASES
 from mlpint.cli import main
@@ -17,7 +18,7 @@ FLAGS = [
     "--device",
     "cpu",
     "--kernels",
-    "axpby_norm",
+    "gated_linear",
     "--seconds",
     "0.001",
     "--d",
@@ -41,7 +42,7 @@ def test_cpu_writes_torch_entries(tmp_path, capsys):
     assert main([*FLAGS, "--out", str(path)]) == 0
     data = json.loads(path.read_text())
     assert {"torch", "triton", "mlpint"} == set(data["versions"]) and data["date"] and "commit" in data
-    entries = tuned_files.load(path).entries["axpby_norm", "float32"]
+    entries = tuned_files.load(path).entries["gated_linear", "float32"]
     assert [(e.d, e.m, e.j, e.path, e.config) for e in entries] == [
         (64, 32, 1, "torch", None),
         (64, 32, 4, "torch", None),
@@ -54,7 +55,7 @@ def test_other_shapes_in_the_file_are_kept(tmp_path):
     path = tmp_path / "cpu.json"
     main([*FLAGS, "--out", str(path)])
     assert main([*FLAGS[:-2], "--j", "4,16", "--out", str(path)]) == 0
-    entries = tuned_files.load(path).entries["axpby_norm", "float32"]
+    entries = tuned_files.load(path).entries["gated_linear", "float32"]
     assert sorted(e.j for e in entries) == [1, 4, 16]
 
 
@@ -72,7 +73,7 @@ def test_files_that_are_not_written_over(tmp_path, capsys):
 @pytest.fixture
 def candidates(monkeypatch):
     """Three made-up configurations of a made-up kernel: wrong, slow and fast; returns how long each takes."""
-    case = CASES["axpby_norm"]
+    case = CASES["gated_linear"]
     seconds = {"torch": 4.0, 0: 0.5, 1: 3.0, 2: 2.0}
 
     def kernel(inputs, mode):
@@ -80,7 +81,8 @@ def candidates(monkeypatch):
             number = dispatch.config(case.op, 64, 32, 1, torch.float32, CPU)["BLOCK"]
             if number == 3:
                 raise RuntimeError("out of resources: shared memory")
-            return case.plain(inputs) if number else (inputs["x"], inputs["y"].sum())
+            right = torch.stack([case.plain(layer_of(inputs, n))[0] for n in range(len(inputs["x"]))])
+            return (right if number else 2 * right,)
 
         return call
 
@@ -105,7 +107,7 @@ def candidates(monkeypatch):
 
 def best():
     tuner = tune.Tuner(CPU, timing.Effort(0.0, 2, 2))
-    return tuner.best(CASES["axpby_norm"], Shape(64, 1, 32), "forward")
+    return tuner.best(CASES["gated_linear"], Shape(64, 1, 32), "forward")
 
 
 def test_the_fastest_right_candidate_is_taken(candidates):

@@ -23,28 +23,33 @@ def inputs(j, m, d, dtype, device, strided=False):
     return rows(), rows() + 0.5, weight, rows()
 
 
-def statistics(x):
+def statistics(x, rms=False):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if rms:
+        return None, (x.square().mean(-1) + EPS).rsqrt()
     return x.mean(-1), (x.var(-1, unbiased=False) + EPS).rsqrt()
 
 
-def expected(dy, x, weight, residual_grad):
+def expected(dy, x, weight, residual_grad, rms=False):
     """What autograd makes of it in float64."""
     dy, x, weight, residual_grad = (t.double() for t in (dy, x, weight, residual_grad))
     x, weight = x.requires_grad_(), weight.requires_grad_()
     bias = torch.zeros_like(weight, requires_grad=True)
-    y = [torch.nn.functional.layer_norm(x[i], x.shape[-1:], weight[i], bias[i], EPS) for i in range(len(x))]
+    if rms:
+        y = [torch.nn.functional.rms_norm(x[i], x.shape[-1:], weight[i], EPS) + bias[i] for i in range(len(x))]
+    else:
+        y = [torch.nn.functional.layer_norm(x[i], x.shape[-1:], weight[i], bias[i], EPS) for i in range(len(x))]
     return torch.autograd.grad((torch.stack(y), x), (x, weight, bias), (dy, residual_grad))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["rows", "blocks"])
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("strided", "rms"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (3, 37, 40), (2, 64, 128), (2, 19, 1)])
-def test_gradients(device, poisoned, monkeypatch, shape, strided, config):
+def test_gradients(device, poisoned, monkeypatch, shape, strided, rms, config):
     monkeypatch.setattr(ln_backward, "default_config", lambda *_: config)
     dy, x, weight, residual_grad = inputs(*shape, torch.float32, device, strided)
-    results = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
-    for a, b in zip(results, expected(dy, x, weight, residual_grad), strict=True):
+    results = ln_backward_add(dy, x, *statistics(x, rms), weight, residual_grad)
+    for a, b in zip(results, expected(dy, x, weight, residual_grad, rms), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
 
@@ -61,12 +66,13 @@ def test_default_configurations_and_no_residual(device, poisoned):
 def test_narrow_types_are_as_good_as_torch(device, poisoned, dtype):
     arguments = inputs(2, 37, 40, dtype, device)
     dy, x, weight, residual_grad = arguments
-    results = ln_backward_add(dy, x, *statistics(x), weight, residual_grad)
-    reference = ln_backward_add_reference(dy, x, *statistics(x), weight, residual_grad)
-    for a, by_torch, b in zip(results, reference, expected(*arguments), strict=True):
-        assert a.dtype == dtype
-        limit = 2 * (by_torch.double() - b).abs().max() + 1e-5
-        assert (a.double() - b).abs().max() <= limit
+    for rms in (False, True):
+        results = ln_backward_add(dy, x, *statistics(x, rms), weight, residual_grad)
+        reference = ln_backward_add_reference(dy, x, *statistics(x, rms), weight, residual_grad)
+        for a, by_torch, b in zip(results, reference, expected(*arguments, rms), strict=True):
+            assert a.dtype == dtype
+            limit = 2 * (by_torch.double() - b).abs().max() + 1e-5
+            assert (a.double() - b).abs().max() <= limit
 
 
 def test_the_sums_are_the_same_every_time(device):

@@ -17,16 +17,17 @@ ROWS = {"BLOCK_M": 16, "BLOCK_N": 32, "TILES": 2, "GROUP_M": 2, "num_warps": 4, 
 SHAPES = [(2, 21, 37, 43), (1, 1, 5, 1), (2, 32, 32, 64)]
 
 
-def inputs(shape, dtype, device, mean=0.0):
+def inputs(shape, dtype, device, mean=0.0, biases=True):
     layers, m, d, n = shape
     make = {"dtype": dtype, "device": device}
     x = layered(layers, m, d, **make).add_(mean)
-    norm = layered(layers, d, **make), layered(layers, d, **make)
-    return x, *norm, layered(layers, n, d, **make, scale=d**-0.5), layered(layers, n, **make)
+    norm = layered(layers, d, **make), layered(layers, d, **make) if biases else None
+    weight = layered(layers, n, d, **make, scale=d**-0.5)
+    return x, *norm, weight, layered(layers, n, **make) if biases else None
 
 
 def wide(tensors):
-    return [t.double() for t in tensors]
+    return [None if t is None else t.double() for t in tensors]
 
 
 @pytest.fixture(params=[STREAMED, ROWS], ids=["streamed", "rows"])
@@ -36,10 +37,11 @@ def config(request):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biases", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_float64(device, poisoned, config, shape, dtype):
-    tensors = inputs(shape, dtype, device)
-    for activation in ("none", "gelu_tanh", "gelu"):
+def test_matches_float64(device, poisoned, config, shape, biases, dtype):
+    tensors = inputs(shape, dtype, device, biases=biases)
+    for activation in ("none", "gelu_tanh", "gelu", "silu"):
         y = OPERATION(*tensors, 1e-5, activation)
         in_torch = ln_linear.ln_linear_reference(*tensors, 1e-5, activation)
         exact = ln_linear.ln_linear_reference(*wide(tensors), 1e-5, activation)
@@ -47,8 +49,9 @@ def test_matches_float64(device, poisoned, config, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_form_keeps_statistics_and_pre_activation(device, poisoned, config, dtype):
-    tensors = inputs(SHAPES[0], dtype, device)
+@pytest.mark.parametrize("biases", [True, False], ids=["layer", "rms"])
+def test_training_form_keeps_statistics_and_pre_activation(device, poisoned, config, biases, dtype):
+    tensors = inputs(SHAPES[0], dtype, device, biases=biases)
     for activation in ("none", "gelu_tanh"):
         results = TRAIN(*tensors, 1e-5, activation)
         in_torch = ln_linear.ln_linear_train_reference(*tensors, 1e-5, activation)
@@ -94,6 +97,7 @@ def test_opcheck(device):
     library.opcheck(OPERATION, (*tensors, 1e-5, "gelu"))
     library.opcheck(TRAIN, (*tensors, 1e-5, "gelu"))
     library.opcheck(TRAIN, (*tensors, 1e-5, "none"))
+    library.opcheck(TRAIN, inputs((2, 5, 12, 7), torch.float32, device, biases=False))
 
 
 def test_no_rows(device):

@@ -597,7 +597,8 @@ def test_the_consistency_term(tmp_path):
         assert cli.main(["train", *arguments]) == 0
     launched("mpich", 2, *flags(out=tmp_path / "d", **options, accumulate=2, consistency=0.5)).check()
     errors = {n: [line.get("relative_error") for line in steps_of(tmp_path / n)] for n in "abcd"}
-    assert errors["c"][:3] == [None] * 3 and errors["c"][3] > 0 and errors["d"] == pytest.approx(errors["b"], rel=1e-4)
+    assert errors["c"][:3] == [None] * 3 and errors["c"][3] > 0
+    assert errors["d"] == pytest.approx(errors["b"], rel=1e-3)  # Muon makes its steps orthogonal in bfloat16
     assert losses_of(tmp_path / "d") == pytest.approx(losses_of(tmp_path / "b"), rel=1e-4) != losses_of(tmp_path / "c")
     assert all(e > 0 for e in errors["a"])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch.nn import functional as F
 
-from ..nn import pre_norm
 from ..nn.batch_arguments import BatchArguments
+from ..nn.block import batched_steps
 from ..nn.settings import BlockSettings, Weights
 from ..nn.step_context import StepContext
 from .attention import plain_attention
@@ -21,7 +23,14 @@ class BlockCase(Case):
     """J pre-LN transformer blocks on J batches."""
 
     name, modes, masked = "block", (FORWARD, BACKWARD, FULL), True
-    wanted = ("x", *_FIELDS)
+    wanted: ClassVar[tuple[str, ...]] = ("x", *_FIELDS)
+    operations: ClassVar[tuple[str, ...]] = (
+        "ln_linear",
+        "attention",
+        "linear_axpy_projection",
+        "linear_axpy",
+        "mlp",
+    )  # cases of its parts
 
     def inputs(self, shape: Shape, device: torch.device) -> Inputs:
         r = Random(shape, device)
@@ -53,28 +62,32 @@ class BlockCase(Case):
         out = y + F.linear(a, w.down_weight, w.down_bias)
         return (out if h == 1 else torch.lerp(x, out, h),)
 
+    def settings(self, inputs: Inputs) -> BlockSettings:
+        """What :mod:`mlpint.nn` calls such a block."""
+        d, ffn = inputs["x"].shape[-1], inputs["up_bias"].shape[-1]
+        return BlockSettings(d, inputs["heads"], ffn, "causal" if inputs["causal"] else "full")
+
     def batched(self, inputs: Inputs, mode: str) -> Call:
         """mlpint.nn's step; dispatch says which path its operations take."""
         j, b, t, d = inputs["x"].shape
-        lengths = inputs["lengths"]
-        attention = "causal" if inputs["causal"] else "full"
-        settings = BlockSettings(d, inputs["heads"], inputs["up_bias"].shape[-1], attention)
+        lengths, settings = inputs["lengths"], self.settings(inputs)
+        step = batched_steps(settings)
         arguments = BatchArguments(None if lengths is None else lengths[0])
         context = StepContext(settings, arguments.attending(settings, [0], b, t), None, inputs["h"])
-        w = Weights(*(inputs[name] for name in _FIELDS))
+        w = Weights(*(inputs.get(name) for name in Weights._fields))
         x, grad = (inputs[name].view(j, b * t, d) for name in ("x", "grad"))
         if mode == FORWARD:
-            return lambda: (pre_norm.forward(context, w, x).view(j, b, t, d),)
+            return lambda: (step.forward(context, w, x).view(j, b, t, d),)
 
         def backward(saved: Tensors) -> Tensors:
-            dx, inner = pre_norm.input_vjp(context, w, saved, grad)
+            dx, inner = step.input_vjp(context, w, saved, grad)
             into = w.map(torch.empty_like)
-            pre_norm.weight_vjp(context, w, saved, inner, into)
+            step.weight_vjp(context, w, saved, inner, into)
             return dx.view(j, b, t, d), *into.present()
 
         if mode == FULL:
-            return lambda: backward(pre_norm.forward_train(context, w, x)[1])
-        saved = pre_norm.forward_train(context, w, x)[1]
+            return lambda: backward(step.forward_train(context, w, x)[1])
+        saved = step.forward_train(context, w, x)[1]
         return lambda: backward(saved)
 
     kernel = batched

@@ -22,12 +22,13 @@ from ..nn.settings import Weights
 from ..nn.step_context import StepContext
 from . import providers, timing
 from .accuracy import Judge
+from .block import BlockCase
 from .cases import FORWARD, Case
 from .operations import Average
 from .results import About, device_name
 from .roofline import measure
 from .shapes import Shape
-from .suite import CASES
+from .suite import BLOCK, CASES, LLAMA_BLOCK
 from .timing import Call, Effort
 
 
@@ -83,6 +84,7 @@ class Sizes:
     sequence: int
     blocks: tuple[tuple[int, int, float], ...]
     batched: tuple[tuple[int, int, float], ...]
+    llama: tuple[tuple[int, int, int, float], ...]  # (d, batch, J, target) of Llama's blocks
     j: int
     layers: int
     step_d: int
@@ -96,6 +98,7 @@ H200 = Sizes(
     sequence=256,
     blocks=((128, 32, 0.98), (256, 32, 1.3), (512, 32, 1.2), (1024, 32, 1.1), (2048, 32, 0.98), (4096, 32, 0.98)),
     batched=((256, 1, 8.0), (512, 2, 3.0), (1024, 4, 1.3)),
+    llama=((256, 32, 1, 1.2), (1024, 32, 1, 1.0), (256, 1, 16, 8.0), (1024, 4, 16, 1.2)),
     j=16,
     layers=128,
     step_d=256,
@@ -108,6 +111,7 @@ SMALL = Sizes(
     sequence=16,
     blocks=((32, 2, 0.98), (64, 2, 1.3)),
     batched=((32, 1, 8.0), (64, 2, 3.0)),
+    llama=((64, 2, 1, 1.2), (64, 1, 4, 8.0)),
     j=4,
     layers=16,
     step_d=32,
@@ -150,6 +154,8 @@ def tuned_shapes(kernel: str) -> Iterator[Shape]:
         yield Shape(d, batch, s.sequence, 1, "causal", s.dtype)
     for d, batch, _ in s.batched:
         yield Shape(d, batch, s.sequence, s.j, "causal", s.dtype)
+    for d, batch, at_once, _ in s.llama:
+        yield Shape(d, batch, s.sequence, at_once, "causal", s.dtype)
     for j in (1, *(s.layers // cfactor for cfactor in s.cfactors)):
         yield Shape(s.step_d, 1, s.sequence, j, "causal", s.dtype)
 
@@ -161,6 +167,9 @@ def figures(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
         yield _block(clock, f"block forward, d {d}", Shape(d, batch, t, 1, "causal", dtype), target)
     for d, batch, target in sizes.batched:
         yield _block(clock, f"{j} intervals at once, d {d}", Shape(d, batch, t, j, "causal", dtype), target)
+    for d, batch, at_once, target in sizes.llama:
+        name = f"Llama's block forward, d {d}" if at_once == 1 else f"{at_once} of Llama's at once, d {d}"
+        yield _block(clock, name, Shape(d, batch, t, at_once, "causal", dtype), target, LLAMA_BLOCK)
     yield from _steps(clock, sizes)
     yield from _averages(clock, sizes)
 
@@ -168,20 +177,20 @@ def figures(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def _block(clock: Clock, name: str, shape: Shape, target: float) -> Figure:
+def _block(clock: Clock, name: str, shape: Shape, target: float, case: BlockCase = BLOCK) -> Figure:
     cuda = clock.device.type == "cuda"
     baseline = providers.COMPILE_GRAPH if cuda else providers.EAGER
     serial = f"{shape.j} serial steps, " if shape.j > 1 else ""
     against = serial + ("compile + CUDA graph" if cuda else "eager")
     try:
-        judge = Judge(CASES["block"], shape, FORWARD, clock.device)
-        slow = _timed(clock, CASES["block"], shape, baseline, judge)
-        fast = _timed(clock, CASES["block"], shape, providers.OURS, judge)
+        judge = Judge(case, shape, FORWARD, clock.device)
+        slow = _timed(clock, case, shape, baseline, judge)
+        fast = _timed(clock, case, shape, providers.OURS, judge)
     except Exception as error:
         return _failure(name, str(shape), against, target, error)
     finally:
         torch.compiler.reset()
-    return _figure(name, str(shape), against, target, slow, fast, _paths(shape, clock.device))
+    return _figure(name, str(shape), against, target, slow, fast, _paths(shape, clock.device, case))
 
 
 def _timed(clock: Clock, case: Case, shape: Shape, provider: str, judge: Judge) -> tuple[float, float]:
@@ -192,10 +201,10 @@ def _timed(clock: Clock, case: Case, shape: Shape, provider: str, judge: Judge) 
     return clock(build)
 
 
-def _paths(shape: Shape, device: torch.device) -> str:
+def _paths(shape: Shape, device: torch.device, case: BlockCase = BLOCK) -> str:
     """The kernels that dispatch chooses for a block's operations."""
     taken = []
-    for name in ("ln_linear", "attention", "linear_axpy_projection", "linear_axpy", "mlp"):
+    for name in case.operations:
         if providers.takes_kernel(CASES[name], shape, device, FORWARD):
             taken.append(name)
     return f"triton: {', '.join(taken)}" if taken else "torch path"

@@ -198,9 +198,9 @@ class LnBackward(Operation):
         x, weight, bias, grad, residual = inputs.values()
 
         def call() -> Tensors:
-            dx, sums = ops.ln_backward_add(grad, x, mean, rstd, weight, residual)
+            dx, sums = ops.norm_backward_add(grad, x, mean, rstd, weight, residual)
             into = torch.empty_like(weight), torch.empty_like(bias)
-            ops.ln_weight_grads(grad, sums, x, mean, rstd, *into)
+            ops.norm_weight_grads(grad, sums, x, mean, rstd, *into)
             return dx, *into
 
         return call
@@ -218,40 +218,6 @@ class LnBackward(Operation):
         from ..kernels.ln_backward import configs
 
         return configs(shape.d, shape.m, shape.j)
-
-
-class AxpbyNorm(Operation):
-    """Sum of two scaled states and its squared norm."""
-
-    name = op = "axpby_norm"
-    A, B = 0.5, -1.25
-
-    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
-        r = Random(shape, device)
-        return {"x": r.normal(shape.m, shape.d), "y": r.normal(shape.m, shape.d)}
-
-    def plain(self, layer_inputs: Inputs) -> Tensors:
-        out = self.A * layer_inputs["x"] + self.B * layer_inputs["y"]
-        return out, out.to(torch.promote_types(out.dtype, torch.float32)).square().sum()
-
-    def batched(self, inputs: Inputs, mode: str) -> Call:
-        return lambda: self.plain(inputs)
-
-    def kernel(self, inputs: Inputs, mode: str) -> Call:
-        from ..kernels.axpby import axpby_norm
-
-        return lambda: axpby_norm(self.A, inputs["x"], self.B, inputs["y"])
-
-    def comparable(self, results: Tensors, inputs: Inputs) -> Tensors:
-        return results[0], results[1].sum()  # a layer at a time, or all at once
-
-    def flops(self, shape: Shape, mode: str) -> float:
-        return 5.0 * shape.j * shape.m * shape.d
-
-    def configs(self, shape: Shape, mode: str) -> list[dict[str, int]]:
-        from ..kernels.axpby import configs
-
-        return configs()
 
 
 class Average(Operation):

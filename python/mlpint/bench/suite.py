@@ -13,11 +13,13 @@ from .accuracy import Inaccurate, Judge
 from .attention import Attention
 from .block import BlockCase
 from .cases import Case, Operation
-from .operations import Average, AxpbyNorm, LinearAxpy, LnBackward, LnLinear, LnLinearTrain, Mlp, Projection
+from .operations import Average, LinearAxpy, LnBackward, LnLinear, LnLinearTrain, Mlp, Projection
 from .results import About, Row
 from .roofline import Roofline
 from .shapes import Grid, Shape
 from .timing import Effort, Timing
+from .todays_block import LlamaBlockCase
+from .todays_operations import GatedBackward, GatedLinear, PackHeads, RmsLinear
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -29,11 +31,15 @@ OPERATIONS: dict[str, Operation] = {
         Mlp(),
         Attention(),
         LnBackward(),
-        AxpbyNorm(),
+        RmsLinear(),
+        GatedLinear(),
+        GatedBackward(),
+        PackHeads(),
         Average(),
     )
 }
-CASES: dict[str, Case] = {**OPERATIONS, BlockCase.name: BlockCase()}
+BLOCK, LLAMA_BLOCK = BlockCase(), LlamaBlockCase()
+CASES: dict[str, Case] = {**OPERATIONS, BLOCK.name: BLOCK, LLAMA_BLOCK.name: LLAMA_BLOCK}
 
 
 @dataclass

@@ -41,7 +41,9 @@ KERNELS = (
     "mlp",
     "attention",
     "ln_backward",
-    "axpby_norm",
+    "gated_linear",
+    "gated_backward",
+    "pack_heads",
     "average",
 )
 GRIDS = {

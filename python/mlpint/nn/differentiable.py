@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from . import ops
 from .dropout import FFN, PROJECTION
 from .heads import packed
-from .modern import activated
 from .settings import Weights
 from .step_context import StepContext
 
@@ -36,7 +35,8 @@ def step(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> tor
         return drop(norm(update, w.ln1_out_weight, w.ln1_out_bias), PROJECTION)
 
     def ffn(t: torch.Tensor) -> torch.Tensor:
-        a = activated(settings, F.linear(t, w.up_weight, w.up_bias))
+        pre = F.linear(t, w.up_weight, w.up_bias)
+        a = (ops.gate if settings.gated else ops.activate)(pre, settings.activation)
         update = F.linear(a, w.down_weight, w.down_bias)
         return drop(norm(update, w.ln2_out_weight, w.ln2_out_bias), FFN)
 

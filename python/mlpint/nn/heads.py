@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 
 import torch
 
 from . import ops
+from .kernels import kernel
 from .settings import BlockSettings, Weights
 from .step_context import StepContext
 
@@ -27,6 +29,13 @@ def packed(
     Differentiable.
     """
     settings = context.settings
+    recorded = torch.is_grad_enabled() and qkv.requires_grad
+    module = None if recorded else _kernel(context, qkv)
+    if module:
+        weights, tables = (w.q_norm_weight, w.k_norm_weight), _flat_rotation(context, qkv)
+        out, *rms = module.pack_heads(qkv, settings.heads, settings.kv_heads, *weights, *tables, settings.eps)
+        shape = len(qkv), context.batch, qkv.shape[1] // context.batch
+        return out, *(t.view(*shape, -1) if t.numel() else t for t in rms)
     q, k, v = _split(settings, qkv, context.batch)
     q_rms = k_rms = qkv.new_empty(len(qkv), 0)
     if w.q_norm_weight is not None and w.k_norm_weight is not None:
@@ -34,7 +43,7 @@ def packed(
         q_rms, k_rms = ops.inverse_rms(q, settings.eps), ops.inverse_rms(k, settings.eps)
         q, k = ops.rms_norm(q, q_rms, w.q_norm_weight), ops.rms_norm(k, k_rms, w.k_norm_weight)
         q, k = (t.view(*t.shape[:3], -1, settings.head_width) for t in (q, k))
-    if torch.is_grad_enabled() and q.requires_grad:
+    if recorded:
         return _together(context, q, k, v), q_rms, k_rms
     return _in_place(context, q, k, v), q_rms, k_rms
 
@@ -81,10 +90,29 @@ def packed_backward(
         qkv: as it was given; read only where there is a norm.
     """
     settings, batch = context.settings, context.batch
-    heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_width
     j, m, _ = grad.shape
-    q, k, v = grad.view(j, batch, m // batch, 3, heads, width).unbind(3)
-    d_qkv = grad.new_empty(j, batch, m // batch, heads + 2 * kv_heads, width)
+    d_qkv = _unpacked(context, grad)
+    norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
+    if w.q_norm_weight is not None and w.k_norm_weight is not None:
+        d_q, d_k, _ = _split(settings, d_qkv, batch)
+        before_q, before_k = (_normed(settings, t) for t in _split(settings, qkv, batch)[:2])
+        q, k = d_q.reshape(before_q.shape), d_k.reshape(before_k.shape)
+        norms = ops.rms_norm_weight_grad(q, before_q, q_rms), ops.rms_norm_weight_grad(k, before_k, k_rms)
+        d_q.copy_(ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).view(d_q.shape))
+        d_k.copy_(ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).view(d_k.shape))
+    return d_qkv, norms
+
+
+def _unpacked(context: StepContext, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient for qkv, or for what the norms gave where there are some."""
+    settings = context.settings
+    heads, kv_heads, width = settings.heads, settings.kv_heads, settings.head_width
+    module = _kernel(context, grad)
+    if module:
+        return module.pack_heads_backward(grad, heads, kv_heads, *_flat_rotation(context, grad))
+    j, m, _ = grad.shape
+    q, k, v = grad.view(j, context.batch, m // context.batch, 3, heads, width).unbind(3)
+    d_qkv = grad.new_empty(*q.shape[:3], heads + 2 * kv_heads, width)
     d_q, d_k, d_v = d_qkv.split([heads, kv_heads, kv_heads], 3)
     if heads == kv_heads:
         d_v.copy_(v)
@@ -93,18 +121,32 @@ def packed_backward(
         torch.sum(v.unflatten(3, (kv_heads, heads // kv_heads)), 4, out=d_v)
     if settings.positions == "rotary":
         cos, sin = _rotation(context, q)
-        q, k = _rotate_into(d_q, q, cos, -sin), _rotate_into(d_k, k, cos, -sin)
-    norms: Tensors = (grad.new_empty(j, 0), grad.new_empty(j, 0))
-    if w.q_norm_weight is not None and w.k_norm_weight is not None:
-        before_q, before_k = (_normed(settings, t) for t in _split(settings, qkv, batch)[:2])
-        q, k = q.reshape(before_q.shape), k.reshape(before_k.shape)
-        norms = ops.rms_norm_weight_grad(q, before_q, q_rms), ops.rms_norm_weight_grad(k, before_k, k_rms)
-        q = ops.rms_norm_backward(q, before_q, q_rms, w.q_norm_weight).view(d_q.shape)
-        k = ops.rms_norm_backward(k, before_k, k_rms, w.k_norm_weight).view(d_k.shape)
-    if q is not d_q:
+        _rotate_into(d_q, q, cos, -sin)
+        _rotate_into(d_k, k, cos, -sin)
+    else:
         d_q.copy_(q)
         d_k.copy_(k)
-    return d_qkv.view(j, m, -1), norms
+    return d_qkv.view(j, m, -1)
+
+
+def _kernel(context: StepContext, x: torch.Tensor) -> ModuleType | None:
+    """The module of the kernels that do all of this in one pass, where they are taken for x [J, M, ...]."""
+    settings = context.settings
+    if settings.qk_norm == "all" or settings.head_width % 2:
+        return None
+    return kernel("pack_heads", settings.head_width, x.shape[1], len(x), x)
+
+
+def _flat_rotation(context: StepContext, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Cosine and sine [R, hd / 2] as the kernels take them: row m of a batch is turned by row m % R."""
+    if context.settings.positions != "rotary":
+        return None, None
+    tables = context.rotation
+    if tables is None:
+        sequence = x.shape[1] // context.batch
+        tables = rotary_tables(context.settings, sequence, x.device, x.dtype)
+    cos, sin = (table.to(x.dtype).reshape(-1, table.shape[-1]).contiguous() for table in tables)
+    return cos, sin
 
 
 def _normed(settings: BlockSettings, heads: torch.Tensor) -> torch.Tensor:

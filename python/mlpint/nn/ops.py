@@ -46,10 +46,13 @@ def linear_weight_grads(
         torch.sum(grad, 1, dtype=bias.dtype, out=bias)
 
 
-def ln(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm of [J, M, D] with [J, D] each: (y, mean [J, M], rstd [J, M])."""
+    """LayerNorm of [J, M, D] with [J, D] each: (y, mean [J, M], rstd [J, M]); without a bias RMSNorm, mean [J, 0]."""
+    if bias is None:
+        rms = inverse_rms(x, eps)
+        return rms_norm(x, rms, weight), x.new_empty(len(x), 0), rms
     if len(x) == 1:
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight[0], bias[0], eps)
     else:
@@ -58,7 +61,7 @@ def ln(
     return y, mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def ln_backward_add(
+def norm_backward_add(
     grad: torch.Tensor,
     x: torch.Tensor,
     mean: torch.Tensor,
@@ -66,31 +69,46 @@ def ln_backward_add(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient for the input of :func:`ln` plus that of the residual path, and where the kernel is taken the
-    gradients of LN's weight and bias, [J, 2, D]; elsewhere [J, 0]."""
+    """The gradient for the input of :func:`norm` plus that of the residual path, and where the kernel is taken the
+    gradients of the norm's weight and bias, [J, 2, D]; elsewhere [J, 0]."""
     grad = grad.to(x.dtype)
+    rms = not mean.numel()
     module = kernel("ln_backward_add", x.shape[2], x.shape[1], len(x), x, *[t for t in (residual,) if t is not None])
     if module:
         wide = torch.promote_types(x.dtype, torch.float32)
-        mean, rstd = mean.to(wide).contiguous(), rstd.to(wide).contiguous()
-        dx, *sums = module.ln_backward_add(grad, x, mean, rstd, weight, residual)
+        dx, *sums = module.ln_backward_add(
+            grad,
+            x,
+            None if rms else mean.to(wide).contiguous(),
+            rstd.to(wide).contiguous(),
+            weight,
+            residual,
+        )
         return dx, torch.stack(sums, 1)
-    single = len(x) == 1
-    scaled = grad if single else grad * weight.unsqueeze(1)
-    dx = torch.ops.aten.native_layer_norm_backward(
-        scaled,
-        x,
-        x.shape[-1:],
-        mean.contiguous(),  # torch reads these two as if they were, and takes any shape
-        rstd.contiguous(),
-        weight[0] if single else None,
-        None,
-        [True, False, False],
-    )[0]
-    return dx if residual is None else dx.add_(residual), x.new_empty(len(x), 0)
+    if rms:
+        dx = rms_norm_backward(grad, x, rstd, weight).to(x.dtype)
+    else:
+        single = len(x) == 1
+        scaled = grad if single else grad * weight.unsqueeze(1)
+        dx = torch.ops.aten.native_layer_norm_backward(
+            scaled,
+            x,
+            x.shape[-1:],
+            mean.contiguous(),  # torch reads these two as if they were, and takes any shape
+            rstd.contiguous(),
+            weight[0] if single else None,
+            None,
+            [True, False, False],
+        )[0]
+    return dx if residual is None else plus(dx, residual), x.new_empty(len(x), 0)
 
 
-def ln_weight_grads(
+def plus(used_up: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The sum in the wider dtype: under autocast a gradient behind a linear map is narrow, the stream's is not."""
+    return used_up.add_(other) if used_up.dtype == other.dtype else used_up + other
+
+
+def norm_weight_grads(
     grad: torch.Tensor,
     sums: torch.Tensor,
     x: torch.Tensor,
@@ -100,8 +118,8 @@ def ln_weight_grads(
     bias: torch.Tensor | None,
     normalized: torch.Tensor | None = None,
 ) -> None:
-    """Writes the parameters' gradients of :func:`ln` into views [J, D], where given. ``sums`` are those that
-    :func:`ln_backward_add` may have found; ``normalized``, (x - mean) rstd, is used up."""
+    """Writes the parameters' gradients of :func:`norm` into views [J, D], where given. ``sums`` are those that
+    :func:`norm_backward_add` may have found; ``normalized``, (x - mean) rstd, is used up."""
     if sums.numel():
         for into, gradient in zip((weight, bias), sums.unbind(1), strict=True):
             if into is not None:
@@ -109,13 +127,17 @@ def ln_weight_grads(
         return
     if weight is not None:
         if normalized is None:
-            normalized = (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
+            normalized = _normalized(x, mean, rstd)
         torch.sum(normalized.mul_(grad), 1, dtype=weight.dtype, out=weight)
     if bias is not None:
         torch.sum(grad, 1, dtype=bias.dtype, out=bias)
 
 
-def ln_linear_weight_grads(
+def _normalized(x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    return (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1)) if mean.numel() else x * rstd.unsqueeze(-1)
+
+
+def norm_linear_weight_grads(
     grad: torch.Tensor,
     grad_normalized: torch.Tensor,
     sums: torch.Tensor,
@@ -123,19 +145,20 @@ def ln_linear_weight_grads(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     into: tuple[torch.Tensor | None, ...],
 ) -> None:
-    """Of a linear map behind a LayerNorm, whose output was not kept: into (weight, bias, ln_weight, ln_bias)."""
+    """Of a linear map behind a norm, whose output was not kept: into (weight, bias, ln_weight, ln_bias)."""
     weight, bias, into_ln_weight, into_ln_bias = into
     normalized = None
     if weight is not None:
-        normalized = (x - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
-        x_hat = torch.addcmul(ln_bias.unsqueeze(1), normalized, ln_weight.unsqueeze(1))
+        normalized = _normalized(x, mean, rstd)
+        scale = ln_weight.unsqueeze(1)
+        x_hat = normalized * scale if ln_bias is None else torch.addcmul(ln_bias.unsqueeze(1), normalized, scale)
         linear_weight_grads(grad, x_hat, weight, bias)
     else:
         linear_weight_grads(grad, grad, None, bias)
-    ln_weight_grads(grad_normalized, sums, x, mean, rstd, into_ln_weight, into_ln_bias, normalized)
+    norm_weight_grads(grad_normalized, sums, x, mean, rstd, into_ln_weight, into_ln_bias, normalized)
 
 
 def residual_add(update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float) -> torch.Tensor:
@@ -199,25 +222,25 @@ def activation_backward(
 def ln_linear(
     x: torch.Tensor,
     ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     eps: float,
     activation: str,
 ) -> torch.Tensor:
-    """Returns activation(LN(x) W^T + b), with nothing saved."""
+    """Returns activation(norm(x) W^T + b), with nothing saved."""
     module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
     if module:
         return module.ln_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
-    return activate(linear(ln(x, ln_weight, ln_bias, eps)[0], weight, bias), activation)
+    return activate(linear(norm(x, ln_weight, ln_bias, eps)[0], weight, bias), activation)
 
 
 def ln_linear_train(
     x: torch.Tensor,
     ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     eps: float,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,9 +251,69 @@ def ln_linear_train(
     module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
     if module:
         return module.ln_linear_train(x, ln_weight, ln_bias, weight, bias, eps, activation)
-    normalized, mean, rstd = ln(x, ln_weight, ln_bias, eps)
+    normalized, mean, rstd = norm(x, ln_weight, ln_bias, eps)
     pre = linear(normalized, weight, bias)
     return activate(pre, activation), mean, rstd, pre
+
+
+def gated_linear(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    """Returns activation(g) u, (g, u) = norm(x) W^T + b, with nothing saved."""
+    module = kernel("gated_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
+    if module:
+        return module.gated_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
+    return gated(norm(x, ln_weight, ln_bias, eps)[0], weight, bias, activation)
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """:func:`gated_linear` of what is normed already: a half at a time, in a half of the memory."""
+    biases = (None, None) if bias is None else bias.chunk(2, 1)
+    gate, up = (linear(x, part, b) for part, b in zip(weight.chunk(2, 1), biases, strict=True))
+    return up.mul_(activate(gate, activation))
+
+
+def gated_linear_train(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`gated_linear` gives and its backward needs: (y, mean, rstd, (g, u))."""
+    module = kernel("gated_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
+    if module:
+        return module.gated_linear_train(x, ln_weight, ln_bias, weight, bias, eps, activation)
+    normalized, mean, rstd = norm(x, ln_weight, ln_bias, eps)
+    pre = linear(normalized, weight, bias)
+    return gate(pre, activation), mean, rstd, pre
+
+
+def gate(pre: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(g) u of (g, u)."""
+    g, u = pre.chunk(2, -1)
+    return activate(g, activation) * u
+
+
+def gate_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient for (g, u) of :func:`gate`."""
+    module = kernel("gated_backward", grad.shape[2], grad.shape[1], len(grad), grad, pre)
+    if module:
+        return module.gated_backward(grad.contiguous(), pre.contiguous(), activation)
+    g, u = pre.chunk(2, -1)
+    d_pre = torch.empty_like(pre)
+    d_g, d_u = d_pre.chunk(2, -1)
+    activation_backward(torch.mul(grad, u, out=d_u), g, activation, d_g)
+    torch.mul(activate(g, activation), grad, out=d_u)
+    return d_pre
 
 
 def linear_axpy(
@@ -238,7 +321,7 @@ def linear_axpy(
 ) -> torch.Tensor:
     """Returns x + h ((y - x) + a W^T + b)."""
     module = kernel("linear_axpy", a.shape[2], a.shape[1], len(a), a, weight, x)
-    if module and bias is not None:
+    if module:
         return module.linear_axpy(a, weight, bias, y, x, h)
     if not a.dtype == weight.dtype == y.dtype:
         return residual_add(linear(a, weight, bias), y, x, h)

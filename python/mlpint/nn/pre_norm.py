@@ -52,11 +52,11 @@ def input_vjp(
     d_down = context.dropped(scaled, FFN).to(w.down_weight.dtype)
     d_pre = ops.activation_backward(ops.linear_backward(d_down, w.down_weight), pre, context.activation)
     d_n2 = ops.linear_backward(d_pre, w.up_weight)
-    dy, sums2 = ops.ln_backward_add(d_n2, y, mean2, rstd2, w.ln2_weight, scaled)
+    dy, sums2 = ops.norm_backward_add(d_n2, y, mean2, rstd2, w.ln2_weight, scaled)
     d_proj = context.dropped(dy, PROJECTION).to(w.proj_weight.dtype)
     d_qkv = context.attention_backward(ops.linear_backward(d_proj, w.proj_weight), qkv, o, attended)
     d_n1 = ops.linear_backward(d_qkv, w.qkv_weight)
-    dx, sums1 = ops.ln_backward_add(d_n1, x, mean1, rstd1, w.ln1_weight, dy)
+    dx, sums1 = ops.norm_backward_add(d_n1, x, mean1, rstd1, w.ln1_weight, dy)
     if h != 1:
         dx += grad - scaled
     return dx, (d_down, d_pre, d_n2, sums2, d_proj, d_qkv, d_n1, sums1)
@@ -69,12 +69,12 @@ def weight_vjp(
     x, mean1, rstd1, _, o, _, y, mean2, rstd2, _, a = saved
     d_down, d_pre, d_n2, sums2, d_proj, d_qkv, d_n1, sums1 = inner
     ops.linear_weight_grads(d_down, a, into.down_weight, into.down_bias)
-    ops.ln_linear_weight_grads(
+    ops.norm_linear_weight_grads(
         d_pre, d_n2, sums2, y, mean2, rstd2, w.ln2_weight, w.ln2_bias,
         (into.up_weight, into.up_bias, into.ln2_weight, into.ln2_bias),
     )  # fmt: skip
     ops.linear_weight_grads(d_proj, o, into.proj_weight, into.proj_bias)
-    ops.ln_linear_weight_grads(
+    ops.norm_linear_weight_grads(
         d_qkv, d_n1, sums1, x, mean1, rstd1, w.ln1_weight, w.ln1_bias,
         (into.qkv_weight, into.qkv_bias, into.ln1_weight, into.ln1_bias),
     )  # fmt: skip
