@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -54,6 +55,21 @@ def progressions(rows: Iterable[int]) -> list[range]:
 
 def as_slice(rows: range) -> slice:
     return slice(rows.start, rows.stop, rows.step)
+
+
+Views = tuple[Weights[torch.Tensor], dict[range, Weights[torch.Tensor]]]
+_lasting: weakref.WeakKeyDictionary[BlockStack, tuple[list[int], Views]] = weakref.WeakKeyDictionary()
+
+
+def lasting_views(stack: BlockStack) -> Views:
+    """A stack's detached parameters and those views of their rows that passes before had asked for.
+
+    In small networks making them anew would be a twentieth of a pass. Where parameters have moved, they are made anew.
+    """
+    places = [p.data_ptr() for p in stack.weights().present()]
+    if stack not in _lasting or _lasting[stack][0] != places:
+        _lasting[stack] = places, (stack.weights().map(torch.detach), {})
+    return _lasting[stack][1]
 
 
 class StackEvaluator:
@@ -184,7 +200,10 @@ class StackEvaluator:
     def _weights_of(self, rows: range) -> Weights[torch.Tensor]:
         """Views of the stacked parameters, cast where autocast is on: all of them, once in a pass."""
         if self._cast is None:
-            self._cast = for_products(self._parameters.map(torch.detach), self.call.autocast_dtype)
+            if self.call.autocast_dtype is None:
+                self._cast, self._weights = lasting_views(self.stack)
+            else:
+                self._cast = for_products(self._parameters.map(torch.detach), self.call.autocast_dtype)
         if rows not in self._weights:
             self._weights[rows] = self._cast.map(lambda p: p[as_slice(rows)])
         return self._weights[rows]
