@@ -143,7 +143,8 @@ def _tuned_choice(op: str, d: int, m: int, j: int, dtype: str, index: int) -> Ch
         if entry is None:
             continue
         times = " against ".join(f"{name} {us:.1f} us" for name, us in sorted(entry.microseconds.items()))
-        why = f"{entry.path} is the faster at {entry}" + (f" ({times})" if times else "") + f", {file.path.name}"
+        is_faster = "is estimated to be the faster" if file.estimated else "is the faster"
+        why = f"{entry.path} {is_faster} at {entry}" + (f" ({times})" if times else "") + f", {file.path.name}"
         return Choice(entry.path, entry.config if entry.path == "triton" else None, why)
     limits = ", ".join(f"{factor:g}x in {name}" for name, factor in tuned_files.LIMITS.items())
     where = " or ".join(str(f.path) for f in files) or "any file; run 'mlpint tune'"

@@ -79,12 +79,14 @@ class Tuned:
         path: where the file lies.
         device, capability: the GPU it was made on and that GPU's compute capability.
         entries: the entries by (op, dtype).
+        estimated: whether nothing was measured on such a GPU; see :mod:`.estimate`.
     """
 
     path: Path
     device: str
     capability: tuple[int, int]
     entries: Mapping[tuple[str, str], tuple[Entry, ...]]
+    estimated: bool = False
 
     def nearest(self, op: str, d: int, m: int, j: int, dtype: str) -> Entry | None:
         """The entry nearest in log space; None if none lies within the limits."""
@@ -107,7 +109,8 @@ def user_file(device: str) -> Path:
 
 
 def files_for(device: str, capability: tuple[int, int]) -> list[Tuned]:
-    """The files that hold for a device: the user's, then those shipped, the device's own before its architecture's.
+    """The files that hold for a device: the user's, then those shipped, the device's own before its architecture's, and
+    estimated ones last.
 
     Raises:
         TunedFileError: a file is broken, or MLPINT_TUNED names one that is missing or of another architecture.
@@ -123,7 +126,7 @@ def files_for(device: str, capability: tuple[int, int]) -> list[Tuned]:
             )
     shipped = [load(path) for path in sorted(SHIPPED.glob("*.json"))] if SHIPPED.is_dir() else []
     alike = [t for t in shipped if t.capability == capability]
-    return own + sorted(alike, key=lambda t: t.device != device)
+    return own + sorted(alike, key=lambda t: (t.estimated, t.device != device))
 
 
 def _sm(capability: tuple[int, int]) -> str:
@@ -170,7 +173,8 @@ def _load(path: Path, stamp: int) -> Tuned:
         if isinstance(error, TunedFileError):
             raise
         raise broken(f"lacks what it must hold ({type(error).__name__}: {error})") from None
-    return Tuned(path, device, (major, minor), {key: tuple(of_key) for key, of_key in entries.items()})
+    by_key = {key: tuple(of_key) for key, of_key in entries.items()}
+    return Tuned(path, device, (major, minor), by_key, data.get("estimated") is True)
 
 
 def _entry(raw: Any) -> Entry | None:

@@ -65,6 +65,30 @@ def test_without_triton_torch(gpu, monkeypatch):
     assert chosen() == Choice("torch", None, "Triton is not installed")
 
 
+def test_estimated_files_come_last_and_say_so(gpu, tmp_path):
+    shipped = tmp_path / "shipped"
+    tuned_files.write(shipped / "a-guess.json", "any sm_90", (9, 0), {"estimated": True}, [entry(BLOCK_M=16)])
+    dispatch.forget()
+    assert chosen().config == {"BLOCK_M": 16} and "triton is estimated to be the faster at" in chosen().why
+    tuned_files.write(shipped / "other.json", "NVIDIA H100", (9, 0), {}, [entry(BLOCK_M=32)])
+    dispatch.forget()
+    assert chosen().config == {"BLOCK_M": 32} and "estimated" not in chosen().why
+    write(gpu, entry(path="torch"))
+    assert chosen().path == "torch"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_estimates_that_are_shipped(capability):
+    file = tuned_files.load(tuned_files.SHIPPED / f"estimated-sm{capability}.json")
+    assert file.estimated and file.capability == divmod(capability, 10)
+    operations = {op for op, _ in file.entries}
+    assert {"gated_linear", "gated_backward", "pack_heads"} <= operations <= set(dispatch.OPERATIONS)
+    if capability == 80:
+        assert {"ln_linear", "linear_axpy", "ln_backward_add"} <= operations
+    for entry in (e for of_op in file.entries.values() for e in of_op):
+        assert entry.path == "triton" and not entry.microseconds
+
+
 def test_old_gpu_takes_torch(gpu, monkeypatch):
     write(gpu, entry())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))

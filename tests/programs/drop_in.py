@@ -226,10 +226,14 @@ def dtypes(comm):
 def autocast(comm):
     layers = [Attention() for _ in range(5)]
     x = torch.randn(2, 6, 8)
-    for options in (EXACT, MGRIT(cfactor=2, forward_iters=3, backward_iters=3)):
+    several = {"cfactor": 2, "forward_iters": 3, "backward_iters": 3}
+    for options in (EXACT, MGRIT(**several), MGRIT(**several, coarse="fitted")):
         for recompute in (False, True):
             reference = copies(layers)
             stack = LayerParallel(copies(layers), options, comm=comm, recompute=recompute)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                stack(x).sum().backward()  # a coarse operator learns
+            stack.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 expected, y = plain(reference, x), stack(x)
             assert y.dtype == torch.float32

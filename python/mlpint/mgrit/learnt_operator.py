@@ -36,6 +36,15 @@ class _Fit:
     cross: torch.Tensor  # [n, d], features times targets
     count: int = 0
     solution: torch.Tensor | None = None  # [n, d]
+    cast: torch.Tensor | None = None  # the solution in the dtype that products were taken in last
+
+    def solution_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The solution for products in a dtype, cast once."""
+        if self.solution is None or self.solution.dtype == dtype:
+            return self.solution
+        if self.cast is None or self.cast.dtype != dtype:
+            self.cast = self.solution.to(dtype)
+        return self.cast
 
 
 class LearntOperator:
@@ -44,7 +53,12 @@ class LearntOperator:
     Args:
         kind: ``"scaled"`` or ``"fitted"``.
         affine: whether ``fitted`` has the vector b.
+
+    Attributes:
+        precision: the dtype that ``fitted`` takes its products in, set before each pass; None: the state's.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(self, kind: str, affine: bool) -> None:
         self.kind, self.affine = kind, affine and kind == "fitted"
@@ -69,13 +83,12 @@ class LearntOperator:
                 fits, scale = self._fits[below[0]], length / below[0][1]
         moved = []
         for i, (a, b) in enumerate(zip(u.tensors, v.tensors, strict=True)):
-            solution = fits[i].solution if fits else None
             if not a.is_floating_point():
                 moved.append(b)
-            elif solution is None:
+            elif not fits or fits[i].solution is None:
                 moved.append(torch.lerp(a, b, length))
             else:
-                step = self._apply(solution, b - a)
+                step = self._apply(fits[i], b - a)
                 moved.append((step if scale == 1 else step.mul_(scale)).add_(a))
         return State(moved)
 
@@ -87,22 +100,32 @@ class LearntOperator:
             solution = fits[i].solution if fits else None
             if not t.is_floating_point():
                 pulled.append(t)
-            elif solution is None:
+            elif not fits or solution is None:
                 pulled.append(t * length)
             elif self.kind == "scaled":
                 pulled.append(t * solution.to(t.dtype))
             else:
-                pulled.append(t @ solution[: t.shape[-1]].to(t.dtype).t())
+                matrix = self._matrix(fits[i], t)
+                with torch.autocast(t.device.type, enabled=False):
+                    pulled.append((t.to(matrix.dtype) @ matrix[: t.shape[-1]].t()).to(t.dtype))
         return State(pulled)
 
-    def _apply(self, solution: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def _apply(self, fit: _Fit, f: torch.Tensor) -> torch.Tensor:
         if self.kind == "scaled":
-            return f * solution.to(f.dtype)
-        matrix = solution.to(f.dtype)
+            assert fit.solution is not None
+            return f * fit.solution.to(f.dtype)
+        matrix = self._matrix(fit, f)
         with torch.autocast(f.device.type, enabled=False):
-            if self.affine:
-                return torch.addmm(matrix[-1], f.reshape(-1, f.shape[-1]), matrix[:-1]).view_as(f)
-            return f @ matrix
+            rows = f.reshape(-1, f.shape[-1]).to(matrix.dtype)
+            step = torch.addmm(matrix[-1], rows, matrix[:-1]) if self.affine else rows @ matrix
+            return step.view_as(f).to(f.dtype)
+
+    def _matrix(self, fit: _Fit, like: torch.Tensor) -> torch.Tensor:
+        """W, and b below it, in the dtype of the products: never wider than the state."""
+        narrow = self.precision is not None and self.precision.itemsize < like.dtype.itemsize
+        matrix = fit.solution_in(self.precision if self.precision is not None and narrow else like.dtype)
+        assert matrix is not None
+        return matrix
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +164,7 @@ class LearntOperator:
             fit.cross.mul_(DECAY).addmm_(f.t(), y)
         fit.count += 1
         if fit.count == 2 or fit.count % SOLVE_EVERY == 0:
-            fit.solution = _solve(fit)
+            fit.solution, fit.cast = _solve(fit), None
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

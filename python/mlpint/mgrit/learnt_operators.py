@@ -24,13 +24,20 @@ class LearntOperators:
         self._rank = rank
         self._operators: dict[tuple[Layout, str, str], LearntOperator] = {}
 
-    def operator(self, layout: Layout, options: MGRIT, direction: str) -> LearntOperator | None:
-        """The coarse operator of these options; None where it learns nothing."""
+    def operator(
+        self, layout: Layout, options: MGRIT, direction: str, precision: torch.dtype | None = None
+    ) -> LearntOperator | None:
+        """The coarse operator of these options; None where it learns nothing.
+
+        Args:
+            precision: the dtype that the layers of the pass take products in, where that is not the state's.
+        """
         if options.coarse not in LEARNT:
             return None
         key = (layout, direction, options.coarse)
         if key not in self._operators:
             self._operators[key] = LearntOperator(options.coarse, affine=direction == "forward")
+        self._operators[key].precision = precision
         return self._operators[key]
 
     def tensors(self, layout: Layout) -> dict[str, torch.Tensor]:

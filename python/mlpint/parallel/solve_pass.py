@@ -147,7 +147,7 @@ class SolvePass:
         c = self.conditions
         if not c.consistency or not self.record:
             return None
-        operator = self.setup.operators.operator(self.layout, self.options, "forward")
+        operator = self.setup.operators.operator(self.layout, self.options, "forward", self.autocast_dtype)
         return ConsistencyTerm(c.consistency, self.layout, self.options, operator, self.stats.inconsistency)
 
     def _slices(self) -> tuple[BatchSlices | None, BatchSlices | None]:
@@ -273,7 +273,7 @@ class SolvePass:
 
     def _propagator(self, kind: type[Propagator], i: int, template: State, first_layer: int) -> Propagator:
         """For the batch, or microbatch i of it."""
-        operator = self.setup.operators.operator(self.layout, self.options, kind.direction)
+        operator = self.setup.operators.operator(self.layout, self.options, kind.direction, self.autocast_dtype)
         learning = self.conditions.learning
         return kind(
             self.evaluators[i],
