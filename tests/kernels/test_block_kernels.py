@@ -6,9 +6,26 @@ import torch
 from mlpint import MGRIT, LayerParallel
 from mlpint.kernels.dispatch import Choice, forced
 from mlpint.nn import BlockStack
+from mlpint.nn.attending import Attending, Padding
+from mlpint.nn.attention import attention_backward, attention_train
 
 OPERATIONS = ("ln_linear", "linear_axpy", "mlp", "attention", "attention_backward", "ln_backward_add")
 KERNELS = {op: Choice("triton", None, "forced") for op in OPERATIONS}
+
+
+@pytest.mark.parametrize("kernel", ["attention", "attention_backward"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_and_torch_go_on_with_each_others_sums(device, kernel, padded):
+    """One direction of attention by its kernel, the other by torch."""
+    padding = Padding(torch.tensor([20, 13], device=device), 20) if padded else None
+    to = Attending(2, 2, not padded, 0.3, padding)
+    qkv, grad = torch.randn(3, 40, 96, device=device), torch.randn(3, 40, 32, device=device)
+    found = []
+    for op in (None, kernel):
+        with forced({} if op is None else {op: Choice("triton", None, "forced")}):
+            o, lse = attention_train(qkv, to)
+            found.append((o, attention_backward(grad, qkv, o, lse, to)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "padded", "h"), [("causal", False, 1.0), ("full", True, 0.5)])

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mlpint.nn as mnn
 from mlpint import MGRIT, LayerParallel, PerLayer
 from mlpint.nn import fused_attention
+from mlpint.nn.attending import Attending, GivenMasks, Padding
+from mlpint.nn.attention import attention, attention_backward, attention_train
 from mlpint.nn.heads import rotary_tables
 
 ROTARY = {"positions": "rotary", "normalization": "rms", "biases": "none", "kv_heads": 1}
@@ -135,7 +137,8 @@ def test_gpu_operations_by_their_shapes(operation, masked):
         bias = torch.empty(4, 1, 1, 20, dtype=torch.bfloat16, device="cuda") if masked else None
         o, lse = operation.forward(q, k, v, bias, not masked, 0.3)
         assert o.shape == q.shape and lse.shape[:2] == (4, 2) and lse.shape[2] >= 20
-        gradients = operation.backward(grad, q, k, v, o, lse, bias, not masked, 0.3)
+        sums = lse.narrow(-1, 0, 20)  # as a kernel gives them
+        gradients = operation.backward(grad, q, k, v, o, sums, bias, not masked, 0.3)
     assert [g.shape for g in gradients] == [q.shape] * 3
 
 
@@ -159,3 +162,26 @@ def test_which_operation_is_chosen(monkeypatch):
     assert fused_attention.chosen(q, q, q, None, True) is None
     flash[0], q.shape = True, (4, 2, 20, 12)
     assert fused_attention.chosen(q, q, q, None, True) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["causal", "full", "padded", "windows", "masks"])
+def test_backward_on_a_gpu(kind, dtype):
+    """With the saved log-sum-exp, against autograd in double precision."""
+    j, batch, sequence, heads, width = 3, 2, 20, 2, 16
+    padding = Padding(torch.tensor([20, 13], device="cuda"), sequence) if kind == "padded" else None
+    given = GivenMasks([seen((20, 13), sequence, True).cuda()] * j, batch, sequence) if kind == "masks" else None
+    windows = (3, 20, 7) if kind == "windows" else None
+    to = Attending(batch, heads, kind in ("causal", "windows"), 0.3, padding, windows, given)
+    shape = j, batch * sequence, 3 * heads * width
+    qkv, grad = (torch.randn(j, batch * sequence, w, device="cuda").to(dtype) for w in (shape[2], shape[2] // 3))
+    o, lse = attention_train(qkv, to)
+    assert lse.numel()
+    found = attention_backward(grad, qkv, o, lse, to)
+    leaf = qkv.double().requires_grad_()
+    exact = attention(leaf, to)
+    exact.backward(grad.double())
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(o.double(), exact.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), leaf.grad, rtol=tolerance, atol=tolerance)

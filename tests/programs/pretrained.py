@@ -10,7 +10,7 @@ import torch
 import transformers
 from compare import check, compare, converged, float64
 from layers import assert_close
-from runner import raises, run
+from runner import raises, run, shared_folder
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -392,11 +392,39 @@ def stacked_and_used(comm):
     raises(ValueError, refused, lambda: model.model.layers(torch.zeros(3, 6, 16), head_mask=MASK))
 
 
+@float64
+def stacked_checkpoints(comm):
+    """Weights and AdamW's state go from stacked layers to layers of their own and back: the next step is the same."""
+    gemma = transformers.GemmaConfig(**MODERN, **HEADS_OF_8)
+    for make in (lambda: gpt2(), lambda: transformers.GemmaForCausalLM(gemma)):
+        torch.manual_seed(4)
+        models = [parallelize(make(), MGRIT(levels=1), comm=comm, stacked=stacked) for stacked in (True, False, True)]
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in models]
+
+        def step(model, optimizer):
+            loss = F.cross_entropy(model(IDS).logits.flatten(0, 1), IDS.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        with shared_folder(comm) as folder:
+            for n in range(2):
+                [step(models[n], optimizers[n]) for _ in range(2)]
+                mlpint.checkpoint.save(folder / str(n), 2, models[n], optimizers[n], comm=comm)
+                mlpint.checkpoint.load(folder / str(n), models[n + 1], optimizers[n + 1], comm=comm)
+                for name, value in models[n].state_dict().items():
+                    assert_close(models[n + 1].state_dict()[name], value, 1e-12, name)
+                losses = [[step(models[i], optimizers[i]) for _ in range(2)] for i in (n, n + 1)]
+                assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5, losses
+
+
 if __name__ == "__main__":
     run(
         [
             stacked_models,
             stacked_and_used,
+            stacked_checkpoints,
             gpt2_models,
             gpt2_with_its_own_loss,
             gpt2_eager_attention,

@@ -15,6 +15,7 @@ from torch import nn
 from ..comm.collectively import collectively
 from ..comm.communicator import Comm
 from ..errors import CheckpointError, UserError
+from ..nn.row_names import RowPart
 from ..nn.stack import named_rows
 from ..parallel.clip import stacks_of
 from . import directory as files
@@ -56,6 +57,7 @@ def save(
     comm = Comm.of(comm).world
     directory = Path(directory)
     tensors = {**model_tensors(model), **_optimizer_tensors(model, optimizer), **_learnt_tensors(model)}
+    tensors |= {name: tensors[name] - part.piece.less for name, part in _kept_less(model)}
     tensors |= {f"extra.{name}": tensor.detach() for name, tensor in (extra or {}).items()}
 
     def begin() -> list[str]:
@@ -124,6 +126,8 @@ def load(
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values.pop(name))
+        for name, part in _kept_less(model):
+            targets[name].add_(part.piece.less)
     learnt = {name: values.pop(name).to(comm.device) for name in [*values] if name.startswith("learnt.")}
     for name, stack in stacks_of(model):
         prefix = f"learnt.{name}."
@@ -145,7 +149,7 @@ def check_shapes(
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
-    parameters = {f"model.{name}": _row(p.detach(), row) for name, p, row in named_rows(model)}
+    parameters = {f"model.{name}": _part(p.detach(), part) for name, p, part in named_rows(model)}
     return parameters | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}
 
 
@@ -156,31 +160,36 @@ def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
     return {
-        f"optimizer.{name}.{key}": _row(value, row) if value.shape == parameter.shape else value.clone()
-        for name, parameter, row in named_rows(model)
+        f"optimizer.{name}.{key}": _part(value, part) if value.shape == parameter.shape else value.clone()
+        for name, parameter, part in named_rows(model)
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items()
         if isinstance(value, torch.Tensor)
     }
 
 
-def _row(tensor: torch.Tensor, row: int | None) -> torch.Tensor:
-    return tensor if row is None else tensor[row]
+def _part(tensor: torch.Tensor, part: RowPart | None) -> torch.Tensor:
+    return tensor if part is None else part(tensor)
+
+
+def _kept_less(model: nn.Module) -> list[tuple[str, RowPart]]:
+    """Those that the layers themselves keep as what they differ from a number by, as checkpoints do."""
+    return [(f"model.{name}", part) for name, _, part in named_rows(model) if part is not None and part.piece.less]
 
 
 def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, torch.Tensor]) -> None:
     optimizer.state.clear()
-    parameters = {name: (parameter, row) for name, parameter, row in named_rows(model)}
+    parameters = {name: (parameter, part) for name, parameter, part in named_rows(model)}
     for name, value in values.items():
         parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
-        parameter, row = parameters[parameter_name]
+        parameter, part = parameters[parameter_name]
         state = optimizer.state[parameter]
         # AdamW counts its steps in host memory; what has the parameter's shape lives beside the parameter.
-        if value.dim() == 0 or value.shape != _row(parameter, row).shape:
+        if value.dim() == 0 or value.shape != _part(parameter, part).shape:
             state[key] = value
-        elif row is None:
+        elif part is None:
             state[key] = value.to(parameter.device)
         else:
-            state.setdefault(key, torch.empty_like(parameter, dtype=value.dtype))[row].copy_(value)
+            part(state.setdefault(key, torch.empty_like(parameter, dtype=value.dtype))).copy_(value)
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

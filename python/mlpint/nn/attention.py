@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from . import dropout, fused_attention
-from .attending import Attending
+from .attending import Attending, masked
 from .kernels import kernel
 
 
@@ -33,10 +33,9 @@ def attention(qkv: torch.Tensor, to: Attending) -> torch.Tensor:
 def attention_train(qkv: torch.Tensor, to: Attending) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of :func:`attention`, and what its backward needs beside that and qkv: the log-sum-exp [J, B, H, T]
     (or longer, see :mod:`.fused_attention`); nothing, [J, 0], where the backward has to evaluate again."""
-    if _trains_by_kernels(qkv, to):
-        from ..kernels.attention import attention_train as train
-
-        o, lse = train(*_per_layer(qkv, to), to.causal, _lengths(to), to.scale)
+    module = _kernel("attention", qkv, to, len(qkv))
+    if module:
+        o, lse = module.attention_train(*_per_layer(qkv, to), to.causal, _lengths(to), to.scale)
         return _tokens(o), lse
     q, k, v = split_heads(qkv, to.batch, to.heads)
     bias, causal = to.mask(qkv)
@@ -50,25 +49,27 @@ def attention_train(qkv: torch.Tensor, to: Attending) -> tuple[torch.Tensor, tor
 def attention_backward(
     grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, to: Attending
 ) -> torch.Tensor:
-    """The gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D]."""
-    j, m, d = o.shape
-    batch, heads = to.batch, to.heads
-    if _trains_by_kernels(qkv, to):
-        from ..kernels.attention_backward import attention_backward_packed
+    """The gradient for qkv, [J, B T, 3 D], from that for the output, [J, B T, D].
 
-        do, o = (t.view(j, batch, m // batch, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
-        packed = attention_backward_packed(
-            do, *_per_layer(qkv, to), o, lse.contiguous(), to.causal, _lengths(to), to.scale
-        )
+    Whoever computed the log-sum-exp, kernel or torch, either can go on with it.
+    """
+    j, m, d = o.shape
+    batch, heads, sequence = to.batch, to.heads, m // to.batch
+    module = _kernel("attention_backward", qkv, to, j) if lse.numel() else None
+    if module:
+        do, o = (t.view(j, batch, sequence, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
+        sums = lse[..., :sequence].contiguous()
+        packed = module.attention_backward_packed(do, *_per_layer(qkv, to), o, sums, to.causal, _lengths(to), to.scale)
         return packed.view(j, m, 3 * d)
     bias, causal = to.mask(qkv)
-    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, batch, m // batch, d)), heads)
-    if lse.numel():
-        q, k, v = split_heads(qkv, batch, heads)
-        operation = fused_attention.chosen(q, k, v, bias, causal)
-        if operation is None:
-            raise RuntimeError("torch's choice of attention changed between a forward and its backward")
-        o = _split_output(o.view(j, batch, m // batch, d), heads)
+    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, batch, sequence, d)), heads)
+    q, k, v = split_heads(qkv, batch, heads)
+    operation = fused_attention.chosen(q, k, v, bias, causal) if lse.numel() else None
+    if operation is not None:
+        if to.padding is not None:  # of queries that see none the kernel's is 0, from which exponentials could overflow
+            hidden = to.padding.padded[:, None]  # [B, 1, T]
+            lse = lse[..., :sequence].masked_fill(hidden, -masked(lse.dtype))
+        o = _split_output(o.view(j, batch, sequence, d), heads)
         gradients = operation.backward(grad, q, k, v, o, lse.flatten(0, 1), bias, causal, to.scale)
         return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in gradients], -1)
     with torch.enable_grad():
@@ -123,11 +124,6 @@ def _kernel(op: str, qkv: torch.Tensor, to: Attending, j: int) -> ModuleType | N
     _, m, width = qkv.shape
     head = max(16, 1 << (width // 3 // to.heads - 1).bit_length())  # the width of the kernel's tiles
     return kernel(op, head, m // to.batch, j * to.batch * to.heads, qkv)
-
-
-def _trains_by_kernels(qkv: torch.Tensor, to: Attending) -> bool:
-    """Whether both kernels are taken, whatever the number of layers: what one grouping of them saves another reads."""
-    return all(_kernel(op, qkv, to, 1) for op in ("attention", "attention_backward"))
 
 
 def _per_layer(qkv: torch.Tensor, to: Attending) -> Sequence[torch.Tensor]:

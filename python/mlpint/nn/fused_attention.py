@@ -76,6 +76,7 @@ class _Flash:
 
     def backward(self, grad, q, k, v, o, lse, bias, causal, scale):
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+        lse = lse.narrow(-1, 0, q.shape[2]).contiguous()
         return aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, no_seed, no_seed, scale=scale
         )
@@ -89,6 +90,7 @@ class _Efficient:
 
     def backward(self, grad, q, k, v, o, lse, bias, causal, scale):
         no_seed = torch.empty((), dtype=torch.int64, device=q.device)
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32))  # whole blocks of queries, as its own forward gives it
         return aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, _aligned(bias, q), o, lse, no_seed, no_seed, 0.0, [True, True, True, False], causal,
             scale=scale,

@@ -42,6 +42,18 @@ class Piece:
         self.view(row).copy_(kept + self.less if self.less else kept)
 
 
+@dataclasses.dataclass(frozen=True)
+class RowPart:
+    """Where a layer's own tensor lies in a stacked one: of the parameter, of its gradient, of an optimiser's state."""
+
+    row: int
+    piece: Piece
+
+    def __call__(self, stacked: torch.Tensor) -> torch.Tensor:
+        """The view."""
+        return self.piece.view(stacked[self.row])
+
+
 def own_pieces(present: Weights[object]) -> tuple[Piece, ...]:
     """Those of an unstacked :class:`mlpint.nn.Block`, of the parameters that there are."""
     fields = zip(NAMES, Weights._fields, present, strict=True)

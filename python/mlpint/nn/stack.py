@@ -14,7 +14,7 @@ from . import differentiable
 from .batch_arguments import BatchArguments, Rotation
 from .block import Block, initialize
 from .random_keys import draw_key
-from .row_names import own_pieces
+from .row_names import RowPart, own_pieces
 from .settings import NAMES, BlockSettings, Weights
 from .step_context import StepContext
 
@@ -221,8 +221,8 @@ class BlockStack(nn.Module):
         unexpected.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known)
 
 
-def named_rows(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """The parameters by their names where no blocks are stacked: (name, parameter, row of it or None for all)."""
+def named_rows(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, RowPart | None]]:
+    """The parameters by their names where no layers are stacked: (name, parameter, part of it or None for all)."""
     stacks = {path: m for path, m in model.named_modules() if isinstance(m, BlockStack)}
     for name, parameter in model.named_parameters():
         path, _, field = name.rpartition(".")
@@ -232,4 +232,6 @@ def named_rows(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None
         stack = stacks[path]
         outer = path.rpartition(".")[0] if stack.saved_by_owner else path
         for i, n in enumerate(stack.indices):
-            yield f"{outer}.{n}.{NAMES[Weights._fields.index(field)]}".removeprefix("."), parameter, i
+            for piece in stack.pieces:
+                if piece.field == field:
+                    yield f"{outer}.{n}.{piece.name}".removeprefix("."), parameter, RowPart(i, piece)

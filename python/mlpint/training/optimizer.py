@@ -23,7 +23,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         ConfigError: an optimiser that this torch does not have.
     """
     # Of stacked parameters what counts is one layer's row.
-    dims = {p: p.dim() - (row is not None) for _, p, row in named_rows(model) if p.requires_grad}
+    dims = {p: p.dim() - (part is not None) for _, p, part in named_rows(model) if p.requires_grad}
     matrices = [p for p, dim in dims.items() if dim >= 2]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay},
