@@ -333,7 +333,7 @@ def test_blocks_that_compute_something_else_are_found(monkeypatch):
 
     def false(layers, config):
         blocks = true(layers, config)
-        blocks.settings = dataclasses.replace(blocks.settings, attention="full")
+        blocks.settings = dataclasses.replace(blocks.settings, eps=1.0)
         return blocks
 
     monkeypatch.setattr(stacked, "stack_of", false)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,15 @@ def check_shapes(
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What this rank holds. Not ``state_dict()``, which brings all layers to every rank."""
     parameters = {f"model.{name}": _part(p.detach(), part) for name, p, part in named_rows(model)}
-    return parameters | {f"model.{name}": tensor.detach() for name, tensor in model.named_buffers()}
+    return parameters | {f"model.{name}": buffer.detach() for name, buffer in _saved_buffers(model)}
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that a state dict has, too; others follow from the model itself."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".removeprefix("."), buffer
 
 
 def _learnt_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
