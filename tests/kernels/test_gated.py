@@ -8,7 +8,7 @@ from kernel_checks import assert_as_good_as_torch, layered
 from mlpint.kernels import gated_backward, gated_linear
 from mlpint.kernels.dispatch import Choice, forced
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16]
 OPERATION, TRAIN = torch.ops.mlpint.gated_linear.default, torch.ops.mlpint.gated_linear_train.default
 BACKWARD = torch.ops.mlpint.gated_backward.default
 CONFIG = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}

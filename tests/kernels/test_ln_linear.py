@@ -36,12 +36,11 @@ def config(request):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("biases", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize(("biases", "dtype"), [*((True, dtype) for dtype in DTYPES), (False, torch.bfloat16)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(device, poisoned, config, shape, biases, dtype):
     tensors = inputs(shape, dtype, device, biases=biases)
-    for activation in ("none", "gelu_tanh", "gelu", "silu"):
+    for activation in ("none", "gelu_tanh", "gelu") if biases else ("none", "silu"):
         y = OPERATION(*tensors, 1e-5, activation)
         in_torch = ln_linear.ln_linear_reference(*tensors, 1e-5, activation)
         exact = ln_linear.ln_linear_reference(*wide(tensors), 1e-5, activation)

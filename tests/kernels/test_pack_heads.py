@@ -25,9 +25,9 @@ def wide(arguments):
     return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
-@pytest.mark.parametrize(("norm", "rotary"), [(False, True), (True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("norm", "rotary"), [(False, True), (True, True), (False, False)])
 def test_matches_float64(device, poisoned, shape, rows, norm, rotary, dtype, monkeypatch):
     monkeypatch.setattr(module, "default_config", lambda *_: {"BLOCK_M": 8, "num_warps": 4})
     arguments = inputs(shape, rows, dtype, device, norm, rotary)
