@@ -105,3 +105,7 @@ def test_stacks_of_todays_blocks(device, variant, monkeypatch):
     assert taken == expected, taken
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    with forced({op: Choice("triton", None, "forced") for op in TODAYS}), torch.autocast(x.device.type, torch.bfloat16):
+        y = network(x)  # a kernel whose operands differ in dtype is not taken
+        y.sum().backward()
+    torch.testing.assert_close(y, results[0][0], rtol=0.1, atol=0.1)

@@ -57,6 +57,18 @@ def test_both_halves_of_the_backward_are_autograds(variant, lengths, h):
         torch.testing.assert_close(gradient, p.grad, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_norms_of_heads_alone_are_trained():
+    """Autograd is wanted for what goes into attention, though for nothing before it."""
+    block = disturbed(mnn.Block(16, 4, qk_norm=True, **SWIGLU).double()).requires_grad_(False)
+    block.q_norm.requires_grad_(True)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    block(x).square().sum().backward()
+    y, tape = block.split_forward(x)
+    tape.input_vjp(2 * y)
+    (gradient,) = [g for g in tape.weight_vjp() if g is not None]
+    torch.testing.assert_close(gradient, block.q_norm.weight.grad, rtol=1e-10, atol=1e-10)
+
+
 MODELS = [
     ("Llama", {}),
     ("Llama", {"rope_parameters": LLAMA3}),

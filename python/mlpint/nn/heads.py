@@ -29,10 +29,12 @@ def packed(
     Differentiable.
     """
     settings = context.settings
-    recorded = torch.is_grad_enabled() and qkv.requires_grad
-    module = None if recorded else _kernel(context, qkv)
+    weights = w.q_norm_weight, w.k_norm_weight
+    given = [qkv, *(t for t in weights if t is not None)]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    module = None if recorded else _kernel(context, *given)
     if module:
-        weights, tables = (w.q_norm_weight, w.k_norm_weight), _flat_rotation(context, qkv)
+        tables = _flat_rotation(context, qkv)
         out, *rms = module.pack_heads(qkv, settings.heads, settings.kv_heads, *weights, *tables, settings.eps)
         shape = len(qkv), context.batch, qkv.shape[1] // context.batch
         return out, *(t.view(*shape, -1) if t.numel() else t for t in rms)
@@ -129,12 +131,12 @@ def _unpacked(context: StepContext, grad: torch.Tensor) -> torch.Tensor:
     return d_qkv.view(j, m, -1)
 
 
-def _kernel(context: StepContext, x: torch.Tensor) -> ModuleType | None:
+def _kernel(context: StepContext, x: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
     """The module of the kernels that do all of this in one pass, where they are taken for x [J, M, ...]."""
     settings = context.settings
     if settings.qk_norm == "all" or settings.head_width % 2:
         return None
-    return kernel("pack_heads", settings.head_width, x.shape[1], len(x), x)
+    return kernel("pack_heads", settings.head_width, x.shape[1], len(x), x, *others)
 
 
 def _flat_rotation(context: StepContext, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

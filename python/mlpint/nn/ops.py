@@ -77,12 +77,12 @@ def norm_backward_add(
     if module:
         wide = torch.promote_types(x.dtype, torch.float32)
         dx, *sums = module.ln_backward_add(
-            grad,
+            _by_rows(grad),
             x,
             None if rms else mean.to(wide).contiguous(),
             rstd.to(wide).contiguous(),
             weight,
-            residual,
+            None if residual is None else _by_rows(residual),
         )
         return dx, torch.stack(sums, 1)
     if rms:
@@ -101,6 +101,11 @@ def norm_backward_add(
             [True, False, False],
         )[0]
     return dx if residual is None else plus(dx, residual), x.new_empty(len(x), 0)
+
+
+def _by_rows(gradient: torch.Tensor) -> torch.Tensor:
+    """As kernels take it; that of a sum is one number, expanded."""
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
 
 
 def plus(used_up: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
