@@ -392,6 +392,7 @@ def stacked_and_used(comm):
             )
     refused = "stacked layers cannot be given head_mask"
     raises(ValueError, refused, lambda: model.model.layers(torch.zeros(3, 6, 16), head_mask=MASK))
+    raises(ValueError, "is_causal", lambda: model(IDS, is_causal=False))
 
 
 @float64

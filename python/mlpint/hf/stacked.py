@@ -14,10 +14,11 @@ from ..mgrit.options import MGRIT
 from ..nn import BlockStack
 from ..nn.convert import pieces_of, settings_of, stack_of
 from .families import pretrained_models
-from .looped_stack import LoopedStack
+from .looped_stack import REMEDIES, LoopedStack
 
-# Arguments that say nothing new to a layer which is given its mask and its rotation, or are passed on for the loss.
-_OF_NO_CONCERN = ("position_ids", "cache_position", "use_cache", "return_dict", "num_items_in_batch")
+# Arguments that say nothing new to a layer which is given its mask and its rotation, are passed on for the loss, or
+# have been refused where they ask for anything.
+_OF_NO_CONCERN = {"position_ids", "cache_position", "return_dict", "num_items_in_batch", *REMEDIES}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -44,7 +45,7 @@ class StackedLoop(LoopedStack):
     def _solve(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self._argument_names[1:], args, strict=False)) | kwargs
         mask, rotation = given.pop("attention_mask", None), given.pop("position_embeddings", None)
-        left = {name: v for name, v in given.items() if v is not None and v is not False and name not in _OF_NO_CONCERN}
+        left = [name for name, value in given.items() if value is not None and name not in _OF_NO_CONCERN]
         if left or isinstance(rotation, PerLayer):
             raise ValueError(
                 f"stacked layers cannot be given {', '.join(left) or 'positions by layer'}: parallelize the model with "
