@@ -18,6 +18,7 @@ import torch
 from block import Block
 
 from mlpint import MGRIT, LayerParallel
+from mlpint.nn import BlockStack
 
 
 def serial_step(layers, x):
@@ -62,22 +63,30 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=1, help="of the batch, in coarse sweeps from rank to rank")
     parser.add_argument("--coarse", default="injection", help="coarse operator")
     parser.add_argument("--layout", default="block", help="block, or cyclic for --coarse sum")
+    parser.add_argument(
+        "--stacked", action="store_true", help="an mlpint.nn.BlockStack against the loop over its blocks"
+    )
     parser.add_argument("--json", help="append the results to this file")
     args = parser.parse_args()
     comm = machine.start()
     torch.manual_seed(0)
-    layers = [Block(args.dim, args.heads, args.layers) for _ in range(args.layers)]
+    if args.stacked:
+        stack = BlockStack(args.layers, args.dim, args.heads)
+        layers, parallel_layers = list(stack.to_blocks()), stack
+    else:
+        layers = parallel_layers = [Block(args.dim, args.heads, args.layers) for _ in range(args.layers)]
     x = torch.randn(args.batch, args.sequence, args.dim)
     for setting in args.settings.split():
         forward, backward, cfactor = map(int, setting.split(","))
         options = MGRIT(cfactor=cfactor, forward_iters=forward, backward_iters=backward, coarse=args.coarse)
-        blocks = LayerParallel(layers, options, comm=comm, layout=args.layout, chain_slices=args.slices)
+        blocks = LayerParallel(parallel_layers, options, comm=comm, layout=args.layout, chain_slices=args.slices)
         serial, parallel = measure(comm, layers, blocks, x, args.repeats)
         if comm.rank == 0:
             ratio = statistics.median(s / p for s, p in zip(serial, parallel, strict=True))
             s, p = statistics.median(serial), statistics.median(parallel)
             print(
-                f"({forward},{backward}) cf {cfactor} {args.coarse} slices {args.slices} "
+                f"{'stacked ' if args.stacked else ''}({forward},{backward}) cf {cfactor} {args.coarse} slices "
+                f"{args.slices} "
                 f"on {comm.size} ranks ({comm.name}): serial {s * 1e3:.1f} ms, "
                 f"layer-parallel {p * 1e3:.1f} ms, {ratio:.2f}x; waited {blocks.stats.seconds['wait'] * 1e3:.1f} ms",
                 flush=True,
