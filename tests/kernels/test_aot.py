@@ -113,3 +113,15 @@ def test_an_interpreting_process_is_refused():
         text=True,
     )
     assert result.returncode == 2 and "Triton interprets: unset TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shipped_estimates_are_what_the_estimator_writes(tmp_path):
+    from mlpint.kernels import tuned_files
+
+    result = process("-m", "mlpint.kernels.estimate", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    for name in ("estimated-sm80.json", "estimated-sm90.json"):
+        ours, written = (tuned_files.load(folder / name) for folder in (tuned_files.SHIPPED, tmp_path))
+        assert written.estimated and written.entries == ours.entries, f"{name}: write it anew"
