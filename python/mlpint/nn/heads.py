@@ -55,7 +55,7 @@ def _together(context: StepContext, q: torch.Tensor, k: torch.Tensor, v: torch.T
     settings = context.settings
     if settings.positions == "rotary":
         cos, sin = _rotation(context, q)
-        q, k = (torch.cat(_rotated(t, cos, sin), -1) for t in (q, k))
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     k, v = (t.repeat_interleave(settings.heads // settings.kv_heads, 3) for t in (k, v))
     return torch.cat([t.flatten(3) for t in (q, k, v)], -1).flatten(1, 2)
 
@@ -70,10 +70,10 @@ def _in_place(context: StepContext, q: torch.Tensor, k: torch.Tensor, v: torch.T
     if settings.positions == "rotary":
         cos, sin = _rotation(context, q)
         _rotate_into(out[:, :, :, 0], q, cos, sin)
-        _rotate_into(grouped[:, :, :, 1], k.unsqueeze(4), cos.unsqueeze(-2), sin.unsqueeze(-2))
+        k = _rotated(k, cos, sin)
     else:
         out[:, :, :, 0].copy_(q)
-        grouped[:, :, :, 1].copy_(k.unsqueeze(4))
+    grouped[:, :, :, 1].copy_(k.unsqueeze(4))
     return out.view(j, batch * sequence, 3 * heads * width)
 
 
@@ -156,12 +156,23 @@ def _normed(settings: BlockSettings, heads: torch.Tensor) -> torch.Tensor:
     return heads.flatten(3) if settings.qk_norm == "all" else heads
 
 
-def _rotation(context: StepContext, heads: torch.Tensor) -> Tensors:
-    """Cosine and sine for heads [J, B, T, heads, hd], in shapes to be broadcast."""
+def _rotation(context: StepContext, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and signed sine for heads [J, B, T, heads, hd], as :func:`_rotated` takes them."""
     if context.rotation is not None:
         cos, sin = (table.unsqueeze(2).to(heads.dtype) for table in context.rotation)
-        return cos, sin
-    return rotary_tables(context.settings, heads.shape[2], heads.device, heads.dtype)
+        return _over_both_halves(cos, sin)
+    return _signed_tables(context.settings, heads.shape[2], heads.device, heads.dtype)
+
+
+def _over_both_halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _signed_tables(
+    settings: BlockSettings, sequence: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _over_both_halves(*rotary_tables(settings, sequence, device, dtype))
 
 
 @functools.lru_cache(maxsize=64)
@@ -198,15 +209,11 @@ def _split(settings: BlockSettings, qkv: torch.Tensor, batch: int) -> tuple[torc
     return heads.split([settings.heads, settings.kv_heads, settings.kv_heads], 3)
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
-    """Both halves of the channels."""
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(a cos - b sin, b cos + a sin) of channels (a, b), of tables (cos, cos) and (-sin, sin). Differentiable."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _rotate_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same with both halves written where they belong; x may be broadcast."""
-    (a, b), (first, second) = x.expand(out.shape).chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return out
+def _rotate_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """The same, written to where it belongs."""
+    torch.mul(x, cos, out=out).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
