@@ -31,9 +31,8 @@ def test_transformers_models(scenario, launcher, ranks):
     check("pretrained.py", scenario, launcher, ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_replicas_stay_equal(ranks):
-    check("drift.py", "a_thousand_steps", "mpich", ranks)
+def test_replicas_stay_equal():
+    check("drift.py", "a_thousand_steps", "mpich", 3)
 
 
 class Block(nn.Module):
