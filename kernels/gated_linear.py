@@ -5,7 +5,6 @@ J layers run in one launch. The norm is a LayerNorm, or an RMSNorm where it has 
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
@@ -14,9 +13,7 @@ from . import dispatch
 from .common import (
     Launch,
     activate,
-    check,
     check_activation,
-    check_dense,
     dot,
     input_precision,
     round_to,
@@ -26,12 +23,14 @@ from .common import (
 )
 from .ln_linear import (
     activation_reference,
-    norm_reference,
+    check_operands,
+    empty_statistics,
+    linear_reference,
     normalised,
-    of_layer,
     statistics_reference,
     store_statistics,
     stream_statistics,
+    streamed,
 )
 
 
@@ -129,26 +128,21 @@ def gated_linear_train_reference(
 
 def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
     check_activation(activation)
-    normal = [norm_reference(x[j], ln_weight[j], of_layer(ln_bias, j), eps) for j in range(len(x))]
-    both = torch.stack([F.linear(normal[j], weight[j], of_layer(bias, j)) for j in range(len(x))])
+    both, _ = linear_reference(x, ln_weight, ln_bias, weight, bias, eps, "none")
     gate, up = both.chunk(2, -1)
     return activation_reference(gate, activation) * up, both
 
 
 def default_config(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """The configuration of a launch for which no tuned one is known."""
-    return _config(32, 64, 32, 8, 2) if dtype == torch.float32 else _config(64, 64, 64, 8, 3)
+    return streamed(32, 64, 32, 8, 2) if dtype == torch.float32 else streamed(64, 64, 64, 8, 3)
 
 
 def configs(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, int]]:
     """Candidates to tune over: there are two accumulators, and two blocks of the weight in flight."""
     if dtype == torch.float32:
-        return [_config(*c) for c in ((32, 32, 32, 8, 2), (32, 64, 32, 8, 2))]
-    return [_config(*c) for c in ((32, 64, 64, 4, 3), (64, 64, 64, 8, 3), (64, 128, 64, 8, 3), (128, 64, 64, 8, 3))]
-
-
-def _config(m, n, k, warps, stages):
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+        return [streamed(*c) for c in ((32, 32, 32, 8, 2), (32, 64, 32, 8, 2))]
+    return [streamed(*c) for c in ((32, 64, 64, 4, 3), (64, 64, 64, 8, 3), (64, 128, 64, 8, 3), (128, 64, 64, 8, 3))]
 
 
 def launch_of(
@@ -186,13 +180,7 @@ def _check(x, ln_weight, ln_bias, weight, bias, activation):
     if x.ndim != 3 or weight.ndim != 3 or weight.shape[1] % 2:
         got = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         raise ValueError(f"{got}: expected [J, M, D] and [J, 2 F, D]")
-    (layers, _, d), n = x.shape, weight.shape[1]
-    check_activation(activation)
-    check_dense("x", x)
-    check("ln_weight", ln_weight, (layers, d), like=x)
-    check("ln_bias", ln_bias, (layers, d), like=x)
-    check("weight", weight, (layers, n, d), like=x)
-    check("bias", bias, (layers, n), like=x)
+    check_operands(x, ln_weight, ln_bias, weight, bias, activation)
 
 
 def _config_of(x: Tensor) -> dict[str, int]:
@@ -269,8 +257,7 @@ def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="silu"):
 
 def _train_outputs(x, ln_bias, weight):
     (layers, m, _), n = x.shape, weight.shape[1]
-    mean, rstd = (x.new_empty(layers, size, dtype=torch.float32) for size in (0 if ln_bias is None else m, m))
-    return x.new_empty(layers, m, n // 2), mean, rstd, x.new_empty(layers, m, n)
+    return x.new_empty(layers, m, n // 2), *empty_statistics(x, ln_bias is None), x.new_empty(layers, m, n)
 
 
 def aot_launches(candidates: bool = False):

@@ -220,7 +220,7 @@ def ln_linear_reference(
     activation: str = "none",
 ) -> Tensor:
     """What :func:`ln_linear` does, in plain PyTorch."""
-    return _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)[0]
+    return linear_reference(x, ln_weight, ln_bias, weight, bias, eps, activation)[0]
 
 
 def ln_linear_train_reference(
@@ -233,7 +233,7 @@ def ln_linear_train_reference(
     activation: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`ln_linear_train` does, in plain PyTorch."""
-    y, pre_activation = _reference(x, ln_weight, ln_bias, weight, bias, eps, activation)
+    y, pre_activation = linear_reference(x, ln_weight, ln_bias, weight, bias, eps, activation)
     return y, *statistics_reference(x, eps, ln_bias is None), x.new_empty(0) if activation == "none" else pre_activation
 
 
@@ -265,7 +265,8 @@ def of_layer(tensor: Tensor | None, j: int) -> Tensor | None:
     return None if tensor is None else tensor[j]
 
 
-def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
+def linear_reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
+    """(activation of a linear map behind a norm, the linear map), in plain PyTorch."""
     check_activation(activation)
     normal = [norm_reference(x[j], ln_weight[j], of_layer(ln_bias, j), eps) for j in range(len(x))]
     linear = torch.stack([F.linear(normal[j], weight[j], of_layer(bias, j)) for j in range(len(x))])
@@ -275,24 +276,25 @@ def _reference(x, ln_weight, ln_bias, weight, bias, eps, activation):
 def default_config(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """The configuration of a launch for which no tuned one is known."""
     if dtype == torch.float32:
-        return _streamed(64, 64, 32, 8, 2)
-    return _rows(64, 64, 2, 4, 2) if d <= WIDEST_ROW else _streamed(64, 128, 64, 4, 3)
+        return streamed(64, 64, 32, 8, 2)
+    return _rows(64, 64, 2, 4, 2) if d <= WIDEST_ROW else streamed(64, 128, 64, 4, 3)
 
 
 def configs(d: int = 256, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, int]]:
     """Candidates to tune over. Those with TILES hold whole rows, for that many tiles of columns."""
     if dtype == torch.float32:
         exact = [(32, 32, 32, 4, 3), (32, 64, 32, 8, 3), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
-        return [_streamed(*c) for c in exact]
-    streamed = [(32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]
+        return [streamed(*c) for c in exact]
+    blocks = [(32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]
     if d > WIDEST_ROW:
-        return [_streamed(*c) for c in (*streamed, (64, 256, 64, 8, 3))]
+        return [streamed(*c) for c in (*blocks, (64, 256, 64, 8, 3))]
     rows = [(32, 64, 2, 4, 2), (64, 64, 1, 4, 1), (64, 64, 2, 4, 2), (64, 64, 4, 4, 2)]
     rows += [(64, 128, 4, 8, 2), (128, 64, 4, 8, 2)]
-    return [_rows(*c) for c in rows] + [_streamed(*c) for c in streamed]
+    return [_rows(*c) for c in rows] + [streamed(*c) for c in blocks]
 
 
-def _streamed(m, n, k, warps, stages):
+def streamed(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
+    """A configuration that reads rows in blocks of k columns."""
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
 
 
@@ -344,6 +346,13 @@ def launch_of(
 def _check(x, ln_weight, ln_bias, weight, bias, activation):
     if x.ndim != 3 or weight.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions and weight {weight.ndim}, expected [J, M, D] and [J, N, D]")
+    check_operands(x, ln_weight, ln_bias, weight, bias, activation)
+
+
+def check_operands(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> None:
+    """Raise ValueError unless a norm, a linear map [J, N, D] behind it and an activation go with x [J, M, D]."""
     (layers, _, d), n = x.shape, weight.shape[1]
     check_activation(activation)
     check_dense("x", x)
@@ -429,8 +438,13 @@ def _(x, ln_weight, ln_bias, weight, bias, eps=1e-5, activation="none"):
 def _train_outputs(x, ln_bias, weight, activation):
     (layers, m, _), n = x.shape, weight.shape[1]
     y = x.new_empty(layers, m, n)
-    mean, rstd = (x.new_empty(layers, size, dtype=torch.float32) for size in (0 if ln_bias is None else m, m))
-    return y, mean, rstd, x.new_empty(0) if activation == "none" else torch.empty_like(y)
+    return y, *empty_statistics(x, ln_bias is None), x.new_empty(0) if activation == "none" else torch.empty_like(y)
+
+
+def empty_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """Memory for mean ([J, 0] of an RMSNorm) and 1/std of rows, float32."""
+    layers, m, _ = x.shape
+    return x.new_empty(layers, 0 if rms else m, dtype=torch.float32), x.new_empty(layers, m, dtype=torch.float32)
 
 
 def aot_launches(candidates: bool = False):

@@ -76,8 +76,6 @@ class LlamaBlockCase(BlockCase):
         out = y + F.linear(F.silu(gate) * up, layer_inputs["down_weight"])
         return (out if h == 1 else torch.lerp(x, out, h),)
 
-    kernel = BlockCase.batched
-
     def flops(self, shape: Shape, mode: str) -> float:
         m, d = shape.m, shape.d
         keys = max(1, shape.heads // 2) / shape.heads

@@ -174,7 +174,7 @@ def _replacement(
     reasons = [message.decode() for message in comm.world.gather(reason.encode())]
     if any(reasons) or blocks is None:
         raise _NotStackedError(next(filter(None, reasons)))
-    return StackedLoop(layers, blocks, options, comm=comm, **kwargs)
+    return StackedLoop(layers, options, evaluated=blocks, comm=comm, **kwargs)
 
 
 def _has_parts_elsewhere(model: nn.Module) -> bool:

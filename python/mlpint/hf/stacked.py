@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers.arguments import PerLayer
-from ..mgrit.options import MGRIT
 from ..nn import BlockStack
 from ..nn.convert import pieces_of, settings_of, stack_of
 from .families import pretrained_models
@@ -23,15 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class StackedLoop(LoopedStack):
-    """As :class:`LoopedStack`, its layers evaluated as :class:`mlpint.nn.BlockStack` does.
-
-    Args:
-        layers: the model's.
-        blocks: the same as blocks.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module], blocks: BlockStack, options: MGRIT | None, **kwargs: Any) -> None:
-        super().__init__(layers, options, evaluated=blocks, **kwargs)
+    """As :class:`LoopedStack`, its layers ``evaluated`` as a :class:`mlpint.nn.BlockStack` that computes the same."""
 
     @property
     def gradient_checkpointing(self) -> bool:
