@@ -33,7 +33,26 @@ def attend(qkv, heads, causal, lengths):
     return torch.stack(rows)
 
 
-def step(p, x, *, heads, attention="causal", norm="pre", gelu="tanh", eps=1e-5, h=1.0, lengths=None):
+def remember(q, kv, heads, lengths):
+    """Attention of every query to all of a memory but its padding."""
+    size = q.shape[2] // heads
+    rows = []
+    for b in range(len(q)):
+        length = kv.shape[1] if lengths is None else int(lengths[b])
+        if length == 0:
+            rows.append(torch.zeros_like(q[b]))
+            continue
+        k, v = kv[b, :length].view(length, 2, heads, size).unbind(1)
+        scores = torch.einsum("thc,shc->ths", q[b].view(-1, heads, size), k) / math.sqrt(size)
+        share = scores.exp() / scores.exp().sum(2, keepdim=True)
+        rows.append(torch.einsum("ths,shc->thc", share, v).flatten(1))
+    return torch.stack(rows)
+
+
+def step(
+    p, x, *, heads, attention="causal", norm="pre", gelu="tanh", eps=1e-5, h=1.0, lengths=None, memory=None,
+    memory_lengths=None,
+):  # fmt: skip
     """p: parameters by their names in a block ("ln1.weight", ...)."""
 
     def ln(n, t):
@@ -50,6 +69,9 @@ def step(p, x, *, heads, attention="causal", norm="pre", gelu="tanh", eps=1e-5, 
 
     if norm == "pre":
         y = x + attended(ln(1, x))
+        if memory is not None:
+            q, kv = linear("cross_q", ln("_cross", y)), linear("cross_kv", ln("_memory", memory))
+            y = y + linear("cross_proj", remember(q, kv, heads, memory_lengths))
         return x + h * (y - x + ffn(ln(2, y)))
     y = ln(1, x + attended(x))
     return x + h * (ln(2, y + ffn(y)) - x)

@@ -63,23 +63,59 @@ def test_against_formulas(norm, attention, gelu, h, lengths):
         close(got, want)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize(("h", "lengths"), [(1.0, None), (0.3, torch.tensor([7, 2, 0]))])
+def test_attention_to_a_memory_against_formulas(h, lengths):
+    b = block(cross=True, step_size=h)
+    x, memory = torch.randn(BATCH, SEQUENCE, D, requires_grad=True), torch.randn(BATCH, 7, D, requires_grad=True)
+    g, parameters = torch.randn(BATCH, SEQUENCE, D), dict(b.named_parameters())
+    wanted = [x, memory, *parameters.values()]
+    expected = block_reference.step(parameters, x, heads=HEADS, h=h, memory=memory, memory_lengths=lengths)
+    gradients = torch.autograd.grad(expected, wanted, g)
+    y = b(x, memory=memory, memory_lengths=lengths)
+    close(y, expected)
+    for got, want in zip(torch.autograd.grad(y, wanted, g), gradients, strict=True):
+        close(got, want)
+    y, tape = b.split_forward(x, memory=memory, memory_lengths=lengths)
+    close(y, expected)
+    tape.input_vjp(torch.randn_like(g))  # an earlier sweep
+    for got, want in zip([tape.input_vjp(g), *tape.weight_vjp()], [gradients[0], *gradients[2:]], strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize(("settings", "call", "words"), [
+    ({}, {"memory": torch.zeros(3, 4, D)}, "go with cross = True"),
+    ({}, {"memory_lengths": torch.ones(3, dtype=torch.int64)}, "go with cross = True"),
+    ({"cross": True}, {}, r"memory is missing: .* attend to one, \[3, S, 12\]"),
+    ({"cross": True}, {"memory": torch.zeros(2, 4, D)}, r"memory is \(2, 4, 12\): must be \[3, S, 12\]"),
+    ({"cross": True}, {"memory": torch.zeros(3, 4, D), "memory_lengths": torch.ones(2)}, "memory_lengths is "),
+])  # fmt: skip
+def test_a_memory_that_does_not_fit_is_refused(settings, call, words):
+    with pytest.raises(ValueError, match=words):
+        block(**settings)(torch.randn(BATCH, SEQUENCE, D), **call)
+    for more in {"norm": "post"}, {"normalization": "rms"}, {"kv_heads": 1}:
+        with pytest.raises(ValueError, match="cross = True: is for blocks with norm = 'pre'"):
+            block(cross=True, **more)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "cross"])
 def test_split_backward_under_dropout(norm):
     """The backward makes the forward's masks again."""
-    b = block(norm=norm, dropout=0.4, attention_dropout=0.2)
+    b = block(**({"cross": True} if norm == "cross" else {"norm": norm}), dropout=0.4, attention_dropout=0.2)
     x, g = torch.randn(BATCH, SEQUENCE, D, requires_grad=True), torch.randn(BATCH, SEQUENCE, D)
-    lengths = torch.tensor([5, 3, 1])
+    lengths, more = torch.tensor([5, 3, 1]), {}
+    if norm == "cross":
+        more = {"memory": torch.randn(BATCH, 4, D), "memory_lengths": torch.tensor([4, 0, 3])}
     torch.manual_seed(7)
-    y = b(x, lengths)
+    y = b(x, lengths, **more)
     wanted = torch.autograd.grad(y, [x, *b.parameters()], g)
     torch.manual_seed(7)
-    z, tape = b.split_forward(x, lengths)
+    z, tape = b.split_forward(x, lengths, **more)
     close(z, y)
     for got, want in zip([tape.input_vjp(g), *tape.weight_vjp()], wanted, strict=True):
         close(got, want)
-    assert not torch.equal(b(x, lengths), y), "another draw, the same mask"
+    assert not torch.equal(b(x, lengths, **more), y), "another draw, the same mask"
     b.eval()
-    assert torch.equal(b(x, lengths), b(x, lengths))
+    assert torch.equal(b(x, lengths, **more), b(x, lengths, **more))
 
 
 def test_only_parameters_that_require_gradients():

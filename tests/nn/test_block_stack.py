@@ -112,12 +112,13 @@ def test_progressions():
 
 def test_states_that_lie_together_are_not_copied():
     whole = torch.randn(4, 2, 3)
-    slices = [Slice(whole, i) for i in range(4)]
+    slices = [Slice((t,), ((whole, i),)) for i, t in enumerate(whole)]
     for picked in (slices, slices[1:3], slices[::2]):
         x = stacked_states(picked)
         assert x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         assert torch.equal(x, torch.stack([s.tensors[0] for s in picked]))
-    other = Slice(torch.randn(1, 2, 3), 0)
+    elsewhere = torch.randn(1, 2, 3)
+    other = Slice((elsewhere[0],), ((elsewhere, 0),))
     for picked in ([slices[0], other], [slices[2], slices[1]], [slices[0], slices[1], slices[3]]):
         assert torch.equal(stacked_states(picked), torch.stack([s.tensors[0] for s in picked]))
 

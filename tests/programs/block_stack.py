@@ -13,7 +13,7 @@ from torch import nn
 
 import mlpint
 from mlpint import MGRIT, LayerParallel, checkpoint
-from mlpint.nn import BlockStack
+from mlpint.nn import BlockStack, EncoderDecoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import block_reference  # noqa: E402
@@ -146,6 +146,116 @@ def todays_blocks(comm):
             compare_solves(comm, stack, x, options)
         lengths = torch.tensor([5, 2, 4])
         compare_solves(comm, stack, x, MGRIT(cfactor=3, forward_iters=1), recompute=True, lengths=lengths)
+
+
+def pair(size=3):
+    """Both streams, of other lengths, and the tokens of the first without padding."""
+    y = torch.randn(size, 4, D, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return batch(size), y, torch.tensor([5, 2, 4])[:size]
+
+
+def solve_pair(network, size=3):
+    x, y, lengths = pair(size)
+    leaves = x.requires_grad_(), y.requires_grad_()
+    # What padded places of X hold is nobody's concern.
+    ends = network(leaves, lengths)
+    real = (torch.arange(5) < lengths[:, None]).unsqueeze(-1)
+    ((ends[0] * real) ** 2).sum().add((ends[1] ** 3).sum()).backward()
+    return [(ends[0] * real).detach(), ends[1].detach(), leaves[0].grad, leaves[1].grad]
+
+
+def encoder_decoder(layers=(4, 5), **settings):
+    encoder = make(layers[0], attention="full", **settings)
+    return EncoderDecoder(encoder, make(layers[1], cross=True, **settings))
+
+
+def pair_gradients(network):
+    """By layer and name; the stacked ones by blocks of their own."""
+    blocks = dict(network.local_layers)
+    for kind in ("encoder", "decoder") if not blocks else ():
+        part = getattr(network, f"stacked_{kind}", None)  # a rank without layers has none of either
+        blocks |= dict(zip(part.indices, part.to_blocks(), strict=True)) if part else {}
+    return {(n, name): p.grad for n, block in blocks.items() for name, p in block.named_parameters()}
+
+
+@float64
+def an_encoder_decoder_is_the_formulas(comm):
+    h, k = 0.5, MGRIT(cfactor=3, forward_iters=4, backward_iters=4)
+    x, y, lengths = pair()
+    stack = encoder_decoder()
+    reference = [dict(b.named_parameters()) for b in stack.to_blocks()]
+
+    def plain(state, _):
+        x, y = state
+        for n, p in enumerate(reference):
+            own = {"heads": HEADS, "h": 1 if n in (0, 8) else h}
+            if n < 4:
+                x = block_reference.step(p, x, attention="full", lengths=lengths, **own)
+            else:
+                y = block_reference.step(p, y, memory=x, memory_lengths=lengths, **own)
+        return x, y
+
+    expected = solve_pair(plain)
+    for options, more in ((EXACT, {}), (k, {}), (k, {"recompute": True}), (EXACT, {"serial_microbatches": 2})):
+        layers = encoder_decoder()
+        network = LayerParallel(layers, options, comm=comm, step_size=h, open_layers=1, close_layers=1, **more)
+        for got, want in zip(solve_pair(network), expected, strict=True):
+            assert_close(got, want, 1e-12, f"{options}, {more}")
+        own = pair_gradients(network)
+        assert {n for n, _ in own} == set(network.layout.local_indices(comm.rank))
+        for (n, name), g in own.items():
+            assert_close(g, reference[n][name].grad, 1e-12, f"{options}, {more}: {n}, {name}")
+    state = network.state_dict()
+    assert list(state) == list(encoder_decoder().to_blocks().state_dict()) == list(encoder_decoder().state_dict())
+
+
+@float64
+def an_inexact_encoder_decoder_is_that_of_single_blocks(comm):
+    for options, more in (
+        (MGRIT(cfactor=4, forward_iters=1, backward_iters=1), {}),
+        (MGRIT(cfactor=2, levels=3, forward_iters=2, backward_iters=1, relaxation="FCF"), {"recompute": True}),
+        (MGRIT(cfactor=2, forward_iters=2, backward_iters=1, coarse="sum"), {"chain_slices": 3}),
+        (MGRIT(cfactor=2, forward_iters=1, backward_iters=1, coarse="fitted"), {"close_layers": 1}),
+    ):
+        stack = encoder_decoder((5, 7), dropout=0.2)
+        networks = [LayerParallel(s, options, comm=comm, **more) for s in (stack.to_blocks(), stack)]
+        results = []
+        for network in networks:
+            network.layer_random.seed = 11
+            network.dropout_key(3, 1)
+            results.append(solve_pair(network))
+        for want, got in zip(*results, strict=True):
+            assert_close(got, want, 1e-12, f"{options}, {more}")
+        want, got = map(pair_gradients, networks)
+        assert want.keys() == got.keys()
+        for name in want:
+            assert_close(got[name], want[name], 1e-12, f"{options}, {more}: {name}")
+
+
+@float64
+def a_memory_may_be_an_argument(comm):
+    """A decoder of its own, which gives the gradient of what it attends to, the sum over all layers of all ranks."""
+    x, y, lengths = pair()
+    results = []
+    for options in (None, EXACT, MGRIT(cfactor=2, forward_iters=4, backward_iters=4)):
+        for more in ({}, {"recompute": True}, {"serial_microbatches": 2}) if options is EXACT else ({},):
+            stack, memory = make(7, cross=True), x.clone().requires_grad_()
+            network = stack if options is None else LayerParallel(stack, options, comm=comm, **more)
+            leaf = y.clone().requires_grad_()
+            out = network(leaf, memory=memory.sin(), memory_lengths=lengths)
+            (out**3).sum().backward()
+            results.append((out.detach(), leaf.grad, memory.grad))
+    for found in results[1:]:
+        for got, want in zip(found, results[0], strict=True):
+            assert_close(got, want, 1e-12)
+    network = LayerParallel(make(7), MGRIT(cfactor=2), comm=comm)
+    mask = torch.zeros(1, 1, 5, 5, requires_grad=True)
+    try:
+        network(batch(), attention_mask=mask)
+    except TypeError as error:
+        assert "attention_mask requires gradients" in str(error)
+    else:
+        raise AssertionError("a gradient that nobody computes was promised")
 
 
 @float64

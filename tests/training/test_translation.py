@@ -170,9 +170,9 @@ def test_gradients_of_the_first_pass_are_those_of_the_next_to_the_bit(data, valu
 def test_the_encoder_may_be_larger(data):
     task = tasks.make(config(data=data, encoder_layers=3, open_layers=1))
     kinds = [type(layer).__name__ for layer in task.model().blocks]
-    assert kinds == 3 * ["EncoderLayer"] + 3 * ["DecoderLayer"]
+    assert kinds == 3 * ["EncoderBlock"] + 3 * ["DecoderBlock"]
     task = tasks.make(config(data=data, encoder_layers=5))
-    assert [type(layer).__name__ for layer in task.model().blocks].count("EncoderLayer") == 5
+    assert [type(layer).__name__ for layer in task.model().blocks].count("EncoderBlock") == 5
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlpint import MGRIT, LayerParallel
+from mlpint.nn import DecoderBlock, EncoderBlock, EncoderDecoder
+from mlpint.nn.stack import named_rows
 from mlpint.parallel.gather_model import gather_model
 from mlpint.training.models import Shape
 from mlpint.training.models.translation import Stepwise, Translator, sinusoids
-from mlpint.training.models.translation_layers import DecoderLayer, EncoderLayer
 
 DIM, HEADS, FFN, VOCABULARY = 12, 3, 20, 11
 LENGTHS = torch.tensor([5, 2, 4])
@@ -52,21 +53,21 @@ def torch_attention(theirs, q, kv, proj):
 
 def torch_layer(layer):
     """PyTorch's pre-LN layer with the weights of one of ours."""
-    kind = nn.TransformerEncoderLayer if isinstance(layer, EncoderLayer) else nn.TransformerDecoderLayer
+    kind = nn.TransformerEncoderLayer if isinstance(layer, EncoderBlock) else nn.TransformerDecoderLayer
     theirs = kind(DIM, HEADS, FFN, dropout=0.0, activation=gelu, batch_first=True, norm_first=True)
-    qkv = layer.attention.qkv
+    qkv = layer.qkv
     torch_attention(
-        theirs.self_attn, (qkv.weight[:DIM], qkv.bias[:DIM]), (qkv.weight[DIM:], qkv.bias[DIM:]), layer.attention.proj
+        theirs.self_attn, (qkv.weight[:DIM], qkv.bias[:DIM]), (qkv.weight[DIM:], qkv.bias[DIM:]), layer.proj
     )
-    norms = [layer.attention.norm, layer.ffn.norm]
-    if isinstance(layer, DecoderLayer):
-        q, kv = layer.cross.query, layer.cross.key_value
-        torch_attention(theirs.multihead_attn, (q.weight, q.bias), (kv.weight, kv.bias), layer.cross.proj)
-        norms.insert(1, layer.cross.norm)
+    norms = [layer.ln1, layer.ln2]
+    if isinstance(layer, DecoderBlock):
+        q, kv = layer.cross_q, layer.cross_kv
+        torch_attention(theirs.multihead_attn, (q.weight, q.bias), (kv.weight, kv.bias), layer.cross_proj)
+        norms.insert(1, layer.ln_cross)
     for n, norm in enumerate(norms, 1):
         getattr(theirs, f"norm{n}").load_state_dict(norm.state_dict())
-    theirs.linear1.load_state_dict(layer.ffn.up.state_dict())
-    theirs.linear2.load_state_dict(layer.ffn.down.state_dict())
+    theirs.linear1.load_state_dict(layer.up.state_dict())
+    theirs.linear2.load_state_dict(layer.down.state_dict())
     return theirs
 
 
@@ -77,10 +78,10 @@ def reference(model, source, lengths, target):
     causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=torch.float64)
     for layer in model.blocks:
         theirs = torch_layer(layer)
-        if isinstance(layer, EncoderLayer):
+        if isinstance(layer, EncoderBlock):
             x = theirs(x, src_key_padding_mask=padding)
         else:
-            memory = layer.cross.source_norm(x)
+            memory = layer.ln_memory(x)
             y = theirs(y, memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
     return model.head(model.norm(y))
 
@@ -102,11 +103,10 @@ def test_positions_are_those_of_the_paper():
 def test_each_layer_moves_its_own_stream():
     model, (source, _, target) = make(), batch()
     x, y = model.embed(source), model.embed(target)
-    mask = torch.ones(3, 1, 1, 5, dtype=torch.bool)
     for layer in model.blocks:
-        new_x, new_y = layer((x, y), mask)
+        new_x, new_y = layer((x, y))
         moved = (new_x is not x, new_y is not y)
-        assert moved == ((True, False) if isinstance(layer, EncoderLayer) else (False, True))
+        assert moved == ((True, False) if isinstance(layer, EncoderBlock) else (False, True))
 
 
 def test_padding_and_later_tokens_do_not_count():
@@ -159,20 +159,30 @@ def test_chosen_targets_are_gone_on_with():
 @pytest.mark.parametrize("options", [MGRIT(levels=1), MGRIT(cfactor=2, forward_iters=3, backward_iters=3)])
 def test_one_stack_in_layer_parallel(options):
     model, (source, lengths, target) = make((3, 3), dropout=0.0), batch()
-    parallel = copy.deepcopy(model)
+    parallel, stacked = (copy.deepcopy(model) for _ in range(2))
     parallel.blocks = LayerParallel(parallel.blocks, options)
-    for each in model, parallel:
+    stacked.blocks = LayerParallel(EncoderDecoder.from_blocks(stacked.blocks), options)
+    for each in model, parallel, stacked:
         F.cross_entropy(each(source, lengths, target).flatten(0, 1), target.flatten()).backward()
+    rows = {name: part(p.grad) if part else p.grad for name, p, part in named_rows(stacked)}
     for (name, p), q in zip(model.named_parameters(), parallel.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-13, msg=name)
+        torch.testing.assert_close(rows[name], p.grad, rtol=1e-9, atol=1e-13, msg=name)
         assert p.grad.abs().max() > 1e-12 or name.endswith("bias"), name
+    stacked.load_state_dict(model.state_dict())
+    network, _ = gather_model(stacked, lambda: Translator(VOCABULARY, Shape(6, DIM, HEADS, FFN), 3))
+    torch.testing.assert_close(network(source, lengths, target), model(source, lengths, target))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        stacked.load_state_dict({"blocks.0.cross_q.weight": torch.zeros(DIM, DIM)} | model.state_dict())
+    with pytest.raises(AttributeError, match="cannot be replaced"):
+        setattr(stacked.blocks, "2", model.blocks[2])
 
 
 def test_increments_start_small():
     model = Translator(VOCABULARY, Shape(10, 64, 4), 2)
     encoder, decoder = model.blocks[0], model.blocks[2]
-    for projection, increments in ((encoder.attention.proj, 4), (decoder.cross.proj, 24), (decoder.ffn.down, 24)):
+    for projection, increments in ((encoder.proj, 4), (decoder.cross_proj, 24), (decoder.down, 24)):
         assert projection.weight.std().item() == pytest.approx(0.02 * 12**0.5 / increments**0.5, rel=0.05)
-    assert encoder.attention.qkv.weight.std().item() == pytest.approx(0.02 * 12**0.5, rel=0.05)  # 768 / 64
+    assert encoder.qkv.weight.std().item() == pytest.approx(0.02 * 12**0.5, rel=0.05)  # 768 / 64
     assert (model.tokens.weight * 8).std().item() == pytest.approx(1, rel=0.1)
     assert model.head.weight is model.tokens.weight

@@ -104,7 +104,7 @@ class ModuleStore:
     def load(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
         """The modules take up all themselves."""
 
-    def may_have(self, entry: str) -> bool:
+    def may_have(self, layer: int, entry: str) -> bool:
         return True
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum, fingerprint
-from ..nn import BlockStack
+from ..nn import BlockStack, EncoderDecoder
 from ..nn.random_keys import draw_key, key
+from .encoder_decoder_store import EncoderDecoderStore
 from .module_store import ModuleStore
 from .stack_store import StackStore
 from .store import LayerStore
@@ -116,10 +117,10 @@ class LayerSource:
         description: what ranks compare, once :meth:`store` has been called.
     """
 
-    def __init__(self, layers: Iterable[nn.Module] | BlockStack) -> None:
-        self.layers = layers if isinstance(layers, BlockStack | LayerFactory) else list(layers)
+    def __init__(self, layers: Iterable[nn.Module] | BlockStack | EncoderDecoder | LayerFactory) -> None:
+        self.layers = layers if isinstance(layers, BlockStack | EncoderDecoder | LayerFactory) else list(layers)
         self.modules: list[nn.Module] = []
-        if isinstance(self.layers, BlockStack):
+        if isinstance(self.layers, BlockStack | EncoderDecoder):
             self.modules = [self.layers]
         elif isinstance(self.layers, list):
             self.modules = self.layers
@@ -142,6 +143,8 @@ class LayerSource:
         """
         if isinstance(self.layers, BlockStack):
             return StackStore(self.layers.select(indices))
+        if isinstance(self.layers, EncoderDecoder):
+            return EncoderDecoderStore(self.layers.select(indices), len(self.layers.encoder))
         if isinstance(self.layers, list):
             return ModuleStore({n: self.layers[n] for n in indices})
         error, made = "", dict[int, nn.Module]()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..nn import BlockStack
+from ..nn.batch_arguments import BatchArguments
 from .evaluator import LayerCall
 from .random_keys import LayerRandom
-from .stack_evaluator import StackEvaluator, batch_arguments
+from .stack_evaluator import StackEvaluator, batch_arguments, no_gradients_wanted
 
 
 class StackStore:
@@ -49,13 +50,20 @@ class StackStore:
         return {n: [g[i] for g in held] for i, n in enumerate(self.stack.indices)}
 
     def evaluator(self, call: LayerCall) -> StackEvaluator:
-        return StackEvaluator(self.stack, call)
+        arguments, memory = batch_arguments(call)
+        no_gradients_wanted(call, memory)
+        return StackEvaluator(self.stack, call, arguments, memory)
 
     def run(self, call: LayerCall, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        stack, arguments = self.stack, batch_arguments(*call.arguments, call.single)
+        return (self.run_alone(call, state[0], *batch_arguments(call)),)
+
+    def run_alone(
+        self, call: LayerCall, x: torch.Tensor, arguments: BatchArguments, memory: torch.Tensor | None
+    ) -> torch.Tensor:
+        """:meth:`run` for one tensor and what the blocks are told of it."""
+        stack = self.stack
         keys = [call.random.key_of(*call.key, n) for n in stack.indices] if stack.drops else None
-        step_sizes = [call.step_size_of(n) for n in stack.indices]
-        return (stack.forward_in_turn(state[0], arguments, keys, step_sizes),)
+        return stack.forward_in_turn(x, arguments, keys, [call.step_size_of(n) for n in stack.indices], memory)
 
     def drawing(self, random: LayerRandom) -> str | None:
         return "the blocks" if self.stack.drops else None
@@ -83,5 +91,5 @@ class StackStore:
     def load(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
         self.stack.load_rows(state_dict, prefix, missing, errors)
 
-    def may_have(self, entry: str) -> bool:
+    def may_have(self, layer: int, entry: str) -> bool:
         return entry in self.stack.row_names

@@ -67,5 +67,6 @@ class LayerStore(Protocol):
     def load(self, state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]) -> None:
         """Takes up the entries that the children do not take up themselves."""
 
-    def may_have(self, entry: str) -> bool:
-        """Whether a layer's state dict may have an entry; the children refuse what they can tell themselves."""
+    def may_have(self, layer: int, entry: str) -> bool:
+        """Whether the state dict of a layer, of any rank's, may have an entry; the children refuse what they can tell
+        themselves."""

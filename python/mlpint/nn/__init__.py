@@ -2,6 +2,15 @@
 
 from .block import Block
 from .convert import from_transformers, to_transformers
+from .encoder_decoder import DecoderBlock, EncoderBlock, EncoderDecoder
 from .stack import BlockStack
 
-__all__ = ["Block", "BlockStack", "from_transformers", "to_transformers"]
+__all__ = [
+    "Block",
+    "BlockStack",
+    "DecoderBlock",
+    "EncoderBlock",
+    "EncoderDecoder",
+    "from_transformers",
+    "to_transformers",
+]

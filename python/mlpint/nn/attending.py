@@ -25,6 +25,11 @@ class Padding:
         self.padded = positions >= lengths.unsqueeze(1)  # [B, T]
         self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
+    @functools.cached_property
+    def some_empty(self) -> bool:
+        """Whether a row of the batch has no token at all."""
+        return bool((self.lengths <= 0).any())
+
     def bias(self, j: int, dtype: torch.dtype) -> torch.Tensor:
         """The mask that is added to the scores of J batches, [J B, 1, 1, T]."""
         if (j, dtype) not in self._biases:

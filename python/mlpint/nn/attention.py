@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -13,10 +14,11 @@ from .attending import Attending, masked
 from .kernels import kernel
 
 
-def split_heads(qkv: torch.Tensor, batch: int, heads: int) -> Sequence[torch.Tensor]:
-    """The q, k, v [J B, H, T, hd] as views of [J, B T, 3 D], or of a copy where layers are strided and B > 1."""
+def split_heads(qkv: torch.Tensor, batch: int, heads: int, parts: int = 3) -> Sequence[torch.Tensor]:
+    """The q, k, v [J B, H, T, hd] as views of [J, B T, 3 D], or of a copy where layers are strided and B > 1; or as
+    many of them as there are parts."""
     j, m, width = qkv.shape
-    return qkv.reshape(j * batch, m // batch, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.reshape(j * batch, m // batch, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attention(qkv: torch.Tensor, to: Attending) -> torch.Tensor:
@@ -62,14 +64,14 @@ def attention_backward(
         packed = module.attention_backward_packed(do, *_per_layer(qkv, to), o, sums, to.causal, _lengths(to), to.scale)
         return packed.view(j, m, 3 * d)
     bias, causal = to.mask(qkv)
-    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, batch, sequence, d)), heads)
+    grad = split_output(to.clear(grad.to(qkv.dtype).view(j, batch, sequence, d)), heads)
     q, k, v = split_heads(qkv, batch, heads)
     operation = fused_attention.chosen(q, k, v, bias, causal) if lse.numel() else None
     if operation is not None:
         if to.padding is not None:  # of queries that see none the kernel's is 0, from which exponentials could overflow
             hidden = to.padding.padded[:, None]  # [B, 1, T]
             lse = lse[..., :sequence].masked_fill(hidden, -masked(lse.dtype))
-        o = _split_output(o.view(j, batch, sequence, d), heads)
+        o = split_output(o.view(j, batch, sequence, d), heads)
         gradients = operation.backward(grad, q, k, v, o, lse.flatten(0, 1), bias, causal, to.scale)
         return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in gradients], -1)
     with torch.enable_grad():
@@ -83,18 +85,11 @@ def dropout_attention(
     qkv: torch.Tensor, to: Attending, keys: Sequence[int], probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, T]."""
-    j = len(qkv)
     q, k, v = split_heads(qkv, to.batch, to.heads)
-    scores = torch.matmul(q * to.scale, k.transpose(-1, -2))
     bias, causal = to.mask(qkv)
-    if bias is not None:
-        scores = scores + bias
-    if causal:
-        scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
-    weights = torch.softmax(scores, -1)
-    weights = weights.view(j, to.batch, *weights.shape[1:])
-    thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability)
-    return _merged(torch.matmul(thinned.flatten(0, 1), v), j, to), weights
+    thinning = Thinning(keys, dropout.ATTENTION, probability)
+    o, weights = thinned_attention(q, k, v, bias, causal, to.scale, thinning)
+    return _merged(o, len(qkv), to), weights
 
 
 def dropout_attention_backward(
@@ -108,14 +103,57 @@ def dropout_attention_backward(
     """The gradient for qkv of :func:`dropout_attention`."""
     j, m, _ = qkv.shape
     q, k, v = split_heads(qkv, to.batch, to.heads)
-    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
-    thinned = dropout.dropped(weights, keys, dropout.ATTENTION, probability).flatten(0, 1)
-    dv = torch.matmul(thinned.transpose(-1, -2), grad)
-    dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights)
-    dweights = dropout.dropped(dweights, keys, dropout.ATTENTION, probability)
-    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(to.scale)
-    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-    return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in (dq, dk, dv)], -1)
+    grad = split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
+    thinning = Thinning(keys, dropout.ATTENTION, probability)
+    gradients = thinned_attention_backward(grad, q, k, v, weights, to.scale, thinning)
+    return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in gradients], -1)
+
+
+class Thinning(NamedTuple):
+    """Dropout of attention weights: its keys, one for each of J layers, its place in the block and its probability."""
+
+    keys: Sequence[int]
+    place: int
+    probability: float
+
+    def __call__(self, weights: torch.Tensor) -> torch.Tensor:
+        return dropout.dropped(weights, self.keys, self.place, self.probability)
+
+
+def thinned_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    thinned: Thinning,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of q [J B, H, T, hd], k and v [J B, H, S, hd]: the output like q, and the weights before dropout, [J, B, ...]."""
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
+    weights = torch.softmax(scores, -1)
+    weights = weights.view(len(thinned.keys), -1, *weights.shape[1:])
+    return torch.matmul(thinned(weights).flatten(0, 1), v), weights
+
+
+def thinned_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+    thinned: Thinning,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients for q, k and v from that for the output of :func:`thinned_attention`."""
+    dv = torch.matmul(thinned(weights).flatten(0, 1).transpose(-1, -2), grad)
+    dweights = thinned(torch.matmul(grad, v.transpose(-1, -2)).view_as(weights))
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
+    return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
 
 
 def _kernel(op: str, qkv: torch.Tensor, to: Attending, j: int) -> ModuleType | None:
@@ -152,7 +190,7 @@ def _merged(o: torch.Tensor, j: int, to: Attending) -> torch.Tensor:
     return to.clear(o.transpose(1, 2).reshape(j, batch // j, sequence, heads * width)).flatten(1, 2)
 
 
-def _split_output(o: torch.Tensor, heads: int) -> torch.Tensor:
+def split_output(o: torch.Tensor, heads: int) -> torch.Tensor:
     """[J, B, T, D] -> [J B, H, T, hd]."""
     j, batch, sequence, d = o.shape
     return o.reshape(j * batch, sequence, heads, d // heads).transpose(1, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import differentiable, modern, post_norm, pre_norm
+from . import cross_norm, differentiable, modern, post_norm, pre_norm
 from .batch_arguments import BatchArguments, Rotation
 from .random_keys import draw_key
 from .settings import NAMES, NORMS, BlockSettings, Weights
@@ -20,6 +20,8 @@ def batched_steps(settings: BlockSettings) -> ModuleType:
     """The module with the step of J blocks at once and its hand-written backward."""
     if settings.modern:
         return modern
+    if settings.cross:
+        return cross_norm
     return pre_norm if settings.norm == "pre" else post_norm
 
 
@@ -94,6 +96,7 @@ class Block(nn.Module):
         yarn: tuple[float, float, float, float, float] | None = None,
         score_scale: float | None = None,
         window: int = 0,
+        cross: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(window, int):
@@ -121,6 +124,7 @@ class Block(nn.Module):
             yarn,
             score_scale,
             window,
+            cross,
         )
         device = torch.get_default_device()
         with torch.device("meta"):  # where torch's own initialisation costs nothing and draws no random numbers
@@ -157,6 +161,11 @@ class Block(nn.Module):
             self.k_norm = nn.RMSNorm(shapes.k_norm_weight, s.eps)
         if shapes.ln1_out_weight:
             self.ln1_out, self.ln2_out = norm(), norm()
+        if s.cross:
+            self.ln_cross, self.ln_memory = norm(), norm()
+            self.cross_q = linear(shapes.cross_q_weight, shapes.cross_q_bias)
+            self.cross_kv = linear(shapes.cross_kv_weight, shapes.cross_kv_bias)
+            self.cross_proj = linear(shapes.cross_proj_weight, shapes.cross_proj_bias)
 
     def weights(self) -> Weights[torch.Tensor]:
         """The parameters themselves."""
@@ -181,6 +190,8 @@ class Block(nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation | None = None,
+        memory: torch.Tensor | None = None,
+        memory_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step.
 
@@ -194,23 +205,25 @@ class Block(nn.Module):
                 booleans, True where a token (row) sees another, or numbers that are added to the scores.
             rotation: cosine and sine of rotary positions in the place of those of 0, 1, ...: [batch or 1, sequence,
                 head_width / 2] each.
+            memory: what blocks with ``cross`` attend to, [batch, any sequence, dim].
+            memory_lengths: [batch] integers; the memory from there on is not attended to. None: all of it is.
         """
-        context = self._context(x, BatchArguments(lengths, attention_mask, rotation))
+        context = self._context(x, BatchArguments(lengths, attention_mask, rotation, memory_lengths), memory)
         return differentiable.step(context, self.weights(), x)
 
-    def _context(self, x: torch.Tensor, arguments: BatchArguments) -> StepContext:
-        s = self.settings
-        arguments.check(s, x)
+    def _context(self, x: torch.Tensor, arguments: BatchArguments, memory: torch.Tensor | None) -> StepContext:
+        arguments.check(self.settings, x, memory)
         key = self._draw_key()
-        attending = arguments.attending(s, [0], *x.shape[:2])
-        return StepContext(s, attending, None if key is None else [key], s.step_size, arguments.rotation)
+        keys = None if key is None else [key]
+        stacked = None if memory is None else memory[None]
+        return StepContext.of(self.settings, arguments, [0], x.shape, keys, self.settings.step_size, stacked)
 
     def split_forward(
-        self, x: torch.Tensor, lengths: torch.Tensor | None = None, **more: Any
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None, *, memory: torch.Tensor | None = None, **more: Any
     ) -> tuple[torch.Tensor, BlockTape]:
         """One step without autograd, and the tape for its backward (:class:`mlpint.layers.tapes.SplitTape`)."""
         s = self.settings
-        context = self._context(x, BatchArguments(lengths, **more))
+        context = self._context(x, BatchArguments(lengths, **more), None if memory is None else memory.detach())
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -251,6 +264,8 @@ class BlockTape:
 @torch.no_grad()
 def initialize(w: Weights[torch.Tensor], depth: int) -> None:
     """Fills the weights as GPT-2's: normal with deviation 0.02, smaller onto the stream; LayerNorms the identity."""
+    onto_stream = ("proj_weight", "down_weight", "cross_proj_weight")
+    increments = sum(p is not None for p in (w.proj_weight, w.down_weight, w.cross_proj_weight))
     for name, p in zip(Weights._fields, w, strict=True):
         if p is None:
             continue
@@ -259,4 +274,4 @@ def initialize(w: Weights[torch.Tensor], depth: int) -> None:
         elif name.startswith(NORMS):
             p.fill_(1)
         else:
-            p.normal_(std=0.02 / math.sqrt(2 * depth) if name in ("proj_weight", "down_weight") else 0.02)
+            p.normal_(std=0.02 / math.sqrt(increments * depth) if name in onto_stream else 0.02)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from . import ops
-from .dropout import FFN, PROJECTION
+from .dropout import CROSS_PROJECTION, FFN, PROJECTION
 from .heads import packed
 from .settings import Weights
 from .step_context import StepContext
@@ -34,6 +34,12 @@ def step(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> tor
         update = F.linear(context.attention(qkv).view(*x.shape[:2], -1), w.proj_weight, w.proj_bias)
         return drop(norm(update, w.ln1_out_weight, w.ln1_out_bias), PROJECTION)
 
+    def remembered(t: torch.Tensor) -> torch.Tensor:
+        q = F.linear(t, w.cross_q_weight, w.cross_q_bias).flatten(0, 1)[None]
+        memory = norm(context.memory, w.ln_memory_weight, w.ln_memory_bias)
+        o = context.cross_attention(q, F.linear(memory, w.cross_kv_weight, w.cross_kv_bias))
+        return drop(F.linear(o.view_as(t), w.cross_proj_weight, w.cross_proj_bias), CROSS_PROJECTION)
+
     def ffn(t: torch.Tensor) -> torch.Tensor:
         pre = F.linear(t, w.up_weight, w.up_bias)
         a = (ops.gate if settings.gated else ops.activate)(pre, settings.activation)
@@ -45,5 +51,7 @@ def step(context: StepContext, w: Weights[torch.Tensor], x: torch.Tensor) -> tor
         out = norm(y + ffn(y), w.ln2_weight, w.ln2_bias)
     else:
         y = x + attended(norm(x, w.ln1_weight, w.ln1_bias))
+        if settings.cross:
+            y = y + remembered(norm(y, w.ln_cross_weight, w.ln_cross_bias))
         out = y + ffn(norm(y, w.ln2_weight, w.ln2_bias))
     return out if h == 1 else torch.lerp(x, out, h)

@@ -13,7 +13,8 @@ import torch
 
 from . import random_keys
 
-ATTENTION, PROJECTION, FFN = range(3)  # places in a block: attention weights, and the outputs of both halves
+# Places in a block: attention weights and the outputs of both halves; weights and output of cross-attention.
+ATTENTION, PROJECTION, FFN, CROSS_ATTENTION, CROSS_PROJECTION = range(5)
 
 
 def keep_mask(

@@ -38,6 +38,16 @@ class Weights(NamedTuple, Generic[T_co]):
     ln1_out_bias: T_co = None  # type: ignore[assignment]  # [D]
     ln2_out_weight: T_co = None  # type: ignore[assignment]  # [D], of what the second half adds
     ln2_out_bias: T_co = None  # type: ignore[assignment]  # [D]
+    ln_cross_weight: T_co = None  # type: ignore[assignment]  # [D], before the queries of cross-attention
+    ln_cross_bias: T_co = None  # type: ignore[assignment]  # [D]
+    ln_memory_weight: T_co = None  # type: ignore[assignment]  # [D], before its keys and values
+    ln_memory_bias: T_co = None  # type: ignore[assignment]  # [D]
+    cross_q_weight: T_co = None  # type: ignore[assignment]  # [D, D]
+    cross_q_bias: T_co = None  # type: ignore[assignment]  # [D]
+    cross_kv_weight: T_co = None  # type: ignore[assignment]  # [2 D, D]: keys, values, each head after head
+    cross_kv_bias: T_co = None  # type: ignore[assignment]  # [2 D]
+    cross_proj_weight: T_co = None  # type: ignore[assignment]  # [D, D]
+    cross_proj_bias: T_co = None  # type: ignore[assignment]  # [D]
 
     def map(self, function: Callable[[Any], Any]) -> Weights[Any]:
         """The function of each, and None where there is None."""
@@ -80,6 +90,7 @@ class BlockSettings:
     yarn: tuple[float, float, float, float, float] | None = None
     score_scale: float | None = None
     window: int | tuple[int, ...] = 0
+    cross: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "ffn"):
@@ -124,6 +135,8 @@ class BlockSettings:
             raise ValueError(f"positions = 'rotary': the {self.head_width} channels of a head must be an even number")
         if self.modern and self.norm == "post":  # where the norm is of the stream itself
             raise ValueError("norm = 'post': is for blocks with LayerNorms, a gelu and all biases")
+        if self.cross and (self.modern or self.norm == "post"):
+            raise ValueError("cross = True: is for blocks with norm = 'pre', LayerNorms, a gelu and all biases")
 
     @property
     def modern(self) -> bool:
@@ -178,10 +191,12 @@ class BlockSettings:
         qkv, o, up = (self.heads + 2 * self.kv_heads) * hd, self.heads * hd, 2 * f if self.gated else f
         of_q, of_k = (self.heads * hd, self.kv_heads * hd) if self.qk_norm == "all" else (hd, hd)
         norm, inner = ((d,), (d,)), ((of_q,), (of_k,))
+        cross = *norm, *norm, (d, d), (d,), (2 * d, d), (2 * d,), (d, d), (d,)
         every = Weights[Any](
-            *norm, (qkv, d), (qkv,), (d, o), (d,), *norm, (up, d), (up,), (d, f), (d,), *inner, *norm, *norm
+            *norm, (qkv, d), (qkv,), (d, o), (d,), *norm, (up, d), (up,), (d, f), (d,), *inner, *norm, *norm, *cross
         )
-        absent = [] if self.qk_norm else ["q_norm_weight", "k_norm_weight"]
+        absent = [] if self.cross else [name for name in Weights._fields if "cross" in name or "memory" in name]
+        absent += [] if self.qk_norm else ["q_norm_weight", "k_norm_weight"]
         absent += [] if self.biases == "all" else ["proj_bias", "up_bias", "down_bias"]
         absent += ["qkv_bias"] if self.biases == "none" else []
         inward, outward = (self.norm in kinds for kinds in (("pre", "post", "sandwich"), ("output", "sandwich")))

@@ -103,16 +103,16 @@ class BlockStack(nn.Module):
                     torch.stack(rows, out=stacked)
         return stack
 
-    def to_blocks(self) -> nn.ModuleList:
+    def to_blocks(self, kind: type[Block] = Block) -> nn.ModuleList:
         """The blocks with copies of their weights, and of their gradients where there are any."""
         blocks = nn.ModuleList()
         for i in range(len(self)):
-            block = Block._without_memory(self.settings.of_layer(self.indices[i]))
+            block = kind._without_memory(self.settings.of_layer(self.indices[i]))
             for name, stacked in self.named_weights():
-                part, _, kind = name.partition(".")
+                part, _, which = name.partition(".")
                 p = nn.Parameter(stacked.detach()[i].clone(), stacked.requires_grad)
                 p.grad = None if stacked.grad is None else stacked.grad[i].clone()
-                setattr(getattr(block, part), kind, p)
+                setattr(getattr(block, part), which, p)
             blocks.append(block.train(self.training))
         return blocks
 
@@ -158,10 +158,13 @@ class BlockStack(nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         rotation: Rotation | None = None,
+        memory: torch.Tensor | None = None,
+        memory_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All blocks one after the other, each as :meth:`Block.forward`: [batch, sequence, dim] -> the same shape."""
         keys = [draw_key() for _ in range(len(self))] if self.drops else None
-        return self.forward_in_turn(x, BatchArguments(lengths, attention_mask, rotation), keys)
+        arguments = BatchArguments(lengths, attention_mask, rotation, memory_lengths)
+        return self.forward_in_turn(x, arguments, keys, memory=memory)
 
     def forward_in_turn(
         self,
@@ -169,15 +172,17 @@ class BlockStack(nn.Module):
         arguments: BatchArguments,
         keys: Sequence[int] | None,
         step_sizes: Sequence[float] | None = None,
+        memory: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The blocks one after the other, with dropout keys and factors of the step size, one of each for each row."""
-        arguments.check(self.settings, x)
+        arguments.check(self.settings, x, memory)
         # The backward of unbind stacks all rows' gradients once; an index's would fill a stack of zeros for each row.
         rows = self.weights().map(lambda p: p.unbind(0))
         for i in range(len(self)):
             h = self.settings.step_size * (step_sizes[i] if step_sizes else 1)
-            attending = arguments.attending(self.settings, [self.indices[i]], *x.shape[:2])
-            context = StepContext(self.settings, attending, [keys[i]] if keys else None, h, arguments.rotation)
+            own_key = [keys[i]] if keys else None
+            stacked = None if memory is None else memory[None]
+            context = StepContext.of(self.settings, arguments, [self.indices[i]], x.shape, own_key, h, stacked)
             y = differentiable.step(context, rows.map(operator.itemgetter(i)), x)
             if self.watch:
                 self.watch(self.indices[i], x, y)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from . import attention as attn
+from . import cross_attention as cross
 from . import dropout, ops
 from .attending import Attending
 from .batch_arguments import BatchArguments, Rotation
@@ -22,6 +24,8 @@ class StepContext:
         keys: J dropout keys; None where nothing is dropped.
         h: the whole step size, that of the settings times the solver's.
         rotation: as :class:`mlpint.nn.batch_arguments.BatchArguments` has it.
+        memory: what decoders attend to, [J, B S, D].
+        remembering: what their attention to it is told.
     """
 
     def __init__(
@@ -31,14 +35,36 @@ class StepContext:
         keys: Sequence[int] | None,
         h: float,
         rotation: Rotation | None = None,
+        memory: torch.Tensor | None = None,
+        remembering: cross.Remembering | None = None,
     ) -> None:
         self.settings, self.attending, self.h, self.rotation = settings, attending, h, rotation
+        self.memory: Any = memory  # which steps that ask for it have
+        self._remembering: Any = remembering
         self.batch = attending.batch
         self.keys = keys
         self.eps = settings.eps
         self.activation = settings.activation
         self.drops = keys is not None and settings.dropout > 0
-        self._attention_keys = keys if settings.attention_dropout > 0 else None
+        self._attention_keys: Any = keys if settings.attention_dropout > 0 else None
+
+    @classmethod
+    def of(
+        cls,
+        settings: BlockSettings,
+        arguments: BatchArguments,
+        layers: Iterable[int],
+        shape: Sequence[int],
+        keys: Sequence[int] | None,
+        h: float,
+        memory: torch.Tensor | None = None,
+    ) -> StepContext:
+        """That of so many layers, by their indices, with states [B, T, D] and memories [J, B, S, D]."""
+        attending = arguments.attending(settings, layers, *shape[:2])
+        if memory is None:
+            return cls(settings, attending, keys, h, arguments.rotation)
+        remembering = arguments.remembering(settings, memory[0])
+        return cls(settings, attending, keys, h, arguments.rotation, memory.flatten(1, 2), remembering)
 
     @classmethod
     def plain(cls, settings: BlockSettings, batch: int, sequence: int, h: float = 1.0) -> StepContext:
@@ -87,6 +113,30 @@ class StepContext:
                 grad, qkv, attended, self.attending, self._attention_keys, probability
             )
         return attn.attention_backward(grad, qkv, o, attended, self.attending)
+
+    def cross_attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """As :meth:`attention`, of queries [J, B T, D] to a memory's keys and values [J, B S, 2 D]."""
+        if self._attention_keys is not None:
+            return self.cross_attention_train(q, kv)[0]
+        return cross.cross_attention(q, kv, self._remembering)
+
+    def cross_attention_train(self, q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`attention_train`."""
+        if self._attention_keys is not None:
+            return cross.dropout_cross_attention(q, kv, self._remembering, self._cross_thinning())
+        return cross.cross_attention_train(q, kv, self._remembering)
+
+    def cross_attention_backward(
+        self, grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients for q and kv."""
+        if self._attention_keys is not None:
+            thinning = self._cross_thinning()
+            return cross.dropout_cross_attention_backward(grad, q, kv, attended, self._remembering, thinning)
+        return cross.cross_attention_backward(grad, q, kv, o, attended, self._remembering)
+
+    def _cross_thinning(self) -> attn.Thinning:
+        return attn.Thinning(self._attention_keys, dropout.CROSS_ATTENTION, self.settings.attention_dropout)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

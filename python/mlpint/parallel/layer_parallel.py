@@ -26,7 +26,7 @@ from ..mgrit.learnt_operators import LearntOperators
 from ..mgrit.options import MGRIT
 from ..mgrit.solvers import AnySolver, Solvers
 from ..mgrit.stats import Stats
-from ..nn import BlockStack
+from ..nn import BlockStack, EncoderDecoder
 from . import spread_stacks
 from .compiled import not_compiled
 from .conditions import Conditions, PassSetup
@@ -86,7 +86,7 @@ class LayerParallel(nn.Module):
 
     def __init__(
         self,
-        layers: Iterable[nn.Module] | BlockStack | LayerFactory,
+        layers: Iterable[nn.Module] | BlockStack | EncoderDecoder | LayerFactory,
         options: MGRIT | None = None,
         *,
         comm: Any = None,
@@ -162,12 +162,13 @@ class LayerParallel(nn.Module):
             AttributeError: a layer that does not exist, or blocks whose parameters are stacked.
         """
         if isinstance(value, nn.Module) and name.isdigit():
-            if int(name) >= self._layer_count or "stacked" in self._modules:
-                what = "blocks with stacked parameters" if "stacked" in self._modules else f"{self._layer_count} layers"
+            stacked = any(isinstance(module, BlockStack) for module in self._modules.values())
+            if int(name) >= self._layer_count or stacked:
+                what = "blocks with stacked parameters" if stacked else f"{self._layer_count} layers"
                 raise AttributeError(f"layer {name} of a stack of {what} cannot be replaced")
             if name not in self._modules:
                 return
-        if name == "stacked" and self._modules.get(name, value) is not value:
+        if isinstance(self._modules.get(name), BlockStack) and self._modules[name] is not value:
             raise AttributeError(
                 "the blocks of a LayerParallel stack cannot be replaced: load a state dict, or wrap anew"
             )
@@ -415,6 +416,6 @@ class LayerParallel(nn.Module):
         for name in state_dict:
             if name.startswith(prefix):
                 index, _, entry = name[len(prefix) :].partition(".")
-                if not (index.isdigit() and int(index) < len(self) and self.store.may_have(entry)):
+                if not (index.isdigit() and int(index) < len(self) and self.store.may_have(int(index), entry)):
                     unexpected.append(name)
         self.store.load(state_dict, prefix, missing, errors)

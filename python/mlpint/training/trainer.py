@@ -23,10 +23,11 @@ from ..control.error_control import ErrorControl
 from ..control.ladder import exact_options, short_form
 from ..errors import ConfigError, TrainingError
 from ..flops import FlopMeter
+from ..layers.encoder_decoder_store import EncoderDecoderStore
 from ..mgrit.options import MGRIT
 from ..mgrit.recorder import span
 from ..multilevel import Multilevel, Phase
-from ..nn import Block, BlockStack, random_keys
+from ..nn import Block, BlockStack, EncoderDecoder, random_keys
 from ..parallel.clip import scale_down, squared_grad_norm
 from ..parallel.data_parallel import averaged_gradients
 from ..parallel.layer_parallel import LayerParallel
@@ -344,15 +345,19 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm, stacked
     return stack
 
 
-def _stacked(layers: list[nn.Module]) -> BlockStack | list[nn.Module]:
-    """The same layers, stacked where they are blocks of one kind."""
+def _stacked(layers: list[nn.Module]) -> BlockStack | EncoderDecoder | list[nn.Module]:
+    """The same layers, stacked where they are blocks of one kind, or of an encoder and a decoder."""
     found = [n for n in layers if isinstance(n, Block)]
-    alike = len(found) == len(layers) and len({n.settings for n in found}) == 1
-    return BlockStack.from_blocks(found) if alike else layers
+    kinds = [type(n) for n in found]
+    if len(found) < len(layers) or len({(type(n), n.settings) for n in found}) != len({*kinds}):
+        return layers
+    return BlockStack.from_blocks(found) if {*kinds} == {Block} else EncoderDecoder.from_blocks(found)
 
 
 def _all_alike(blocks: LayerParallel) -> bool:
     """Whether all layers have parameters of the same names and shapes. Collective."""
+    if isinstance(blocks.store, EncoderDecoderStore):
+        return False
     own = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
     messages = blocks.comm.gather(json.dumps(sorted(own)).encode())
     return len({kind for message in messages for kind in json.loads(message)}) <= 1

@@ -1,4 +1,4 @@
-"""The stack of pre-LN blocks that all models but the translator have, and how their parameters start."""
+"""The stack of pre-LN blocks that all models have, and how their parameters start."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...nn import Block
+from ...nn import Block, DecoderBlock, EncoderBlock
 from .shape import Shape
 
 
 class Blocks(nn.ModuleList):
     """Layers run one after the other, each given the same further arguments."""
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Any, lengths: torch.Tensor | None = None) -> Any:
         for block in self:
             x = block(x, lengths=lengths)
         return x
@@ -23,26 +23,41 @@ class Blocks(nn.ModuleList):
 
 def decoder_blocks(shape: Shape) -> Blocks:
     """Pre-LN blocks with causal attention, GPT-2's or Llama's, and GPT-2's initialisation."""
-    return Blocks(_blocks(shape, "causal"))
+    return Blocks(_blocks(shape, shape.layers, attention="causal"))
 
 
 def encoder_blocks(shape: Shape) -> Blocks:
     """Pre-LN blocks with full attention, which start with :func:`initial_deviation` at their width."""
-    blocks = _blocks(shape, "full")
-    with torch.no_grad():
-        for block in blocks:
-            for linear in (block.qkv, block.proj, block.up, block.down):
-                linear.weight.mul_(initial_deviation(shape.dim) / initial_deviation(768))
-    return Blocks(blocks)
+    return Blocks(_widened(_blocks(shape, shape.layers, attention="full")))
 
 
-def _blocks(shape: Shape, attention: str) -> list[Block]:
-    dim, heads, ffn, depth = shape.dim, shape.heads, shape.ffn_width, shape.layers
-    kind: dict[str, Any] = {"attention": attention, "dropout": shape.dropout}
+def encoder_decoder_blocks(shape: Shape, encoder_layers: int) -> Blocks:
+    """A translator's: the encoder's, and then the decoder's with attention to it; they start as encoder blocks do.
+
+    Projections start smaller by the root of the number of increments that their stream gets.
+    """
+    encoder = _blocks(shape, encoder_layers, EncoderBlock, attention="full")
+    decoder = _blocks(shape, shape.layers - encoder_layers, DecoderBlock, attention="causal", cross=True)
+    return Blocks(_widened([*encoder, *decoder]))
+
+
+def _blocks(shape: Shape, depth: int, make: type[Block] = Block, **kind: Any) -> list[Block]:
+    dim, heads, ffn = shape.dim, shape.heads, shape.ffn_width
+    kind |= {"dropout": shape.dropout}
     if shape.llama:
         kind |= {"normalization": "rms", "feed_forward": "silu gated", "biases": "none", "positions": "rotary"}
         kind |= {"kv_heads": shape.kv_heads}
-    return [Block(dim, heads, ffn=ffn, depth=depth, **kind) for _ in range(depth)]
+    return [make(dim, heads, ffn=ffn, depth=depth, **kind) for _ in range(depth)]
+
+
+@torch.no_grad()
+def _widened(blocks: list[Block]) -> list[Block]:
+    """Blocks with GPT-2's initialisation, and now with :func:`initial_deviation` at their width."""
+    for block in blocks:
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight.mul_(initial_deviation(block.settings.dim) / initial_deviation(768))
+    return blocks
 
 
 def initial_deviation(dim: int) -> float:
