@@ -116,8 +116,10 @@ class Thinning(NamedTuple):
     place: int
     probability: float
 
-    def __call__(self, weights: torch.Tensor) -> torch.Tensor:
-        return dropout.dropped(weights, self.keys, self.place, self.probability)
+    def factors(self, weights: torch.Tensor) -> torch.Tensor:
+        """What the weights [J, ...] are multiplied by."""
+        given = self.keys, self.place, weights.shape[1:], self.probability
+        return dropout.scaled_mask(*given, weights.device, weights.dtype)
 
 
 def thinned_attention(
@@ -127,7 +129,7 @@ def thinned_attention(
     bias: torch.Tensor | None,
     causal: bool,
     scale: float,
-    thinned: Thinning,
+    thinning: Thinning,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of q [J B, H, T, hd], k and v [J B, H, S, hd]: the output like q, and the weights before dropout, [J, B, ...]."""
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
@@ -136,8 +138,8 @@ def thinned_attention(
     if causal:
         scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
     weights = torch.softmax(scores, -1)
-    weights = weights.view(len(thinned.keys), -1, *weights.shape[1:])
-    return torch.matmul(thinned(weights).flatten(0, 1), v), weights
+    weights = weights.view(len(thinning.keys), -1, *weights.shape[1:])
+    return torch.matmul((weights * thinning.factors(weights)).flatten(0, 1), v), weights
 
 
 def thinned_attention_backward(
@@ -147,11 +149,12 @@ def thinned_attention_backward(
     v: torch.Tensor,
     weights: torch.Tensor,
     scale: float,
-    thinned: Thinning,
+    thinning: Thinning,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients for q, k and v from that for the output of :func:`thinned_attention`."""
-    dv = torch.matmul(thinned(weights).flatten(0, 1).transpose(-1, -2), grad)
-    dweights = thinned(torch.matmul(grad, v.transpose(-1, -2)).view_as(weights))
+    factors = thinning.factors(weights)
+    dv = torch.matmul((weights * factors).flatten(0, 1).transpose(-1, -2), grad)
+    dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights).mul_(factors)
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
 
