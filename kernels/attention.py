@@ -20,12 +20,15 @@ from .attention_backward import configs as backward_configs
 from .attention_tiles import (
     LOG2_E,
     aot_cases,
+    aot_seeds,
     block_of,
     check_heads,
+    check_seeds,
     config_of,
     constants,
     empty_heads,
     head_of,
+    kept_factors,
     length_of,
     length_strides,
     load_tile,
@@ -34,6 +37,7 @@ from .attention_tiles import (
     store_tile,
 )
 from .common import Launch, distinct, dot, round_to, strides_of
+from .dropout import factor_of
 
 __all__ = [
     "attention",
@@ -62,8 +66,11 @@ def _attend(
     first,
     last,
     n,
+    dropping,  # (seed, place, levels, factor, tokens in all), and for each query its row of all the layer's [BM]
+    rows,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -83,8 +90,11 @@ def _attend(
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
+        kept = p
+        if DROPOUT:
+            kept = p * kept_factors(dropping, rows, start, BLOCK_M, BLOCK_N)
         values = load_tile(v, v_stride, start, n, HEAD, BLOCK_N, BLOCK_D)  # [BN, BD]
-        acc = dot(round_to(p, values.dtype), values, acc * shrink[:, None], INPUT_PRECISION)
+        acc = dot(round_to(kept, values.dtype), values, acc * shrink[:, None], INPUT_PRECISION)
         total = total * shrink + tl.sum(p, 1)
         top = higher
     return acc, top, total
@@ -98,11 +108,15 @@ def attention_fwd_kernel(
     o,
     lse,  # [J, B, H, T], dense
     lengths,  # [J, B]
+    seeds,  # [J]
     q_strides,  # (J, B, H, T)
     k_strides,
     v_strides,
     o_strides,
     length_strides,
+    place,
+    levels,
+    factor,
     scale,
     B,
     H,
@@ -111,6 +125,7 @@ def attention_fwd_kernel(
     CAUSAL: tl.constexpr,
     LENGTHS: tl.constexpr,
     LSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,13 +148,18 @@ def attention_fwd_kernel(
         last = tl.minimum(last, start + BLOCK_M)
         full = tl.minimum(last, start + 1) // BLOCK_N * BLOCK_N
     scale = scale * LOG2_E
+    dropping = (0, place, levels, factor, T)
+    rows = tokens
+    if DROPOUT:
+        dropping = (tl.load(seeds + head // (B * H)), place, levels, factor, T)
+        rows = head % (B * H) * T + tokens
     acc, top, total = _attend(
         acc, top, total, queries, k_head, v_head, k_strides[3], v_strides[3], scale, tokens, 0, full, n,
-        False, CAUSAL, HEAD, BLOCK_N, INPUT_PRECISION,
+        dropping, rows, False, CAUSAL, DROPOUT, HEAD, BLOCK_N, INPUT_PRECISION,
     )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, queries, k_head, v_head, k_strides[3], v_strides[3], scale, tokens, full, last, n,
-        True, CAUSAL, HEAD, BLOCK_N, INPUT_PRECISION,
+        dropping, rows, True, CAUSAL, DROPOUT, HEAD, BLOCK_N, INPUT_PRECISION,
     )  # fmt: skip
 
     real = tokens < n
@@ -151,16 +171,22 @@ def attention_fwd_kernel(
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+    factors: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse) of :func:`attention_train`, in plain PyTorch; differentiable."""
+    """(o, lse) of :func:`attention_train`, in plain PyTorch; differentiable. ``factors`` are dropout's."""
     wide = torch.promote_types(q.dtype, torch.float32)
     real, seen = real_and_seen(q, causal, lengths)
     q, k, v = (torch.where(real[..., None], x, 0) for x in (q, k, v))
     scores = scale * (q @ k.mT).to(wide)
     lse = torch.where(seen, scores, -torch.inf).masked_fill(~real[..., None], 0).logsumexp(-1)
     p = torch.where(seen, (scores - lse[..., None]).exp(), 0)
-    return p.to(v.dtype) @ v, torch.where(real, lse, 0)
+    return (p * factors).to(v.dtype) @ v, torch.where(real, lse, 0)
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -169,6 +195,12 @@ def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]
         return _config(*((32, 32, 4, 2) if head <= 64 else (32, 16, 8, 2)))
     block = min(64, max(16, triton.next_power_of_2(tokens)))
     return _config(block, 32 if head <= 32 else 64, 4, 2)
+
+
+def dropout_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """:func:`default_config` with dropout, whose counters take registers; tuned ones are for the kernel without it."""
+    config = default_config(head, tokens, dtype)
+    return config | {"num_warps": 8} if dtype.itemsize == 2 and config["BLOCK_M"] == 64 else config
 
 
 def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
@@ -186,7 +218,17 @@ def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, in
 
 
 @library.custom_op("mlpint::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+    seeds: Tensor | None = None,
+    place: int = 0,
+    levels: int = 0,
+) -> Tensor:
     """softmax(scale q k^T) v of each head, forward only.
 
     Args:
@@ -194,6 +236,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | N
         causal: a token sees itself and what is before it.
         lengths: tokens of each sequence, int32 [J, B] or [B] on the device; outside 0..T they count as 0 or T.
         scale: of the scores, usually 1 / sqrt(head dimension).
+        seeds, place, levels: of the weights' dropout, as :func:`mlpint.kernels.dropout.dropout_mask` takes them, for
+            [B H T, T] of each layer. Without seeds nothing is dropped.
 
     Returns:
         [J, B, H, T, head dimension], a view of dense [J, B, T, H, head dimension]; zero where there is no token.
@@ -201,12 +245,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | N
     Raises:
         ValueError: shapes, dtypes or layouts that do not fit.
     """
-    return _forward(q, k, v, None, causal, lengths, scale)
+    return _forward(q, k, v, None, causal, lengths, scale, seeds, place, levels)
 
 
 @library.custom_op("mlpint::attention_train", mutates_args=())
 def attention_train(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    scale: float,
+    seeds: Tensor | None = None,
+    place: int = 0,
+    levels: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention`, and what its backward needs: (o, lse).
 
@@ -214,16 +266,16 @@ def attention_train(
     where there is no token.
     """
     lse = _empty_lse(q)
-    return _forward(q, k, v, lse, causal, lengths, scale), lse
+    return _forward(q, k, v, lse, causal, lengths, scale, seeds, place, levels), lse
 
 
 @attention.register_fake
-def _(q, k, v, causal, lengths, scale):
+def _(q, k, v, causal, lengths, scale, seeds=None, place=0, levels=0):
     return empty_heads(q)
 
 
 @attention_train.register_fake
-def _(q, k, v, causal, lengths, scale):
+def _(q, k, v, causal, lengths, scale, seeds=None, place=0, levels=0):
     return empty_heads(q), _empty_lse(q)
 
 
@@ -231,12 +283,16 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _forward(q, k, v, lse, causal, lengths, scale) -> Tensor:
+def _forward(q, k, v, lse, causal, lengths, scale, seeds, place, levels) -> Tensor:
     """The output; the log-sum-exp is written to ``lse``, where it is not None."""
     check_heads(q, k, v, lengths)
+    check_seeds(q, seeds, levels)
     o = empty_heads(q)
     if q.numel():
-        launch_of(q, k, v, o, lse, causal, lengths, scale, config_of("attention", q, default_config)).run()
+        config = config_of("attention", q, default_config)
+        if seeds is not None:
+            config = dropout_config(padded_head(q), q.shape[3], q.dtype)
+        launch_of(q, k, v, o, lse, causal, lengths, scale, config, seeds, place, levels).run()
     return o
 
 
@@ -250,16 +306,19 @@ def launch_of(
     lengths: Tensor | None,
     scale: float,
     config: dict[str, int],
+    seeds: Tensor | None = None,
+    place: int = 0,
+    levels: int = 0,
 ) -> Launch:
     j, b, h, t, _ = q.shape
     return Launch(
         attention_fwd_kernel,
         (triton.cdiv(t, config["BLOCK_M"]) * j * b * h,),
         (
-            *(q, k, v, o, lse, lengths),
-            *(*strides_of(q, k, v, o), length_strides(lengths), scale, b, h, t),
+            *(q, k, v, o, lse, lengths, seeds),
+            *(*strides_of(q, k, v, o), length_strides(lengths), place, levels, factor_of(levels), scale, b, h, t),
         ),
-        constants(q, causal, lengths) | {"LSE": lse is not None} | config,
+        constants(q, causal, lengths, seeds) | {"LSE": lse is not None} | config,
     )
 
 
@@ -269,3 +328,6 @@ def aot_launches(candidates: bool = False) -> Iterator[Launch]:
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield launch_of(q, k, v, q, lse if causal else None, causal, lengths, 0.125, config)
+        if head in (64, 128) and causal == (head == 64) and q.dtype == torch.bfloat16:
+            config = dropout_config(head, tokens, q.dtype)
+            yield launch_of(q, k, v, q, lse, causal, lengths, 0.125, config, aot_seeds(q), 0, 6554)

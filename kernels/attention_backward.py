@@ -16,12 +16,15 @@ from torch import Tensor, library
 from .attention_tiles import (
     LOG2_E,
     aot_cases,
+    aot_seeds,
     block_of,
     check_heads,
+    check_seeds,
     config_of,
     constants,
     empty_heads,
     head_of,
+    kept_factors,
     length_of,
     length_strides,
     load_tile,
@@ -30,6 +33,7 @@ from .attention_tiles import (
     store_tile,
 )
 from .common import Launch, check, distinct, dot, round_to, strides_of, to_float
+from .dropout import factor_of
 
 
 @triton.jit
@@ -76,12 +80,16 @@ def attention_bwd_dkdv_kernel(
     dk,
     dv,
     lengths,  # [J, B]
+    seeds,  # [J]
     q_strides,  # (J, B, H, T)
     k_strides,
     v_strides,
     do_strides,
     out_strides,  # of dk and dv
     length_strides,
+    place,
+    levels,
+    factor,
     scale,
     B,
     H,
@@ -89,6 +97,7 @@ def attention_bwd_dkdv_kernel(
     HEAD: tl.constexpr,
     CAUSAL: tl.constexpr,
     LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_OWN: tl.constexpr,  # keys
     BLOCK_OTHER: tl.constexpr,  # queries
     BLOCK_D: tl.constexpr,
@@ -106,6 +115,8 @@ def attention_bwd_dkdv_kernel(
     dks = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
     dvs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
     statistics = head.to(tl.int64) * T
+    if DROPOUT:
+        seed, first_row = tl.load(seeds + head // (B * H)), head % (B * H) * T
     first = 0
     if CAUSAL:
         first = start // BLOCK_OTHER * BLOCK_OTHER
@@ -120,8 +131,15 @@ def attention_bwd_dkdv_kernel(
         if CAUSAL:
             scores = tl.where(others[None, :] >= tokens[:, None], scores, float("-inf"))
         p = tl.exp2(scores)  # [own, other]
-        dvs = dot(round_to(p, dos.dtype), dos, dvs, INPUT_PRECISION)
-        ds = p * (_product(values, dos, acc, INPUT_PRECISION) - deltas[None, :])
+        dp = _product(values, dos, acc, INPUT_PRECISION)
+        if DROPOUT:
+            dropping = (seed, place, levels, factor, T)
+            kept = tl.trans(kept_factors(dropping, first_row + others, start, BLOCK_OTHER, BLOCK_OWN))
+            dvs = dot(round_to(p * kept, dos.dtype), dos, dvs, INPUT_PRECISION)
+            dp = dp * kept
+        else:
+            dvs = dot(round_to(p, dos.dtype), dos, dvs, INPUT_PRECISION)
+        ds = p * (dp - deltas[None, :])
         dks = dot(round_to(ds, queries.dtype), queries, dks, INPUT_PRECISION)
 
     real = (tokens < n)[:, None]
@@ -140,12 +158,16 @@ def attention_bwd_dq_kernel(
     delta,
     dq,
     lengths,  # [J, B]
+    seeds,  # [J]
     q_strides,  # (J, B, H, T)
     k_strides,
     v_strides,
     do_strides,
     out_strides,
     length_strides,
+    place,
+    levels,
+    factor,
     scale,
     B,
     H,
@@ -153,6 +175,7 @@ def attention_bwd_dq_kernel(
     HEAD: tl.constexpr,
     CAUSAL: tl.constexpr,
     LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_OWN: tl.constexpr,  # queries
     BLOCK_OTHER: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,
@@ -171,6 +194,8 @@ def attention_bwd_dq_kernel(
 
     acc: tl.constexpr = lse.dtype.element_ty
     dqs = tl.zeros((BLOCK_OWN, BLOCK_D), acc)
+    if DROPOUT:
+        seed, rows = tl.load(seeds + head // (B * H)), head % (B * H) * T + tokens
     last = tl.where(start < n, n, 0)
     if CAUSAL:
         last = tl.minimum(last, start + BLOCK_OWN)
@@ -183,7 +208,10 @@ def attention_bwd_dq_kernel(
         if CAUSAL:
             seen = seen & (tokens[:, None] >= others[None, :])
         p = tl.exp2(tl.where(seen, scores, float("-inf")))  # [own, other]
-        ds = p * (_product(dos, values, acc, INPUT_PRECISION) - deltas[:, None])
+        dp = _product(dos, values, acc, INPUT_PRECISION)
+        if DROPOUT:
+            dp = dp * kept_factors((seed, place, levels, factor, T), rows, other, BLOCK_OWN, BLOCK_OTHER)
+        ds = p * (dp - deltas[:, None])
         dqs = dot(round_to(ds, keys.dtype), keys, dqs, INPUT_PRECISION)
 
     dqs = tl.where((tokens < n)[:, None], dqs * scale, 0.0)
@@ -200,15 +228,16 @@ def attention_backward_reference(
     causal: bool,
     lengths: Tensor | None,
     scale: float,
+    factors: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`attention_backward` does, in plain PyTorch."""
+    """What :func:`attention_backward` does, in plain PyTorch; ``factors`` are dropout's."""
     wide = lse.dtype
     real, seen = real_and_seen(q, causal, lengths)
     do, q, k, v, o = (torch.where(real[..., None], x, 0) for x in (do, q, k, v, o))
     p = torch.where(seen, (scale * (q @ k.mT).to(wide) - lse[..., None]).exp(), 0)
     delta = (o.to(wide) * do.to(wide)).sum(-1, keepdim=True)
-    ds = (p * ((do @ v.mT).to(wide) - delta)).to(q.dtype)
-    return (ds @ k).mul(scale), (ds.mT @ q).mul(scale), p.to(q.dtype).mT @ do
+    ds = (p * ((do @ v.mT).to(wide) * factors - delta)).to(q.dtype)
+    return (ds @ k).mul(scale), (ds.mT @ q).mul(scale), (p * factors).to(q.dtype).mT @ do
 
 
 def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -218,6 +247,13 @@ def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]
     if tokens <= 32:
         return _config(max(16, triton.next_power_of_2(tokens)), 32, 4, 2)
     return _config(*((64, 32, 4, 2) if head <= 64 else (64, 64, 8, 2)))
+
+
+def dropout_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """:func:`default_config` with dropout, whose counters take registers; tuned ones are for kernels without it."""
+    if dtype.itemsize == 2 and head > 64 and tokens > 32:
+        return _config(64, 32, 8, 2)
+    return default_config(head, tokens, dtype)
 
 
 def configs(head: int, tokens: int, dtype: torch.dtype) -> list[dict[str, int]]:
@@ -246,6 +282,9 @@ def attention_backward(
     causal: bool,
     lengths: Tensor | None,
     scale: float,
+    seeds: Tensor | None = None,
+    place: int = 0,
+    levels: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of :func:`attention.attention_train`, given its arguments and results and the gradient of `o`.
 
@@ -257,7 +296,7 @@ def attention_backward(
         ValueError: shapes, dtypes or layouts that do not fit.
     """
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    _backward(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv)
+    _backward(do, q, k, v, o, lse, causal, lengths, scale, (seeds, place, levels), dq, dk, dv)
     return dq, dk, dv
 
 
@@ -272,20 +311,24 @@ def attention_backward_packed(
     causal: bool,
     lengths: Tensor | None,
     scale: float,
+    seeds: Tensor | None = None,
+    place: int = 0,
+    levels: int = 0,
 ) -> Tensor:
     """:func:`attention_backward` into one tensor [J, B, T, 3, H, head dimension], as a QKV projection has them."""
     out = _empty_packed(q)
-    _backward(do, q, k, v, o, lse, causal, lengths, scale, *out.transpose(2, 4).unbind(3))
+    dropping = seeds, place, levels
+    _backward(do, q, k, v, o, lse, causal, lengths, scale, dropping, *out.transpose(2, 4).unbind(3))
     return out
 
 
 @attention_backward.register_fake
-def _(do, q, k, v, o, lse, causal, lengths, scale):
+def _(do, q, k, v, o, lse, causal, lengths, scale, seeds=None, place=0, levels=0):
     return empty_heads(q), empty_heads(q), empty_heads(q)
 
 
 @attention_backward_packed.register_fake
-def _(do, q, k, v, o, lse, causal, lengths, scale):
+def _(do, q, k, v, o, lse, causal, lengths, scale, seeds=None, place=0, levels=0):
     return _empty_packed(q)
 
 
@@ -294,15 +337,18 @@ def _empty_packed(q: Tensor) -> Tensor:
     return q.new_empty(j, b, t, 3, h, d)
 
 
-def _backward(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv) -> None:
+def _backward(do, q, k, v, o, lse, causal, lengths, scale, dropping, dq, dk, dv) -> None:
     check_heads(q, k, v, lengths)
+    check_seeds(q, dropping[0], dropping[2])
     check("do", do, tuple(q.shape), like=q)
     check("o", o, tuple(q.shape), like=q)
     if lse.shape != q.shape[:4] or not lse.is_contiguous():
         raise ValueError(f"lse is {list(lse.shape)} with strides {lse.stride()}, expected attention_train's result")
     if q.numel():
         config = config_of("attention_backward", q, default_config)
-        for launch in launches(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv, config):
+        if dropping[0] is not None:
+            config = dropout_config(padded_head(q), q.shape[3], q.dtype)
+        for launch in launches(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv, config, dropping):
             launch.run()
 
 
@@ -320,11 +366,13 @@ def launches(
     dk: Tensor,
     dv: Tensor,
     config: dict[str, int],
+    dropping: tuple[Tensor | None, int, int] = (None, 0, 0),
 ) -> Iterator[Launch]:
     """The three launches; dk and dv have the same strides."""
     j, b, h, t, _ = q.shape
     heads = j * b * h
-    constexprs = constants(q, causal, lengths)
+    seeds, place, levels = dropping
+    constexprs = constants(q, causal, lengths, seeds)
     delta = torch.empty_like(lse)
     shape = {name: constexprs[name] for name in ("HEAD", "BLOCK_D", "LENGTHS")}
     o_strides, do_strides, padding = *strides_of(o, do), length_strides(lengths)
@@ -336,16 +384,17 @@ def launches(
     )
     programs = (triton.cdiv(t, config["BLOCK_OWN"]) * heads,)
     strides = strides_of(q, k, v, do)
+    numbers = place, levels, factor_of(levels), scale, b, h, t
     yield Launch(
         attention_bwd_dkdv_kernel,
         programs,
-        (q, k, v, do, lse, delta, dk, dv, lengths, *strides, *strides_of(dk), padding, scale, b, h, t),
+        (q, k, v, do, lse, delta, dk, dv, lengths, seeds, *strides, *strides_of(dk), padding, *numbers),
         constexprs | config,
     )
     yield Launch(
         attention_bwd_dq_kernel,
         programs,
-        (q, k, v, do, lse, delta, dq, lengths, *strides, *strides_of(dq), padding, scale, b, h, t),
+        (q, k, v, do, lse, delta, dq, lengths, seeds, *strides, *strides_of(dq), padding, *numbers),
         constexprs | config,
     )
 
@@ -356,3 +405,6 @@ def aot_launches(candidates: bool = False) -> Iterator[Launch]:
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config)
+        if head in (64, 128) and causal == (head == 64) and q.dtype == torch.bfloat16:
+            config, dropping = dropout_config(head, tokens, q.dtype), (aot_seeds(q), 0, 6554)
+            yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config, dropping)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from .common import check, check_dense, input_precision, round_to
+from .dropout import LEVELS, draws_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = 128  # head dimension
@@ -72,6 +73,13 @@ def store_tile(head, stride, start, limit, values, HEAD: tl.constexpr):
     tl.store(at, round_to(values, head.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def kept_factors(dropping, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the weights [ROWS, COLUMNS] of queries, by their rows among all of a layer, and keys are multiplied by."""
+    seed, place, levels, factor, tokens = dropping
+    return tl.where(draws_of(seed, place, rows, first, tokens, ROWS, COLUMNS) >= levels, factor, 0.0)
+
+
 def empty_heads(q: Tensor) -> Tensor:
     """New heads [J, B, H, T, hd], a view of dense [J, B, T, H, hd]: what the next linear layer reads."""
     j, b, h, t, d = q.shape
@@ -92,6 +100,18 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None
         raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
 
 
+def check_seeds(q: Tensor, seeds: Tensor | None, levels: int) -> None:
+    """Raise ValueError unless these can be dropout's for such heads."""
+    if seeds is None:
+        if levels:
+            raise ValueError(f"levels = {levels} without seeds")
+        return
+    if seeds.dtype != torch.int64 or tuple(seeds.shape) != q.shape[:1] or seeds.device != q.device:
+        raise ValueError(f"seeds is {seeds.dtype} {list(seeds.shape)} on {seeds.device}, expected int64 [{len(q)}]")
+    if not 0 <= levels < LEVELS:
+        raise ValueError(f"levels = {levels}: must be in [0, {LEVELS})")
+
+
 def real_and_seen(q: Tensor, causal: bool, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """The masks of the references: tokens that exist, [J, B, 1, T], and keys that a query sees, [J, B, 1, T, T]."""
     token = torch.arange(q.shape[3], device=q.device)
@@ -102,13 +122,14 @@ def real_and_seen(q: Tensor, causal: bool, lengths: Tensor | None) -> tuple[Tens
     return real, seen & (token[:, None] >= token) if causal else seen
 
 
-def constants(q: Tensor, causal: bool, lengths: Tensor | None) -> dict:
+def constants(q: Tensor, causal: bool, lengths: Tensor | None, seeds: Tensor | None) -> dict:
     """The constexpr parameters that the launch configuration does not decide."""
     return {
         "HEAD": q.shape[4],
         "BLOCK_D": padded_head(q),
         "CAUSAL": causal,
         "LENGTHS": lengths is not None,
+        "DROPOUT": seeds is not None,
         "INPUT_PRECISION": input_precision(),
     }
 
@@ -141,3 +162,8 @@ def aot_cases() -> Iterator[tuple[tuple[Tensor, ...], Tensor, bool, Tensor | Non
         heads = torch.empty(j, b, t, 3, h, head, dtype=dtype, device="meta").transpose(2, 4).unbind(3)
         lse, lengths = torch.empty(j, b, h, t, device="meta"), torch.empty(b, dtype=torch.int32, device="meta")
         yield heads, lse, causal, None if causal else lengths
+
+
+def aot_seeds(q: Tensor) -> Tensor:
+    """The seeds of dropout for such heads, on the meta device."""
+    return torch.empty(len(q), dtype=torch.int64, device="meta")

@@ -18,7 +18,7 @@ INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 GELU_TANH_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_TANH_CUBIC = tl.constexpr(0.044715 * 1.5957691216057308)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
+ACTIVATIONS = ("none", "gelu_tanh", "gelu", "relu", "silu")
 
 
 @triton.jit
@@ -58,12 +58,14 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`x`, its tanh-approximate GELU ("gelu_tanh"), exact GELU ("gelu") or SiLU ("silu"), of a float32 block."""
+    """`x`, or its GELU ("gelu_tanh" with tanh, "gelu" exact), ReLU ("relu") or SiLU ("silu"), of a float32 block."""
     if ACTIVATION == "gelu_tanh":
         # This is 0.5 (1 + tanh u) = sigmoid(2 u): libdevice's tanh does not exist in the interpreter.
         y = x * tl.sigmoid(x * (x * x * GELU_TANH_CUBIC + GELU_TANH_LINEAR))
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * INVERSE_SQRT_2))
+    elif ACTIVATION == "relu":
+        y = tl.where(x > 0, x, 0.0)
     elif ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     else:
@@ -81,6 +83,9 @@ def activate_and_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         s = 0.5 * (1.0 + tl.erf(x * INVERSE_SQRT_2))
         slope = s + x * tl.exp(-0.5 * x * x) * INVERSE_SQRT_2_PI
+    elif ACTIVATION == "relu":
+        s = tl.where(x > 0, 1.0, 0.0)
+        slope = s
     else:
         tl.static_assert(ACTIVATION == "silu")
         s = tl.sigmoid(x)

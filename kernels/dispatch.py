@@ -86,6 +86,13 @@ def config(op: str, d: int, m: int, j: int, dtype: torch.dtype, device: torch.de
 vars(choose)["_dynamo_marked_constant"] = vars(config)["_dynamo_marked_constant"] = True
 
 
+def usable(op: str, device: torch.device) -> bool:
+    """Whether Triton can run on a device, for an operation that is then taken always: it has no choice to make."""
+    if op in _forced:
+        return _forced[op].path == "triton"
+    return device.type != "cpu" and not _unusable(torch.device(device))
+
+
 @contextmanager
 def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
     """Inside, these operations take these paths, whatever the files say; tuning, benchmarks and tests need it."""

@@ -72,7 +72,7 @@ def gated_backward(dy: Tensor, pre: Tensor, activation: str = "silu") -> Tensor:
     Args:
         dy: gradient of the product, [J, M, F], contiguous; float32, bfloat16 or float16.
         pre: (g, u), [J, M, 2 F], contiguous, of the same dtype.
-        activation: "silu", "gelu_tanh" or "gelu" (exact).
+        activation: "silu", "gelu_tanh", "gelu" (exact) or "relu".
 
     Returns:
         [J, M, 2 F] of that dtype, computed in float32.

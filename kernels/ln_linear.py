@@ -255,8 +255,8 @@ def norm_reference(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, eps: fl
 
 def activation_reference(x: Tensor, activation: str) -> Tensor:
     """An activation by its name, in plain PyTorch."""
-    if activation == "silu":
-        return F.silu(x)
+    if activation in ("silu", "relu"):
+        return F.silu(x) if activation == "silu" else F.relu(x)
     return x if activation == "none" else F.gelu(x, approximate=GELU_APPROXIMATION[activation])
 
 
@@ -385,7 +385,7 @@ def ln_linear(
         weight: [J, N, D], as torch.nn.Linear has it. Strided views of stacked parameters are read in place.
         bias: [J, N], or None.
         eps: added to the variance.
-        activation: "none", "gelu_tanh", "gelu" (exact) or "silu".
+        activation: "none", "gelu_tanh", "gelu" (exact), "relu" or "silu".
 
     Returns:
         [J, M, N] of x's dtype. Statistics, products and activation are in float32.

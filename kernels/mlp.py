@@ -23,7 +23,7 @@ from .common import (
     strides_of,
     to_float,
 )
-from .ln_linear import GELU_APPROXIMATION, normalised, row_statistics
+from .ln_linear import activation_reference, normalised, row_statistics
 
 WIDEST = 256  # channels: a row, and the accumulator of its result, are held whole
 MOST_A_WARP = 2048  # numbers of the accumulator; with more, registers spill
@@ -110,9 +110,7 @@ def mlp_reference(
     out = []
     for j in range(len(y)):
         normal = F.layer_norm(y[j], y.shape[-1:], ln_weight[j], ln_bias[j], eps)
-        hidden = F.linear(normal, w1[j], b1[j])
-        if activation != "none":
-            hidden = F.gelu(hidden, approximate=GELU_APPROXIMATION[activation])
+        hidden = activation_reference(F.linear(normal, w1[j], b1[j]), activation)
         out.append(F.linear(hidden, w2[j], b2[j]))
     linear = torch.stack(out)
     return y + linear if h == 1 else x + h * ((y - x) + linear)
@@ -212,7 +210,7 @@ def mlp(
         w2, b2: [J, D, H] and [J, D].
         h: step size.
         eps: added to the variance.
-        activation: "none", "gelu_tanh" or "gelu" (exact).
+        activation: "none", "gelu_tanh", "gelu" (exact), "relu" or "silu".
 
     Returns:
         [J, M, D] of y's dtype.

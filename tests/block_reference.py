@@ -5,6 +5,7 @@ import math
 import torch
 
 FORMS = {"tanh": lambda t: 0.5 * t * (1 + torch.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)))}
+FORMS["relu"] = lambda t: t * (t > 0)
 FORMS["none"] = lambda t: 0.5 * t * (1 + torch.erf(t / math.sqrt(2)))
 
 

@@ -8,6 +8,7 @@ from mlpint.kernels import attention as forward
 from mlpint.kernels import attention_backward as backward
 from mlpint.kernels.attention import attention, attention_backward, attention_reference, attention_train
 from mlpint.kernels.attention_backward import attention_backward_packed, attention_backward_reference
+from mlpint.kernels.dropout import mask_reference
 
 LENGTHS = {"full": None, "shared": [0, 37, 20], "each": [[1, 16, 17], [37, 0, 5]]}
 
@@ -42,6 +43,32 @@ def expected(q, k, v, do, causal, lengths, scale):
                 scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), -torch.inf)
             o[i, s, :, :n] = scores.softmax(-1) @ v[i, s, :, :n]
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do.double())
+
+
+@pytest.mark.parametrize(("lengths", "causal"), [("full", True), ("each", False)])
+def test_dropout(device, poisoned, lengths, causal):
+    """Of the weights, by the mask of the dropout kernel's function, in all three kernels."""
+    q, k, v, do = heads(2, 3, 2, 37, 24, torch.float32, device)
+    lengths, scale = lengths_of(lengths, device), 0.3
+    seeds, levels = torch.tensor([3, -5], device=device), 20000
+    given = causal, lengths, scale, seeds, 3, levels
+    factors = mask_reference(seeds, 3, 3 * 2 * 37, 37, levels).view(2, 3, 2, 37, 37).to(device)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted, _ = attention_reference(*leaves, causal, lengths, scale, factors)
+    o, lse = attention_train(q, k, v, *given)
+    gradients = attention_backward(do, q, k, v, o, lse, *given)
+    for a, b in zip((o, *gradients), (wanted, *torch.autograd.grad(wanted, leaves, do.double())), strict=True):
+        torch.testing.assert_close(a.double(), b.detach(), rtol=3e-5, atol=3e-5)
+    assert torch.equal(o, attention(q, k, v, *given))
+    assert not torch.allclose(o, attention(q, k, v, causal, lengths, scale))
+    packed = attention_backward_packed(do, q, k, v, o, lse, *given)
+    assert all(torch.equal(a, b) for a, b in zip(packed.transpose(2, 4).unbind(3), gradients, strict=True))
+    reference = attention_backward_reference(do, q, k, v, o, lse, causal, lengths, scale, factors)
+    for a, b in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=3e-5, atol=3e-5)
+    for bad, words in (((seeds[:1], 3, 5), "expected int64"), ((None, 0, 5), "levels = 5 without seeds")):
+        with pytest.raises(ValueError, match=words):
+            attention(q, k, v, causal, lengths, scale, *bad)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

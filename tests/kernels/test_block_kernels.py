@@ -65,6 +65,45 @@ def test_a_stack_of_kernels(device, attention, padded, h, monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("kind", ["pre", "modern", "memory"])
+def test_dropout_by_kernels(device, kind, monkeypatch):
+    """The plain loop that autograd follows, and the solver's way, forward again and both halves of the backward: one
+    mask, whether kernels thin the weights of attention or what they attend to is spelt out."""
+    from mlpint.kernels import attention as attention_module
+    from mlpint.kernels import dropout
+
+    taken = set()
+    for module, name in ((dropout, "drop"), (dropout, "drop_step"), (attention_module, "attention_train")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=original: (taken.add(n), f(*a))[1])
+    settings = {"pre": {}, "modern": MODERN | {"feed_forward": "silu gated", "norm": "sandwich"}, "memory": {}}[kind]
+    torch.manual_seed(0)
+    stack = BlockStack(4, 32, 2, dropout=0.3, cross=kind == "memory", **settings).to(device)
+    for p in stack.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    x = torch.randn(2, 10, 32, device=device)
+    more = {"lengths": torch.tensor([10, 7], device=device)}
+    if kind == "memory":
+        more |= {"memory": torch.randn(2, 6, 32, device=device)}
+    results = []
+    for options in (MGRIT(levels=1), MGRIT(cfactor=2, forward_iters=2, backward_iters=2)):
+        network = LayerParallel(stack, options)
+        network.layer_random.seed = 3
+        network.dropout_key(2, 1)
+        leaf = x.clone().requires_grad_()
+        with forced({"dropout": Choice("triton", None, "forced")}):
+            y = network(leaf, **more)
+            y.square().sum().backward()
+        assert taken == (set() if options.exact else {"drop", "drop_step", "attention_train"}), taken
+        results.append((y.detach(), leaf.grad, *(p.grad for p in network.stacked.parameters())))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    without = LayerParallel(stack, MGRIT(levels=1))
+    without.layer_random.seed = 3
+    without.dropout_key(2, 1)
+    assert not torch.allclose(without(x, **more), results[0][0], rtol=1e-3), "torch's generators made the masks"
+
+
 MODERN = {"normalization": "rms", "biases": "none", "positions": "rotary", "ffn": 48}
 VARIANTS = {
     "qwen3": MODERN | {"feed_forward": "silu gated", "qk_norm": True, "biases": "qkv", "kv_heads": 1},

@@ -114,5 +114,5 @@ def test_check_names_what_is_wrong():
     ]:
         with pytest.raises(ValueError, match=message):
             common.check("weight", bad, (2, 3, 4), like=x)
-    with pytest.raises(ValueError, match="activation is 'relu', expected one of none, gelu_tanh, gelu"):
-        common.check_activation("relu")
+    with pytest.raises(ValueError, match="activation is 'selu', expected one of none, gelu_tanh, gelu, relu, silu"):
+        common.check_activation("selu")

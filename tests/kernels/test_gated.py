@@ -61,7 +61,7 @@ def test_matches_float64(device, poisoned, small_blocks, shape, norm, dtype):
 def test_backward_of_the_gate(device, poisoned, shape, dtype):
     layers, m, f = shape
     dy, pre = (torch.randn(layers, m, n, device=device).to(dtype) for n in (f, 2 * f))
-    for activation in ("silu", "gelu_tanh", "gelu"):
+    for activation in ("silu", "gelu_tanh", "gelu", "relu"):
         exact = gated_backward.gated_backward_reference(dy.double(), pre.double(), activation)
         in_torch = gated_backward.gated_backward_reference(dy, pre, activation)
         assert_as_good_as_torch(BACKWARD(dy, pre, activation), in_torch, exact)
@@ -96,7 +96,7 @@ def test_bad_arguments_say_what_is_wrong(device):
         (lambda: OPERATION(x, ln_weight, ln_bias, weight[:, 1:], bias), r"expected \[J, M, D\] and \[J, 2 F, D\]"),
         (lambda: OPERATION(x, ln_weight[:, 1:], ln_bias, weight, bias), r"ln_weight has shape \(2, 11\)"),
         (lambda: OPERATION(x, ln_weight, ln_bias, weight.half(), bias), "weight is torch.float16"),
-        (lambda: OPERATION(x, ln_weight, ln_bias, weight, bias, 1e-5, "relu"), "activation is 'relu'"),
+        (lambda: OPERATION(x, ln_weight, ln_bias, weight, bias, 1e-5, "selu"), "activation is 'selu'"),
         (lambda: BACKWARD(dy, pre[..., 1:]), r"pre torch.float32 \(2, 5, 13\): expected"),
         (lambda: BACKWARD(dy, pre, "none"), "this is for gates"),
         (lambda: BACKWARD(dy.mT.contiguous().mT, pre), "must be contiguous"),

@@ -40,7 +40,7 @@ def config(request):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(device, poisoned, config, shape, biases, dtype):
     tensors = inputs(shape, dtype, device, biases=biases)
-    for activation in ("none", "gelu_tanh", "gelu") if biases else ("none", "silu"):
+    for activation in ("none", "gelu_tanh", "gelu", "relu") if biases else ("none", "silu"):
         y = OPERATION(*tensors, 1e-5, activation)
         in_torch = ln_linear.ln_linear_reference(*tensors, 1e-5, activation)
         exact = ln_linear.ln_linear_reference(*wide(tensors), 1e-5, activation)
@@ -120,7 +120,7 @@ def test_bad_arguments_say_what_is_wrong(device):
         ((x[0], *rest), r"x has 2 dimensions and weight 3, expected \[J, M, D\] and \[J, N, D\]"),
         ((x[..., :11], *rest), r"ln_weight has shape \(2, 12\), expected \(2, 11\)"),
         ((x, *rest[:-1], rest[-1].half()), "bias is torch.float16"),
-        ((x, *rest, 1e-5, "relu"), "activation is 'relu'"),
+        ((x, *rest, 1e-5, "selu"), "activation is 'selu'"),
         ((x.mT.contiguous().mT, *rest), "x's last dimension has stride 5, expected 1"),
     ]:
         with pytest.raises(ValueError, match=message):

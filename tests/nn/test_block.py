@@ -9,6 +9,7 @@ import block_reference
 import mlpint
 from mlpint import nn as mnn
 from mlpint.nn import dropout
+from mlpint.nn.dropout import Dropout
 
 D, HEADS, FFN, BATCH, SEQUENCE = 12, 3, 20, 3, 5
 
@@ -41,11 +42,13 @@ VARIANTS = list(
         ("pre", "post"), ("causal", "full"), ("tanh", "none"), (1.0, 0.3), (None, torch.tensor([SEQUENCE, 2, 0]))
     )
 )
+VARIANTS += [("pre", "causal", "relu", 1.0, None), ("post", "full", "relu", 0.3, torch.tensor([SEQUENCE, 2, 0]))]
 
 
 @pytest.mark.parametrize(("norm", "attention", "gelu", "h", "lengths"), VARIANTS)
 def test_against_formulas(norm, attention, gelu, h, lengths):
-    b = block(norm=norm, attention=attention, gelu=gelu, step_size=h)
+    feed_forward = {"feed_forward": "relu"} if gelu == "relu" else {"gelu": gelu}
+    b = block(norm=norm, attention=attention, step_size=h, **feed_forward)
     x, g = torch.randn(BATCH, SEQUENCE, D, requires_grad=True), torch.randn(BATCH, SEQUENCE, D)
     parameters = dict(b.named_parameters())
     expected = block_reference.step(
@@ -164,15 +167,17 @@ def test_conformance():
 
 
 def test_masks_do_not_depend_on_the_batching_and_leave_torchs_generator_alone():
-    keys, place, p = [3, 2**63 - 1, 2**64 - 1], dropout.FFN, 0.3
+    keys, p, cpu, double = (3, 2**63 - 1, 2**64 - 1), 0.3, torch.device("cpu"), torch.float64
     before = torch.get_rng_state()
-    masks = dropout.keep_mask(keys, place, (4, 50), p, torch.device("cpu"))
+    masks = Dropout(keys, dropout.FFN, p).factors((4, 50), double, cpu)
     assert torch.equal(torch.get_rng_state(), before)
     for key, mask in zip(keys, masks, strict=True):
-        assert torch.equal(dropout.keep_mask([key], place, (4, 50), p, torch.device("cpu"))[0], mask)
-        assert torch.equal(dropout.keep_mask([key], place, (2, 50), p, torch.device("cpu"))[0], mask[:2])
-    assert not torch.equal(masks[0], dropout.keep_mask(keys[:1], dropout.PROJECTION, (4, 50), p, masks.device)[0])
-    many = dropout.keep_mask(range(100), 0, (1000,), p, masks.device).double()
+        assert torch.equal(Dropout((key,), dropout.FFN, p).factors((4, 50), double, cpu)[0], mask)
+    assert not torch.equal(masks[0], Dropout(keys[:1], dropout.PROJECTION, p).factors((4, 50), double, cpu)[0])
+    assert len(masks.unique()) == 2 and masks.unique()[0] == 0
+    many = Dropout(tuple(range(100)), dropout.FFN, p).factors((1000,), double, cpu) > 0
+    many = many.double()
+    assert masks.max() == pytest.approx(1 / (1 - p), rel=1e-4)
     assert abs(many.mean().item() - (1 - p)) < 4 * (p * (1 - p) / many.numel()) ** 0.5
     correlation = (many[:-1] - (1 - p)).mul(many[1:] - (1 - p)).mean().item() / (p * (1 - p))
     assert abs(correlation) < 4 / many[1:].numel() ** 0.5, "masks of neighbouring keys are alike"
@@ -258,7 +263,7 @@ def test_pretrained_weights_and_padding():
 @pytest.mark.parametrize(
     ("kind", "changed", "text"),
     [
-        ("GPT2", {"activation_function": "relu"}, "the model's activation is 'relu'"),
+        ("GPT2", {"activation_function": "tanh"}, "the model's activation is 'tanh'"),
         ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True: blocks compute"),
         ("T5", {"d_kv": 4}, "only these can be converted"),
     ],

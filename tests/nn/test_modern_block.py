@@ -148,7 +148,7 @@ def test_models_that_are_refused(kind, changed, text):
     [
         ({"kv_heads": 3}, "kv_heads = 3: must divide heads = 4"),
         ({"normalization": "batch"}, "normalization = 'batch': must be 'layer' or 'rms'"),
-        ({"feed_forward": "relu"}, "feed_forward = 'relu': must be 'gelu' or 'silu gated' or 'gelu gated'"),
+        ({"feed_forward": "selu"}, "feed_forward = 'selu': must be 'gelu' or 'relu' or 'silu gated' or 'gelu gated'"),
         ({"positions": "rotary", "head_width": 5}, "the 5 channels of a head must be an even number"),
         ({"normalization": "rms", "norm": "post"}, "norm = 'post': is for blocks with LayerNorms"),
         ({"window": -1}, "window = -1: must be a number of tokens"),

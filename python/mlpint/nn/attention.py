@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from . import dropout, fused_attention
+from . import fused_attention
 from .attending import Attending, masked
-from .kernels import kernel
+from .dropout import Dropout
+from .kernels import dropout_kernels, kernel
+
+_WIDEST_KERNEL = 128  # channels of a head
 
 
 def split_heads(qkv: torch.Tensor, batch: int, heads: int, parts: int = 3) -> Sequence[torch.Tensor]:
@@ -81,45 +84,41 @@ def attention_backward(
     return torch.autograd.grad(again, leaf, grad)[0]
 
 
-def dropout_attention(
-    qkv: torch.Tensor, to: Attending, keys: Sequence[int], probability: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, T]."""
+def dropout_attention(qkv: torch.Tensor, to: Attending, dropout: Dropout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with dropout of its weights: the output, and what its backward needs: the log-sum-exp [J, B, H, T]
+    where the kernel is taken, else the weights before dropout, [J, B, H, T, T]. Differentiable."""
+    module = _dropout_kernel("attention", qkv, to)
+    if module and not (torch.is_grad_enabled() and qkv.requires_grad):
+        heads = _per_layer(qkv, to)
+        given = dropout.seeds(qkv.device), dropout.place, dropout.levels
+        o, lse = module.attention_train(*heads, to.causal, _lengths(to), to.scale, *given)
+        return _tokens(o), lse
     q, k, v = split_heads(qkv, to.batch, to.heads)
     bias, causal = to.mask(qkv)
-    thinning = Thinning(keys, dropout.ATTENTION, probability)
-    o, weights = thinned_attention(q, k, v, bias, causal, to.scale, thinning)
+    o, weights = thinned_attention(q, k, v, bias, causal, to.scale, dropout)
     return _merged(o, len(qkv), to), weights
 
 
 def dropout_attention_backward(
-    grad: torch.Tensor,
-    qkv: torch.Tensor,
-    weights: torch.Tensor,
-    to: Attending,
-    keys: Sequence[int],
-    probability: float,
+    grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor, to: Attending, dropout: Dropout
 ) -> torch.Tensor:
     """The gradient for qkv of :func:`dropout_attention`."""
     j, m, _ = qkv.shape
+    if attended.dim() == 4:
+        module = importlib.import_module("..kernels.attention_backward", __package__)
+        do, o = (t.view(j, to.batch, m // to.batch, to.heads, -1).transpose(2, 3) for t in (grad.to(o.dtype), o))
+        given = to.causal, _lengths(to), to.scale, dropout.seeds(qkv.device), dropout.place, dropout.levels
+        return module.attention_backward_packed(do, *_per_layer(qkv, to), o, attended, *given).view(j, m, -1)
     q, k, v = split_heads(qkv, to.batch, to.heads)
     grad = split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
-    thinning = Thinning(keys, dropout.ATTENTION, probability)
-    gradients = thinned_attention_backward(grad, q, k, v, weights, to.scale, thinning)
+    gradients = thinned_attention_backward(grad, q, k, v, attended, to.scale, dropout)
     return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in gradients], -1)
 
 
-class Thinning(NamedTuple):
-    """Dropout of attention weights: its keys, one for each of J layers, its place in the block and its probability."""
-
-    keys: Sequence[int]
-    place: int
-    probability: float
-
-    def factors(self, weights: torch.Tensor) -> torch.Tensor:
-        """What the weights [J, ...] are multiplied by."""
-        given = self.keys, self.place, weights.shape[1:], self.probability
-        return dropout.scaled_mask(*given, weights.device, weights.dtype)
+def _dropout_kernel(op: str, qkv: torch.Tensor, to: Attending) -> ModuleType | None:
+    """The module of attention's kernel where it can thin weights: there is nothing in torch to be faster than it."""
+    fits = to.by_lengths and qkv.shape[2] // 3 // to.heads <= _WIDEST_KERNEL
+    return importlib.import_module(f"..kernels.{op}", __package__) if fits and dropout_kernels(qkv.device) else None
 
 
 def thinned_attention(
@@ -129,7 +128,7 @@ def thinned_attention(
     bias: torch.Tensor | None,
     causal: bool,
     scale: float,
-    thinning: Thinning,
+    dropout: Dropout,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of q [J B, H, T, hd], k and v [J B, H, S, hd]: the output like q, and the weights before dropout, [J, B, ...]."""
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
@@ -138,8 +137,8 @@ def thinned_attention(
     if causal:
         scores = scores.masked_fill(_above_diagonal(scores), -torch.inf)
     weights = torch.softmax(scores, -1)
-    weights = weights.view(len(thinning.keys), -1, *weights.shape[1:])
-    return torch.matmul((weights * thinning.factors(weights)).flatten(0, 1), v), weights
+    weights = weights.view(len(dropout.keys), -1, *weights.shape[1:])
+    return torch.matmul(dropout(weights).flatten(0, 1), v), weights
 
 
 def thinned_attention_backward(
@@ -149,10 +148,10 @@ def thinned_attention_backward(
     v: torch.Tensor,
     weights: torch.Tensor,
     scale: float,
-    thinning: Thinning,
+    dropout: Dropout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients for q, k and v from that for the output of :func:`thinned_attention`."""
-    factors = thinning.factors(weights)
+    factors = dropout.factors(weights.shape[1:], weights.dtype, weights.device)
     dv = torch.matmul((weights * factors).flatten(0, 1).transpose(-1, -2), grad)
     dweights = torch.matmul(grad, v.transpose(-1, -2)).view_as(weights).mul_(factors)
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).flatten(0, 1).mul_(scale)

@@ -54,7 +54,8 @@ class Block(nn.Module):
         depth: number of blocks in the model: projections onto the residual stream start smaller by sqrt(2 depth).
             The layer-parallel solver relies on such small increments.
         normalization: ``"layer"`` or ``"rms"`` (RMSNorm, no bias), but with ``norm="post"``.
-        feed_forward: ``"gelu"``, ``"silu gated"`` (SwiGLU: W2 (silu(a) b), (a, b) = W1 x) or ``"gelu gated"``.
+        feed_forward: ``"gelu"``, ``"relu"``, ``"silu gated"`` (SwiGLU: W2 (silu(a) b), (a, b) = W1 x) or
+            ``"gelu gated"``.
         kv_heads: heads of keys and values, a divisor of ``heads``; as many by default (grouped queries).
         head_width: channels of a head; dim / heads by default.
         biases: of linear maps: ``"all"``, ``"qkv"`` (that one alone) or ``"none"``.

@@ -69,7 +69,8 @@ _MODERN = (*_LIKE_LLAMA, "Olmo2DecoderLayer", "Gemma2DecoderLayer")
 _NORMS = {"Olmo2DecoderLayer": "output", "Gemma2DecoderLayer": "sandwich"}
 _QK_NORMS: dict[str, bool | str] = {"Qwen3DecoderLayer": True, "Olmo2DecoderLayer": "all"}
 _GATES = {"silu": "silu gated", "gelu": "gelu gated", "gelu_pytorch_tanh": "gelu gated"}
-_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_PLAIN: dict[str, dict[str, Any]] = {"gelu": {"gelu": "none"}, "relu": {"feed_forward": "relu"}}
+_PLAIN |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), {"gelu": "tanh"})
 
 
 def from_transformers(model: nn.Module) -> BlockStack:
@@ -157,14 +158,14 @@ def settings_of(layer: nn.Module, config: Any) -> BlockSettings:
         if getattr(config, name, needed) != needed:
             raise ValueError(f"{name} = {getattr(config, name)!r}: blocks compute {name} = {needed!r} only")
     act = config.activation_function if kind == "GPT2Block" else config.hidden_act
-    if act not in _GELU:
-        raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _GELU))}")
+    if act not in _PLAIN:
+        raise ValueError(f"the model's activation is {act!r}: blocks have {', '.join(map(repr, _PLAIN))}")
     if kind == "GPT2Block":
         return BlockSettings(
             config.hidden_size,
             config.num_attention_heads,
             config.n_inner or 4 * config.hidden_size,
-            gelu=_GELU[act],
+            **_PLAIN[act],
             eps=config.layer_norm_epsilon,
             dropout=config.resid_pdrop,
             attention_dropout=config.attn_pdrop,
@@ -175,7 +176,7 @@ def settings_of(layer: nn.Module, config: Any) -> BlockSettings:
         config.intermediate_size,
         attention="causal" if getattr(config, "is_decoder", False) else "full",
         norm="post" if kind == "BertLayer" else "pre",
-        gelu=_GELU[act],
+        **_PLAIN[act],
         eps=config.layer_norm_eps,
         dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,

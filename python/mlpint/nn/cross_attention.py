@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from . import fused_attention
 from .attending import Padding
-from .attention import Thinning, split_heads, thinned_attention, thinned_attention_backward
+from .attention import split_heads, thinned_attention, thinned_attention_backward
+from .dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,21 +81,21 @@ def cross_attention_backward(
 
 
 def dropout_cross_attention(
-    q: torch.Tensor, kv: torch.Tensor, to: Remembering, thinning: Thinning
+    q: torch.Tensor, kv: torch.Tensor, to: Remembering, dropout: Dropout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with dropout of its weights: the output, and the weights before dropout, [J, B, H, T, S]."""
     q4, k, v = _heads(q, kv, to)
-    o, weights = thinned_attention(q4, k, v, to.bias(kv), False, to.scale, thinning)
+    o, weights = thinned_attention(q4, k, v, to.bias(kv), False, to.scale, dropout)
     return to.clear(_tokens(o, q)), weights
 
 
 def dropout_cross_attention_backward(
-    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, weights: torch.Tensor, to: Remembering, thinning: Thinning
+    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, weights: torch.Tensor, to: Remembering, dropout: Dropout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients for q and kv of :func:`dropout_cross_attention`."""
     grad4 = split_heads(to.clear(grad.to(q.dtype)), to.batch, to.heads, 1)[0]
     q4, k, v = _heads(q, kv, to)
-    return _merged(thinned_attention_backward(grad4, q4, k, v, weights, to.scale, thinning), q, kv)
+    return _merged(thinned_attention_backward(grad4, q4, k, v, weights, to.scale, dropout), q, kv)
 
 
 def _heads(q: torch.Tensor, kv: torch.Tensor, to: Remembering) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,3 +26,8 @@ def kernel(op: str, d: int, m: int, j: int, x: torch.Tensor, *others: torch.Tens
     if choice.path != "triton" or any(t.dtype != x.dtype for t in others):
         return None
     return importlib.import_module(f"..kernels.{_MODULES.get(op, op)}", __package__)
+
+
+def dropout_kernels(device: torch.device) -> ModuleType | None:
+    """The module of dropout's kernels, which make all masks on a device or none: a mask is one function of its key."""
+    return importlib.import_module("..kernels.dropout", __package__) if dispatch.usable("dropout", device) else None

@@ -168,4 +168,4 @@ def _onto_stream(
         return context.onto_stream(a, weight, bias, y, x, h, place), (none, none, none)
     update = ops.linear(a, weight, bias)
     normed, mean, rstd = ops.norm(update, norm_weight, norm_bias, context.eps)
-    return ops.residual_add(context.dropped(normed, place), y, x, h), (update, mean, rstd)
+    return context.stepped(normed, y, x, h, place), (update, mean, rstd)

@@ -205,11 +205,13 @@ def _over_rows(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def activate(pre: torch.Tensor, activation: str) -> torch.Tensor:
-    """The activation of that name: "none", "gelu", "gelu_tanh" or "silu"."""
+    """The activation of that name: "none", "gelu", "gelu_tanh", "relu" or "silu"."""
     if activation == "none":
         return pre
     if activation == "silu":
         return F.silu(pre)
+    if activation == "relu":
+        return F.relu(pre)
     return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -220,6 +222,8 @@ def activation_backward(
     out: dict[str, torch.Tensor] = {} if into is None else {"grad_input": into}
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, pre, **out)
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, pre, 0, **out)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate, **out)
 

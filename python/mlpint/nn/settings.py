@@ -113,7 +113,7 @@ class BlockSettings:
             "norm": ("pre", "post", "output", "sandwich"),
             "gelu": ("tanh", "none"),
         }
-        choices |= {"normalization": ("layer", "rms"), "feed_forward": ("gelu", "silu gated", "gelu gated")}
+        choices |= {"normalization": ("layer", "rms"), "feed_forward": ("gelu", "relu", "silu gated", "gelu gated")}
         choices |= {"biases": ("all", "qkv", "none"), "positions": ("none", "rotary"), "qk_norm": (False, True, "all")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -134,14 +134,14 @@ class BlockSettings:
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"positions = 'rotary': the {self.head_width} channels of a head must be an even number")
         if self.modern and self.norm == "post":  # where the norm is of the stream itself
-            raise ValueError("norm = 'post': is for blocks with LayerNorms, a gelu and all biases")
+            raise ValueError("norm = 'post': is for blocks with LayerNorms, a gelu or relu and all biases")
         if self.cross and (self.modern or self.norm == "post"):
-            raise ValueError("cross = True: is for blocks with norm = 'pre', LayerNorms, a gelu and all biases")
+            raise ValueError("cross = True: is for blocks with norm = 'pre', LayerNorms, a gelu or relu and all biases")
 
     @property
     def modern(self) -> bool:
         """Whether a block computes more than GPT-2's; see modern.py."""
-        plain = self.normalization == "layer" and self.feed_forward == "gelu" and self.biases == "all"
+        plain = self.normalization == "layer" and not self.gated and self.biases == "all"
         plain = plain and self.kv_heads == self.heads and self.head_width * self.heads == self.dim
         plain = plain and not self.qk_norm and self.positions == "none"
         return not plain or self.norm in ("output", "sandwich")
@@ -166,7 +166,7 @@ class BlockSettings:
     @property
     def gated(self) -> bool:
         """Whether the inner width is a product of two linear maps, one behind an activation."""
-        return self.feed_forward != "gelu"
+        return self.feed_forward.endswith("gated")
 
     @property
     def causal(self) -> bool:
@@ -176,8 +176,8 @@ class BlockSettings:
     @property
     def activation(self) -> str:
         """The name by which :func:`mlpint.nn.ops.activate` knows the activation."""
-        if self.feed_forward == "silu gated":
-            return "silu"
+        if self.feed_forward in ("relu", "silu gated"):
+            return self.feed_forward.removesuffix(" gated")
         return "gelu_tanh" if self.gelu == "tanh" else "gelu"
 
     @property

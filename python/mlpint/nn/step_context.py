@@ -9,9 +9,10 @@ import torch
 
 from . import attention as attn
 from . import cross_attention as cross
-from . import dropout, ops
+from . import ops
 from .attending import Attending
 from .batch_arguments import BatchArguments, Rotation
+from .dropout import ATTENTION, CROSS_ATTENTION, Dropout
 from .settings import NORMS, BlockSettings, Weights
 
 
@@ -42,11 +43,11 @@ class StepContext:
         self.memory: Any = memory  # which steps that ask for it have
         self._remembering: Any = remembering
         self.batch = attending.batch
-        self.keys = keys
+        self.keys = tuple(keys or ())
         self.eps = settings.eps
         self.activation = settings.activation
         self.drops = keys is not None and settings.dropout > 0
-        self._attention_keys: Any = keys if settings.attention_dropout > 0 else None
+        self._thins = keys is not None and settings.attention_dropout > 0
 
     @classmethod
     def of(
@@ -73,7 +74,13 @@ class StepContext:
 
     def dropped(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """The increment x of the residual stream, or its gradient, behind its dropout."""
-        return dropout.dropped(x, self.keys, place, self.settings.dropout)
+        return self._dropout(place)(x) if self.drops else x
+
+    def _dropout(self, place: int) -> Dropout:
+        return Dropout(self.keys, place, self.settings.dropout)
+
+    def _attention_dropout(self, place: int) -> Dropout:
+        return Dropout(self.keys, place, self.settings.attention_dropout)
 
     def onto_stream(
         self,
@@ -88,55 +95,55 @@ class StepContext:
         """Returns x + h ((y - x) + drop(a W^T + b))."""
         if not self.drops:
             return ops.linear_axpy(a, weight, bias, y, x, h)
-        return ops.residual_add(self.dropped(ops.linear(a, weight, bias), place), y, x, h)
+        return self.stepped(ops.linear(a, weight, bias), y, x, h, place)
+
+    def stepped(self, update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float, place: int) -> torch.Tensor:
+        """Returns x + h ((y - x) + drop(update)); the update's memory may be used up."""
+        if not self.drops:
+            return ops.residual_add(update, y, x, h)
+        return self._dropout(place).step(update, y, x, h)
 
     def attention(self, qkv: torch.Tensor) -> torch.Tensor:
         """The attention of [J, M, 3 D], with nothing kept for a backward."""
-        if self._attention_keys is not None:
+        if self._thins:
             return self.attention_train(qkv)[0]
         return attn.attention(qkv, self.attending)
 
     def attention_train(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention, and what :meth:`attention_backward` takes as ``attended``."""
-        if self._attention_keys is not None:
-            probability = self.settings.attention_dropout
-            return attn.dropout_attention(qkv, self.attending, self._attention_keys, probability)
+        if self._thins:
+            return attn.dropout_attention(qkv, self.attending, self._attention_dropout(ATTENTION))
         return attn.attention_train(qkv, self.attending)
 
     def attention_backward(
         self, grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
         """The gradient for qkv."""
-        if self._attention_keys is not None:
-            probability = self.settings.attention_dropout
-            return attn.dropout_attention_backward(
-                grad, qkv, attended, self.attending, self._attention_keys, probability
-            )
+        if self._thins:
+            thinning = self._attention_dropout(ATTENTION)
+            return attn.dropout_attention_backward(grad, qkv, o, attended, self.attending, thinning)
         return attn.attention_backward(grad, qkv, o, attended, self.attending)
 
     def cross_attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """As :meth:`attention`, of queries [J, B T, D] to a memory's keys and values [J, B S, 2 D]."""
-        if self._attention_keys is not None:
+        if self._thins:
             return self.cross_attention_train(q, kv)[0]
         return cross.cross_attention(q, kv, self._remembering)
 
     def cross_attention_train(self, q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`attention_train`."""
-        if self._attention_keys is not None:
-            return cross.dropout_cross_attention(q, kv, self._remembering, self._cross_thinning())
+        if self._thins:
+            return cross.dropout_cross_attention(q, kv, self._remembering, self._attention_dropout(CROSS_ATTENTION))
         return cross.cross_attention_train(q, kv, self._remembering)
 
     def cross_attention_backward(
         self, grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients for q and kv."""
-        if self._attention_keys is not None:
-            thinning = self._cross_thinning()
+        if self._thins:
+            thinning = self._attention_dropout(CROSS_ATTENTION)
             return cross.dropout_cross_attention_backward(grad, q, kv, attended, self._remembering, thinning)
         return cross.cross_attention_backward(grad, q, kv, o, attended, self._remembering)
-
-    def _cross_thinning(self) -> attn.Thinning:
-        return attn.Thinning(self._attention_keys, dropout.CROSS_ATTENTION, self.settings.attention_dropout)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
