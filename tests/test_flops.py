@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlpint import MGRIT, LayerParallel
+from mlpint import MGRIT, LayerParallel, Multilevel
 from mlpint.flops import FlopMeter
-from mlpint.nn import BlockStack
+from mlpint.nn import BlockStack, EncoderDecoder
 from mlpint.training.models import GPT, Shape
 from reference_multilevel import Net, batches
 
@@ -86,6 +86,28 @@ def test_blocks_of_todays_models_count_as_the_counter_does():
     with meter.step():
         stack(x).sum().backward()
     assert meter.blocks == total
+
+
+@pytest.mark.parametrize("wrap", [lambda stack: stack, lambda stack: LayerParallel(stack, MGRIT(levels=1))])
+def test_an_encoder_decoder_counts_as_the_counter_does(wrap):
+    encoder, decoder = BlockStack(2, 16, 4, ffn=24, attention="full"), BlockStack(3, 16, 2, cross=True)
+    x, y = torch.randn(2, 7, 16, requires_grad=True), torch.randn(2, 5, 16, requires_grad=True)
+    alone = FlopMeter(decoder)
+    with alone.step():
+        total = counted(lambda: decoder(y, memory=x).sum().backward())
+    assert alone.blocks == total
+    stack = EncoderDecoder(encoder, decoder)
+    total = counted(lambda: stack((x, y))[1].sum().backward())
+    network = wrap(stack)
+    meter = FlopMeter(network)
+    with meter.step():
+        network((x, y))
+    assert meter.blocks == total
+    with pytest.raises(ValueError, match="pass mlpint.nn.EncoderDecoder.from_blocks"):
+        FlopMeter(stack.to_blocks())
+    for blocks in (stack, network):
+        with pytest.raises(ValueError, match="coarse networks need blocks of one shape"):
+            Multilevel(blocks, torch.optim.SGD(blocks.parameters(), 0.1), cycles=1, coarse_steps=1, levels=2)
 
 
 def test_only_training_inside_a_step_counts():

@@ -18,22 +18,28 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .nn import Block, BlockStack
+from .nn import Block, BlockStack, DecoderBlock, EncoderBlock, EncoderDecoder
 from .nn.settings import BlockSettings
 from .parallel.layer_parallel import LayerParallel
 
 # A stack of residual blocks as users have it; nn.Sequential and nn.ModuleList are sequences, too, without saying so.
-Blocks = Sequence[nn.Module] | nn.Sequential | nn.ModuleList | BlockStack | LayerParallel
+Blocks = Sequence[nn.Module] | nn.Sequential | nn.ModuleList | BlockStack | EncoderDecoder | LayerParallel
 
 _TRAINING = 3
 
 
-def block_flops(settings: BlockSettings, tokens: int, sequence: int) -> tuple[int, int]:
+def block_flops(
+    settings: BlockSettings, tokens: int, sequence: int, memory: torch.Tensor | None = None
+) -> tuple[int, int]:
     """Forward FLOPs of a block in its dense layers (queries, keys, values, projection, FFN) and in its attention."""
     shapes = settings.shapes()
     matrices = (shapes.qkv_weight, shapes.proj_weight, shapes.up_weight, shapes.down_weight)
-    dense = 2 * tokens * sum(map(math.prod, matrices))
-    return dense, 4 * tokens * sequence * settings.heads * settings.head_width
+    dense, seen = 2 * tokens * sum(map(math.prod, matrices)), sequence
+    if settings.cross and memory is not None:
+        dense += 2 * tokens * (math.prod(shapes.cross_q_weight) + math.prod(shapes.cross_proj_weight))
+        dense += 2 * math.prod(memory.shape[:-1]) * math.prod(shapes.cross_kv_weight)
+        seen += memory.shape[-2]
+    return dense, 4 * tokens * seen * settings.heads * settings.head_width
 
 
 def measured(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
@@ -60,7 +66,7 @@ class FlopMeter:
     Forward passes without gradients, and those outside a step, are not counted.
 
     Args:
-        blocks: the residual blocks: a sequence of modules, a BlockStack or a LayerParallel stack.
+        blocks: the residual blocks: a sequence of modules, a BlockStack, an EncoderDecoder or a LayerParallel stack.
         model: what they are part of, so that what lies outside them (head, embedding) counts too; dense layers by
             formula, other modules with matrices as measured.
 
@@ -78,7 +84,12 @@ class FlopMeter:
         self.steps: Counter[str] = Counter()
         self._running = 0  # blocks that run now
         self._measured: dict[tuple, int] = {}
-        entrances: list[nn.Module] = [blocks] if isinstance(blocks, BlockStack | LayerParallel) else list(blocks)
+        entrances: list[nn.Module]
+        entrances = [blocks] if isinstance(blocks, BlockStack | EncoderDecoder | LayerParallel) else list(blocks)
+        if any(isinstance(block, EncoderBlock | DecoderBlock) for block in entrances):
+            raise ValueError(
+                "the blocks are an encoder's and a decoder's: pass mlpint.nn.EncoderDecoder.from_blocks(...)"
+            )
         self.layers = len(blocks)
         self._example = blocks.store.example if isinstance(blocks, LayerParallel) else entrances[0]
         entrances[0].register_forward_pre_hook(self._block_called, with_kwargs=True)
@@ -117,12 +128,25 @@ class FlopMeter:
         first = state if isinstance(state, torch.Tensor) else state[0]
         tokens = math.prod(first.shape[:-1])
         self.tokens += tokens
+        if isinstance(self._example, EncoderDecoder):
+            self._pair_called(self._example, *state)
+            return
         if isinstance(self._example, Block | BlockStack):
-            linear, attention = block_flops(self._example.settings, tokens, first.shape[-2])
+            linear, attention = block_flops(self._example.settings, tokens, first.shape[-2], kwargs.get("memory"))
         else:
             linear, attention = self._measure(self._example, args, kwargs), 0
-        self.linear += _TRAINING * self._running * linear
-        self.attention += _TRAINING * self._running * attention
+        self._add(self._running, linear, attention)
+
+    def _pair_called(self, stack: EncoderDecoder, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Encoder layers take the first stream, decoder layers the second."""
+        encoder, decoder = (part.settings for part in stack.parts)
+        self._add(stack.encoder_layers, *block_flops(encoder, math.prod(x.shape[:-1]), x.shape[-2]))
+        decoder_layers = self.layers - stack.encoder_layers
+        self._add(decoder_layers, *block_flops(decoder, math.prod(y.shape[:-1]), y.shape[-2], x))
+
+    def _add(self, blocks: int, linear: int, attention: int) -> None:
+        self.linear += _TRAINING * blocks * linear
+        self.attention += _TRAINING * blocks * attention
 
     def _watch_outside(self, model: nn.Module, inside: set[int]) -> None:
         for module in model.modules():

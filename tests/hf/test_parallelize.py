@@ -11,7 +11,7 @@ from mlpint.hf import parallelize, stacked
 from mlpint.hf.families import stack_type
 from mlpint.hf.looped_stack import LoopedStack
 from mlpint.hf.stacked import StackedLoop
-from mlpint.nn import BlockStack
+from mlpint.nn import BlockStack, EncoderDecoder
 from mlpint.parallel.replicas import check_replicas
 from scenarios import check, names
 
@@ -80,6 +80,9 @@ def test_block_stack():
     model = Model(heads=[Head() for _ in range(2)])
     model.deep = BlockStack(3, 4, 1)
     assert stack_of(parallelize(model)) == "deep"
+    model = Model(heads=[Head() for _ in range(2)])
+    model.both = EncoderDecoder(BlockStack(2, 4, 1), BlockStack(2, 4, 1, cross=True))
+    assert stack_of(parallelize(model)) == "both"
 
 
 def test_longest_and_largest():

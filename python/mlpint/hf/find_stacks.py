@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import BlockStack
+from ..nn import BlockStack, EncoderDecoder
 from ..parallel.clip import stacks_of
 from . import families as huggingface
 
 _LISTS = (nn.ModuleList, nn.Sequential)
+_STACKED = (BlockStack, EncoderDecoder)
 
 
 def find_stacks(model: nn.Module, stack: str | None) -> list[str]:
@@ -67,14 +68,14 @@ def _candidates(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         nested = any(not outer or name.startswith(f"{outer}.") for outer in found)
         if module not in inside and not nested and _is_stack(module) and len(module) >= 2:
-            kinds = set() if isinstance(module, BlockStack) else {type(layer) for layer in module}
+            kinds = set() if isinstance(module, _STACKED) else {type(layer) for layer in module}
             if not kinds or len(kinds) == 1 and not _is_elementary(module[0]):
                 found[name] = len(module)
     return found
 
 
 def _is_stack(module: nn.Module) -> bool:
-    return isinstance(module, BlockStack) or _is_list(module)
+    return isinstance(module, _STACKED) or _is_list(module)
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from ..comm.communicator import Comm
 from ..comm.fingerprint import checksum
 from ..mgrit.options import MGRIT
-from ..nn import BlockStack
+from ..nn import BlockStack, EncoderDecoder
 from ..parallel.layer_parallel import LayerParallel
 from ..parallel.replicas import sync_replicas
 from . import families as huggingface
@@ -161,7 +161,7 @@ def _replacement(
     model: nn.Module, path: str, as_stacks: bool, options: MGRIT | None, comm: Comm, kwargs: dict[str, Any]
 ) -> LayerParallel:
     layers: Any = model.get_submodule(path)
-    if isinstance(layers, BlockStack):
+    if isinstance(layers, BlockStack | EncoderDecoder):
         return LayerParallel(layers, options, comm=comm, **kwargs)
     kind = huggingface.stack_type(model, path)
     if not as_stacks:

@@ -26,17 +26,16 @@ class EncoderDecoderStore:
 
     Args:
         layers: those of this rank, which are nobody else's.
-        encoder_layers: how many of the whole network's are the encoder's.
     """
 
-    def __init__(self, layers: EncoderDecoder, encoder_layers: int) -> None:
+    def __init__(self, layers: EncoderDecoder) -> None:
         self.stores = StackStore(layers.encoder), StackStore(layers.decoder)
-        self.encoder_layers = encoder_layers
+        self._layers, self.encoder_layers = layers, layers.encoder_layers
         self.modules: Mapping[int, nn.Module] = {}
 
     @property
-    def example(self) -> nn.Module | None:
-        return None  # layers are of two kinds
+    def example(self) -> EncoderDecoder:
+        return self._layers  # of two kinds
 
     def register(self, owner: nn.Module) -> None:
         for name, store in zip(("stacked_encoder", "stacked_decoder"), self.stores, strict=True):

@@ -144,7 +144,7 @@ class LayerSource:
         if isinstance(self.layers, BlockStack):
             return StackStore(self.layers.select(indices))
         if isinstance(self.layers, EncoderDecoder):
-            return EncoderDecoderStore(self.layers.select(indices), len(self.layers.encoder))
+            return EncoderDecoderStore(self.layers.select(indices))
         if isinstance(self.layers, list):
             return ModuleStore({n: self.layers[n] for n in indices})
         error, made = "", dict[int, nn.Module]()

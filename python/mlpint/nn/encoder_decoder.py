@@ -70,10 +70,11 @@ class EncoderDecoder(nn.Module):
         if len(encoder.settings.window_pattern) > 1 or len(decoder.settings.window_pattern) > 1:
             raise ValueError("window: the layers of an encoder, and of a decoder, must have one in common")
         decoder.indices = tuple(len(encoder) + i for i in range(len(decoder)))
-        self._own(encoder, decoder)
+        self._own(encoder, decoder, len(encoder))
 
-    def _own(self, encoder: BlockStack, decoder: BlockStack) -> None:
+    def _own(self, encoder: BlockStack, decoder: BlockStack, encoder_layers: int) -> None:
         self.encoder, self.decoder = encoder, decoder
+        self.encoder_layers = encoder_layers  # of the whole network, of which some may be elsewhere
         for part in self.parts:
             part.saved_by_owner = True
 
@@ -101,7 +102,7 @@ class EncoderDecoder(nn.Module):
         part = type(self).__new__(type(self))
         nn.Module.__init__(part)
         chosen = [[i for i, n in enumerate(own.indices) if n in set(indices)] for own in self.parts]
-        part._own(self.encoder.select(chosen[0]), self.decoder.select(chosen[1]))
+        part._own(self.encoder.select(chosen[0]), self.decoder.select(chosen[1]), self.encoder_layers)
         return part.train(self.training)
 
     @property

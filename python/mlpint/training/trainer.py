@@ -23,7 +23,6 @@ from ..control.error_control import ErrorControl
 from ..control.ladder import exact_options, short_form
 from ..errors import ConfigError, TrainingError
 from ..flops import FlopMeter
-from ..layers.encoder_decoder_store import EncoderDecoderStore
 from ..mgrit.options import MGRIT
 from ..mgrit.recorder import span
 from ..multilevel import Multilevel, Phase
@@ -355,9 +354,7 @@ def _stacked(layers: list[nn.Module]) -> BlockStack | EncoderDecoder | list[nn.M
 
 
 def _all_alike(blocks: LayerParallel) -> bool:
-    """Whether all layers have parameters of the same names and shapes. Collective."""
-    if isinstance(blocks.store, EncoderDecoderStore):
-        return False
+    """Whether all layers have parameters of the same names and shapes, or are stacked. Collective."""
     own = {str([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in blocks.local_layers.values()}
     messages = blocks.comm.gather(json.dumps(sorted(own)).encode())
     return len({kind for message in messages for kind in json.loads(message)}) <= 1
