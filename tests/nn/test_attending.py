@@ -9,6 +9,7 @@ from mlpint import MGRIT, LayerParallel, PerLayer
 from mlpint.nn import fused_attention
 from mlpint.nn.attending import Attending, GivenMasks, Padding
 from mlpint.nn.attention import attention, attention_backward, attention_train
+from mlpint.nn.cross_attention import Remembering, cross_attention, cross_attention_backward, cross_attention_train
 from mlpint.nn.heads import rotary_tables
 
 ROTARY = {"positions": "rotary", "normalization": "rms", "biases": "none", "kv_heads": 1}
@@ -128,18 +129,21 @@ def test_bad_arguments_are_refused(arguments, text):
 
 @pytest.mark.parametrize("operation", [fused_attention._Flash(), fused_attention._Efficient()])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gpu_operations_by_their_shapes(operation, masked):
+@pytest.mark.parametrize("keys", [20, 13])
+def test_gpu_operations_by_their_shapes(operation, masked, keys):
     """Without a GPU: torch takes the arguments, and what comes back has the shapes that attention relies on."""
     if masked and isinstance(operation, fused_attention._Flash):
         return  # which takes no mask, and is not chosen with one
     with FakeTensorMode(), torch.no_grad():
-        q, k, v, grad = (torch.empty(4, 2, 20, 16, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-        bias = torch.empty(4, 1, 1, 20, dtype=torch.bfloat16, device="cuda") if masked else None
-        o, lse = operation.forward(q, k, v, bias, not masked, 0.3)
+        q, grad = (torch.empty(4, 2, 20, 16, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        k, v = (torch.empty(4, 2, keys, 16, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        bias = torch.empty(4, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if masked else None
+        causal = not masked and keys == 20
+        o, lse = operation.forward(q, k, v, bias, causal, 0.3)
         assert o.shape == q.shape and lse.shape[:2] == (4, 2) and lse.shape[2] >= 20
         sums = lse.narrow(-1, 0, 20)  # as a kernel gives them
-        gradients = operation.backward(grad, q, k, v, o, sums, bias, not masked, 0.3)
-    assert [g.shape for g in gradients] == [q.shape] * 3
+        gradients = operation.backward(grad, q, k, v, o, sums, bias, causal, 0.3)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_which_operation_is_chosen(monkeypatch):
@@ -185,3 +189,22 @@ def test_backward_on_a_gpu(kind, dtype):
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(o.double(), exact.detach(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found.double(), leaf.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_to_a_memory_on_a_gpu(padded, dtype):
+    lengths = torch.tensor([13, 0], device="cuda") if padded else None
+    to = Remembering(2, 2, 0.3, None if lengths is None else Padding(lengths, 13))
+    q, grad = (torch.randn(3, 40, 32, device="cuda").to(dtype) for _ in range(2))
+    kv = torch.randn(3, 26, 64, device="cuda").to(dtype)
+    o, lse = cross_attention_train(q, kv, to)
+    assert lse.numel()
+    leaves = [t.double().requires_grad_() for t in (q, kv)]
+    wanted = cross_attention(*leaves, to)
+    wanted.backward(grad.double())
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    found = cross_attention_backward(grad, q, kv, o, lse, to)
+    for got, want in zip((o, *found), (wanted.detach(), *(leaf.grad for leaf in leaves)), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)

@@ -174,6 +174,12 @@ def test_one_stack_in_layer_parallel(options):
     torch.testing.assert_close(network(source, lengths, target), model(source, lengths, target))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         stacked.load_state_dict({"blocks.0.cross_q.weight": torch.zeros(DIM, DIM)} | model.state_dict())
+    for network in stacked.blocks, EncoderDecoder.from_blocks(model.blocks), model.blocks[0], model.blocks[3]:
+        for state in (torch.zeros(3, 2, DIM),) * 3, (torch.zeros(2, 2, DIM),):
+            with pytest.raises(TypeError, match=r"the pair \(X, Y\) of both streams as their state, not \d tensors"):
+                network(state)
+    with pytest.raises(TypeError, match=r"not a Tensor"):
+        model.blocks[0](torch.zeros(2, 2, DIM))
     with pytest.raises(AttributeError, match="cannot be replaced"):
         setattr(stacked.blocks, "2", model.blocks[2])
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..nn import EncoderDecoder
 from ..nn.batch_arguments import BatchArguments
+from ..nn.encoder_decoder import as_pair
 from ..state import State
 from .arguments import PerLayer
 from .evaluator import GradientSums, LayerCall
@@ -60,7 +61,7 @@ class EncoderDecoderStore:
         )
 
     def run(self, call: LayerCall, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        lengths, (x, y), (encoder, decoder) = _lengths(call), state, self.stores
+        lengths, (x, y), (encoder, decoder) = _lengths(call), as_pair(state), self.stores
         x = encoder.run_alone(call, x, BatchArguments(lengths), None)
         return x, decoder.run_alone(call, y, BatchArguments(memory_lengths=lengths), x)
 
@@ -131,6 +132,7 @@ class EncoderDecoderEvaluator:
         known: Sequence[State | None] | None = None,
     ) -> list[State]:
         known = [None] * len(layers) if known is None else known
+        as_pair(states[0].tensors)
         results: dict[int, State] = {}
         for which, part in enumerate(self._parts):
             own = [j for j, n in enumerate(layers) if (n >= self._encoder_layers) == bool(which)]

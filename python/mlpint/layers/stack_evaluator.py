@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..nn import BlockStack, batching
 from ..nn.batch_arguments import BatchArguments
 from ..nn.block import batched_steps
 from ..nn.settings import Weights
-from ..nn.step_context import StepContext, for_products
+from ..nn.step_context import StepContext, for_products, without_autocast
 from ..state import State
 from .arguments import PerLayer
 from .evaluator import GradientSums, LayerCall
@@ -193,7 +192,7 @@ class StackEvaluator:
         )
         width = batching.width(len(layers), first.shape[0] * first.shape[1], first.shape[2], first.device)
         h = settings.step_size * self.call.step_size_of(layers[0])
-        with torch.no_grad(), self._without_autocast(first.device):
+        with torch.no_grad(), without_autocast(first.device):
             for evenly_spaced in progressions(sorted(place)):
                 for start in range(0, len(evenly_spaced), width):
                     rows = evenly_spaced[start : start + width]
@@ -233,11 +232,6 @@ class StackEvaluator:
                 tensors[self._remembers], origins[self._remembers] = memory[i], (memory, i)
             new.append(Slice(tensors, origins))
         return new
-
-    @staticmethod
-    def _without_autocast(device: torch.device) -> AbstractContextManager:
-        """The steps cast for themselves."""
-        return torch.autocast(device.type, enabled=False)
 
     def _weights_of(self, rows: range) -> Weights[torch.Tensor]:
         """Views of the stacked parameters, cast where autocast is on: all of them, once in a pass."""

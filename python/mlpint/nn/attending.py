@@ -26,9 +26,9 @@ class Padding:
         self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     @functools.cached_property
-    def some_empty(self) -> bool:
-        """Whether a row of the batch has no token at all."""
-        return bool((self.lengths <= 0).any())
+    def surely_none_empty(self) -> bool:
+        """Whether every row of the batch has a token, as far as can be told without waiting for a GPU."""
+        return self.lengths.device.type == "cpu" and bool((self.lengths > 0).all())
 
     def bias(self, j: int, dtype: torch.dtype) -> torch.Tensor:
         """The mask that is added to the scores of J batches, [J B, 1, 1, T]."""

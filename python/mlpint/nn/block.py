@@ -13,7 +13,7 @@ from . import cross_norm, differentiable, modern, post_norm, pre_norm
 from .batch_arguments import BatchArguments, Rotation
 from .random_keys import draw_key
 from .settings import NAMES, NORMS, BlockSettings, Weights
-from .step_context import StepContext, autocast_dtype, for_products
+from .step_context import StepContext, autocast_dtype, for_products, without_autocast
 
 
 def batched_steps(settings: BlockSettings) -> ModuleType:
@@ -227,7 +227,7 @@ class Block(nn.Module):
         context = self._context(x, BatchArguments(lengths, **more), None if memory is None else memory.detach())
         parameters = self.weights()
         dtype = autocast_dtype(x.device)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x.device):
             weights = for_products(parameters.map(lambda p: p.detach()[None]), dtype)
             out, saved = batched_steps(s).forward_train(context, weights, x.detach().reshape(1, -1, s.dim))
         return out.view_as(x), BlockTape(context, parameters, weights, saved)
@@ -249,14 +249,14 @@ class BlockTape:
 
     def input_vjp(self, grad_output: torch.Tensor) -> torch.Tensor:
         """The gradient for the input; several calls are allowed, and the last one counts for the weights."""
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(grad_output.device):
             grad = grad_output.reshape(1, -1, grad_output.shape[-1])
             dx, self._inner = self._step.input_vjp(self._context, self._weights, self._saved, grad)
         return dx.view_as(grad_output)
 
     def weight_vjp(self) -> list[torch.Tensor | None]:
         """The gradients of the parameters that require one, for the gradient that the last ``input_vjp`` was given."""
-        with torch.no_grad(), torch.autocast(self._saved[0].device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self._saved[0].device):
             into = self._parameters.map(lambda p: torch.empty_like(p)[None] if p.requires_grad else None)
             self._step.weight_vjp(self._context, self._weights, self._saved, self._inner, into)
         return [t[0] for t in into.present()]

@@ -37,7 +37,7 @@ class Remembering:
 
     def clear(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x [J, B T, D] with zeros for the queries that see nothing."""
-        if self.padding is None or not self.padding.some_empty:
+        if self.padding is None or self.padding.surely_none_empty:
             return x
         empty = (self.padding.lengths <= 0)[None, :, None, None]
         return x.view(len(x), self.batch, -1, x.shape[-1]).masked_fill(empty, 0).view_as(x)

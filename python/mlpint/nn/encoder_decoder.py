@@ -20,12 +20,24 @@ from .stack import BlockStack
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+def as_pair(state: Any) -> Pair:
+    """The state, if it is both streams; a tensor of two rows would come apart, too.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        got = f"{len(state)} tensors" if isinstance(state, tuple | list) else f"a {type(state).__name__}"
+        raise TypeError(f"layers of an encoder-decoder take the pair (X, Y) of both streams as their state, not {got}")
+    return state[0], state[1]
+
+
 class EncoderBlock(Block):
     """A :class:`Block` of the encoder: (X [B, S, D], Y [B, T, D]) -> (moved X, Y)."""
 
     def forward(self, state: Pair, lengths: torch.Tensor | None = None) -> Pair:  # type: ignore[override]
         """One step; ``lengths``: [B] tokens of X without padding."""
-        x, y = state
+        x, y = as_pair(state)
         return super().forward(x, lengths), y
 
 
@@ -34,7 +46,7 @@ class DecoderBlock(Block):
 
     def forward(self, state: Pair, lengths: torch.Tensor | None = None) -> Pair:  # type: ignore[override]
         """One step; ``lengths``: [B] tokens of X without padding."""
-        x, y = state
+        x, y = as_pair(state)
         return x, super().forward(y, memory=x, memory_lengths=lengths)
 
 
@@ -120,7 +132,7 @@ class EncoderDecoder(nn.Module):
             state: the encoder's input X [B, S, D] and the decoder's Y [B, T, D].
             lengths: [B] integers: tokens of X without the padding at its end. None: all.
         """
-        x, y = state
+        x, y = as_pair(state)
         x = self.encoder.forward_in_turn(x, BatchArguments(lengths), self._keys(self.encoder))
         arguments = BatchArguments(memory_lengths=lengths)
         return x, self.decoder.forward_in_turn(y, arguments, self._keys(self.decoder), memory=x)

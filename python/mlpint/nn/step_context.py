@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -150,6 +151,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast takes products in; None where it is off."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast, for steps that cast for themselves; where there is none to leave it costs nothing."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def for_products(w: Weights[torch.Tensor], dtype: torch.dtype | None) -> Weights[torch.Tensor]:
