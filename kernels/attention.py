@@ -324,7 +324,7 @@ def launch_of(
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
     """The launches that `mlpint.kernels.aot` compiles."""
-    for (q, k, v), lse, causal, lengths in aot_cases():
+    for (q, k, v), lse, causal, lengths in aot_cases(candidates):
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield launch_of(q, k, v, q, lse if causal else None, causal, lengths, 0.125, config)

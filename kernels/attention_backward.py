@@ -401,7 +401,7 @@ def launches(
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:
     """The launches that `mlpint.kernels.aot` compiles."""
-    for (q, k, v), lse, causal, lengths in aot_cases():
+    for (q, k, v), lse, causal, lengths in aot_cases(candidates):
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config)

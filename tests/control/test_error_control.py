@@ -9,7 +9,7 @@ from scenarios import check, names
 
 
 @pytest.mark.parametrize("scenario", names("error_control.py"))
-@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpich", 2), ("mpich", 3)])
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpich", 2)])
 def test_error_control(scenario, launcher, ranks):
     check("error_control.py", scenario, launcher, ranks)
 

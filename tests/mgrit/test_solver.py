@@ -5,7 +5,7 @@ import pytest
 from scenarios import check, names
 
 # What Open MPI and gloo do with messages is tested in tests/comm.
-JOBS = [("alone", 1), ("mpich", 2), ("mpich", 3), ("mpich", 4), ("torchrun", 2)]
+JOBS = [("alone", 1), ("mpich", 2), ("mpich", 3), ("mpich", 4)]
 
 
 @pytest.mark.parametrize("scenario", names("solver.py"))

@@ -6,6 +6,6 @@ from scenarios import check, names
 
 
 @pytest.mark.parametrize("scenario", names("uses.py"))
-@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpich", 2), ("mpich", 3)])
+@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), ("mpich", 3)])
 def test_uses(scenario, launcher, ranks):
     check("uses.py", scenario, launcher, ranks)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -29,14 +30,17 @@ def run(scenarios, data=None):
         if wanted and name not in wanted:
             continue
         torch.manual_seed(0)
-        error = ""
+        error, started = "", time.perf_counter()
         try:
             scenario(comm)
         except Exception:
             error = traceback.format_exc()
             print(f"[rank {comm.rank}] {name}: {error}", file=sys.stderr, flush=True)
         if comm.world.rank == 0:
-            print(json.dumps({"scenario": name, "error": error}), flush=True)
+            print(
+                json.dumps({"scenario": name, "seconds": round(time.perf_counter() - started, 1), "error": error}),
+                flush=True,
+            )
         failed = torch.tensor([float(bool(error))])
         comm.world.sum_ordered([failed])
         if failed.item():
