@@ -52,8 +52,8 @@ class LayerParallel(nn.Module):
     Args:
         layers: shape-preserving residual modules. The state they pass on is a tensor or a tuple of tensors; a layer
             whose state is one tensor may return a tuple that starts with it (Hugging Face). Or an
-            :class:`mlpint.nn.BlockStack` or ``EncoderDecoder``, whose blocks are evaluated for all intervals of a rank at
-            once. Or a :class:`mlpint.LayerFactory`, of which each rank makes its own layers alone.
+            :class:`mlpint.nn.BlockStack` or ``EncoderDecoder``, whose blocks are evaluated for all intervals of a rank
+            at once. Or a :class:`mlpint.LayerFactory`, of which each rank makes its own layers alone.
         options: how the depth is solved; may be replaced between steps through :attr:`options`.
 
     Keyword args:
