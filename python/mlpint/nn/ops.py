@@ -61,6 +61,13 @@ def norm(
     return y, mean.squeeze(-1), rstd.squeeze(-1)
 
 
+def normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """What :func:`norm` gives, where no backward will want more of it."""
+    if bias is None and len(x) == 1:
+        return torch.rms_norm(x[0], x.shape[-1:], weight[0], eps).unsqueeze(0)
+    return norm(x, weight, bias, eps)[0]
+
+
 def norm_backward_add(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -241,7 +248,7 @@ def ln_linear(
     module = kernel("ln_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
     if module:
         return module.ln_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
-    return activate(linear(norm(x, ln_weight, ln_bias, eps)[0], weight, bias), activation)
+    return activate(linear(normed(x, ln_weight, ln_bias, eps), weight, bias), activation)
 
 
 def ln_linear_train(
@@ -278,7 +285,7 @@ def gated_linear(
     module = kernel("gated_linear", x.shape[2], x.shape[1], len(x), x, ln_weight, weight)
     if module:
         return module.gated_linear(x, ln_weight, ln_bias, weight, bias, eps, activation)
-    return gated(norm(x, ln_weight, ln_bias, eps)[0], weight, bias, activation)
+    return gated(normed(x, ln_weight, ln_bias, eps), weight, bias, activation)
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -334,12 +341,14 @@ def linear_axpy(
         return module.linear_axpy(a, weight, bias, y, x, h)
     if not a.dtype == weight.dtype == y.dtype:
         return residual_add(linear(a, weight, bias), y, x, h)
-    # The product is added up in the memory of this sum: a pass less than with the bias first and y last.
-    total = y.clone() if bias is None else y + bias.unsqueeze(1)
-    if len(a) == 1:
-        total[0].addmm_(a[0], weight[0].t())
+    # The product is added up in the memory of y + b: a pass less than with the bias first and y last.
+    if len(a) > 1:
+        transposed = weight.transpose(1, 2)
+        total = torch.baddbmm(y, a, transposed) if bias is None else (y + bias.unsqueeze(1)).baddbmm_(a, transposed)
     else:
-        total.baddbmm_(a, weight.transpose(1, 2))
+        transposed = weight[0].t()
+        total = torch.addmm(y[0], a[0], transposed) if bias is None else (y[0] + bias).addmm_(a[0], transposed)
+        total = total.unsqueeze(0)
     return total if h == 1 else torch.lerp(x, total, h)
 
 
