@@ -19,11 +19,12 @@ from .attention_backward import attention_backward, attention_backward_packed
 from .attention_backward import configs as backward_configs
 from .attention_tiles import (
     LOG2_E,
+    NOTHING_DROPPED,
+    Dropping,
     aot_cases,
-    aot_seeds,
+    aot_dropping,
     block_of,
     check_heads,
-    check_seeds,
     config_of,
     constants,
     empty_heads,
@@ -37,7 +38,6 @@ from .attention_tiles import (
     store_tile,
 )
 from .common import Launch, distinct, dot, round_to, strides_of
-from .dropout import factor_of
 
 __all__ = [
     "attention",
@@ -198,7 +198,7 @@ def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]
 
 
 def dropout_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """:func:`default_config` with dropout, whose counters take registers; tuned ones are for the kernel without it."""
+    """:func:`default_config` with dropout."""
     config = default_config(head, tokens, dtype)
     return config | {"num_warps": 8} if dtype.itemsize == 2 and config["BLOCK_M"] == 64 else config
 
@@ -245,7 +245,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or layouts that do not fit.
     """
-    return _forward(q, k, v, None, causal, lengths, scale, seeds, place, levels)
+    return _forward(q, k, v, None, causal, lengths, scale, Dropping(seeds, place, levels))
 
 
 @library.custom_op("mlpint::attention_train", mutates_args=())
@@ -266,7 +266,7 @@ def attention_train(
     where there is no token.
     """
     lse = _empty_lse(q)
-    return _forward(q, k, v, lse, causal, lengths, scale, seeds, place, levels), lse
+    return _forward(q, k, v, lse, causal, lengths, scale, Dropping(seeds, place, levels)), lse
 
 
 @attention.register_fake
@@ -283,16 +283,14 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _forward(q, k, v, lse, causal, lengths, scale, seeds, place, levels) -> Tensor:
+def _forward(q, k, v, lse, causal, lengths, scale, dropping) -> Tensor:
     """The output; the log-sum-exp is written to ``lse``, where it is not None."""
     check_heads(q, k, v, lengths)
-    check_seeds(q, seeds, levels)
+    dropping.check(q)
     o = empty_heads(q)
     if q.numel():
-        config = config_of("attention", q, default_config)
-        if seeds is not None:
-            config = dropout_config(padded_head(q), q.shape[3], q.dtype)
-        launch_of(q, k, v, o, lse, causal, lengths, scale, config, seeds, place, levels).run()
+        config = config_of("attention", q, default_config, dropping, dropout_config)
+        launch_of(q, k, v, o, lse, causal, lengths, scale, config, dropping).run()
     return o
 
 
@@ -306,19 +304,17 @@ def launch_of(
     lengths: Tensor | None,
     scale: float,
     config: dict[str, int],
-    seeds: Tensor | None = None,
-    place: int = 0,
-    levels: int = 0,
+    dropping: Dropping = NOTHING_DROPPED,
 ) -> Launch:
     j, b, h, t, _ = q.shape
     return Launch(
         attention_fwd_kernel,
         (triton.cdiv(t, config["BLOCK_M"]) * j * b * h,),
         (
-            *(q, k, v, o, lse, lengths, seeds),
-            *(*strides_of(q, k, v, o), length_strides(lengths), place, levels, factor_of(levels), scale, b, h, t),
+            *(q, k, v, o, lse, lengths, dropping.seeds),
+            *(*strides_of(q, k, v, o), length_strides(lengths), *dropping.numbers, scale, b, h, t),
         ),
-        constants(q, causal, lengths, seeds) | {"LSE": lse is not None} | config,
+        constants(q, causal, lengths, dropping) | {"LSE": lse is not None} | config,
     )
 
 
@@ -328,6 +324,6 @@ def aot_launches(candidates: bool = False) -> Iterator[Launch]:
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield launch_of(q, k, v, q, lse if causal else None, causal, lengths, 0.125, config)
-        if head in (64, 128) and causal == (head == 64) and q.dtype == torch.bfloat16:
-            config = dropout_config(head, tokens, q.dtype)
-            yield launch_of(q, k, v, q, lse, causal, lengths, 0.125, config, aot_seeds(q), 0, 6554)
+        dropping = aot_dropping(q, causal)
+        if dropping:
+            yield launch_of(q, k, v, q, lse, causal, lengths, 0.125, dropout_config(head, tokens, q.dtype), dropping)

@@ -15,11 +15,12 @@ from torch import Tensor, library
 
 from .attention_tiles import (
     LOG2_E,
+    NOTHING_DROPPED,
+    Dropping,
     aot_cases,
-    aot_seeds,
+    aot_dropping,
     block_of,
     check_heads,
-    check_seeds,
     config_of,
     constants,
     empty_heads,
@@ -33,7 +34,6 @@ from .attention_tiles import (
     store_tile,
 )
 from .common import Launch, check, distinct, dot, round_to, strides_of, to_float
-from .dropout import factor_of
 
 
 @triton.jit
@@ -250,7 +250,7 @@ def default_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]
 
 
 def dropout_config(head: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """:func:`default_config` with dropout, whose counters take registers; tuned ones are for kernels without it."""
+    """:func:`default_config` with dropout."""
     if dtype.itemsize == 2 and head > 64 and tokens > 32:
         return _config(64, 32, 8, 2)
     return default_config(head, tokens, dtype)
@@ -296,7 +296,7 @@ def attention_backward(
         ValueError: shapes, dtypes or layouts that do not fit.
     """
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    _backward(do, q, k, v, o, lse, causal, lengths, scale, (seeds, place, levels), dq, dk, dv)
+    _backward(do, q, k, v, o, lse, causal, lengths, scale, Dropping(seeds, place, levels), dq, dk, dv)
     return dq, dk, dv
 
 
@@ -317,7 +317,7 @@ def attention_backward_packed(
 ) -> Tensor:
     """:func:`attention_backward` into one tensor [J, B, T, 3, H, head dimension], as a QKV projection has them."""
     out = _empty_packed(q)
-    dropping = seeds, place, levels
+    dropping = Dropping(seeds, place, levels)
     _backward(do, q, k, v, o, lse, causal, lengths, scale, dropping, *out.transpose(2, 4).unbind(3))
     return out
 
@@ -339,15 +339,13 @@ def _empty_packed(q: Tensor) -> Tensor:
 
 def _backward(do, q, k, v, o, lse, causal, lengths, scale, dropping, dq, dk, dv) -> None:
     check_heads(q, k, v, lengths)
-    check_seeds(q, dropping[0], dropping[2])
+    dropping.check(q)
     check("do", do, tuple(q.shape), like=q)
     check("o", o, tuple(q.shape), like=q)
     if lse.shape != q.shape[:4] or not lse.is_contiguous():
         raise ValueError(f"lse is {list(lse.shape)} with strides {lse.stride()}, expected attention_train's result")
     if q.numel():
-        config = config_of("attention_backward", q, default_config)
-        if dropping[0] is not None:
-            config = dropout_config(padded_head(q), q.shape[3], q.dtype)
+        config = config_of("attention_backward", q, default_config, dropping, dropout_config)
         for launch in launches(do, q, k, v, o, lse, causal, lengths, scale, dq, dk, dv, config, dropping):
             launch.run()
 
@@ -366,13 +364,12 @@ def launches(
     dk: Tensor,
     dv: Tensor,
     config: dict[str, int],
-    dropping: tuple[Tensor | None, int, int] = (None, 0, 0),
+    dropping: Dropping = NOTHING_DROPPED,
 ) -> Iterator[Launch]:
     """The three launches; dk and dv have the same strides."""
     j, b, h, t, _ = q.shape
     heads = j * b * h
-    seeds, place, levels = dropping
-    constexprs = constants(q, causal, lengths, seeds)
+    constexprs = constants(q, causal, lengths, dropping)
     delta = torch.empty_like(lse)
     shape = {name: constexprs[name] for name in ("HEAD", "BLOCK_D", "LENGTHS")}
     o_strides, do_strides, padding = *strides_of(o, do), length_strides(lengths)
@@ -384,17 +381,17 @@ def launches(
     )
     programs = (triton.cdiv(t, config["BLOCK_OWN"]) * heads,)
     strides = strides_of(q, k, v, do)
-    numbers = place, levels, factor_of(levels), scale, b, h, t
+    numbers = *dropping.numbers, scale, b, h, t
     yield Launch(
         attention_bwd_dkdv_kernel,
         programs,
-        (q, k, v, do, lse, delta, dk, dv, lengths, seeds, *strides, *strides_of(dk), padding, *numbers),
+        (q, k, v, do, lse, delta, dk, dv, lengths, dropping.seeds, *strides, *strides_of(dk), padding, *numbers),
         constexprs | config,
     )
     yield Launch(
         attention_bwd_dq_kernel,
         programs,
-        (q, k, v, do, lse, delta, dq, lengths, seeds, *strides, *strides_of(dq), padding, *numbers),
+        (q, k, v, do, lse, delta, dq, lengths, dropping.seeds, *strides, *strides_of(dq), padding, *numbers),
         constexprs | config,
     )
 
@@ -405,6 +402,7 @@ def aot_launches(candidates: bool = False) -> Iterator[Launch]:
         head, tokens = padded_head(q), q.shape[3]
         for config in configs(head, tokens, q.dtype) if candidates else [default_config(head, tokens, q.dtype)]:
             yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config)
-        if head in (64, 128) and causal == (head == 64) and q.dtype == torch.bfloat16:
-            config, dropping = dropout_config(head, tokens, q.dtype), (aot_seeds(q), 0, 6554)
+        dropping = aot_dropping(q, causal)
+        if dropping:
+            config = dropout_config(head, tokens, q.dtype)
             yield from launches(q, q, k, v, q, lse, causal, lengths, 0.125, q, k, v, config, dropping)

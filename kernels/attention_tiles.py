@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from . import dispatch
 from .common import check, check_dense, input_precision, round_to
-from .dropout import LEVELS, draws_of
+from .draws import factor_of
+from .dropout import check_seeds, draws_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-WIDEST = 128  # head dimension
 
 
 @triton.jit
@@ -88,8 +89,9 @@ def empty_heads(q: Tensor) -> Tensor:
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
     """Raise ValueError unless the kernels can take these heads and key lengths."""
-    if q.dim() != 5 or q.shape[4] > WIDEST:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {WIDEST}]")
+    if q.dim() != 5 or q.shape[4] > dispatch.WIDEST_HEAD:
+        widest = dispatch.WIDEST_HEAD
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected [J, B, H, T, head dimension <= {widest}]")
     check_dense("q", q)
     check("k", k, tuple(q.shape), like=q)
     check("v", v, tuple(q.shape), like=q)
@@ -100,16 +102,27 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None
         raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} on {lengths.device}, expected {expected}")
 
 
-def check_seeds(q: Tensor, seeds: Tensor | None, levels: int) -> None:
-    """Raise ValueError unless these can be dropout's for such heads."""
-    if seeds is None:
-        if levels:
-            raise ValueError(f"levels = {levels} without seeds")
-        return
-    if seeds.dtype != torch.int64 or tuple(seeds.shape) != q.shape[:1] or seeds.device != q.device:
-        raise ValueError(f"seeds is {seeds.dtype} {list(seeds.shape)} on {seeds.device}, expected int64 [{len(q)}]")
-    if not 0 <= levels < LEVELS:
-        raise ValueError(f"levels = {levels}: must be in [0, {LEVELS})")
+class Dropping(NamedTuple):
+    """Dropout of the weights, as :func:`mlpint.kernels.dropout.dropout_mask` takes it; without seeds there is none."""
+
+    seeds: Tensor | None = None
+    place: int = 0
+    levels: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, int, float]:
+        """What kernels are given beside the seeds: place, levels, factor."""
+        return self.place, self.levels, factor_of(self.levels)
+
+    def check(self, q: Tensor) -> None:
+        """Raise ValueError unless this can be of such heads."""
+        if self.seeds is not None:
+            check_seeds(q, self.seeds, self.levels)
+        elif self.levels:
+            raise ValueError(f"levels = {self.levels} without seeds")
+
+
+NOTHING_DROPPED = Dropping()
 
 
 def real_and_seen(q: Tensor, causal: bool, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,14 +135,14 @@ def real_and_seen(q: Tensor, causal: bool, lengths: Tensor | None) -> tuple[Tens
     return real, seen & (token[:, None] >= token) if causal else seen
 
 
-def constants(q: Tensor, causal: bool, lengths: Tensor | None, seeds: Tensor | None) -> dict:
+def constants(q: Tensor, causal: bool, lengths: Tensor | None, dropping: Dropping) -> dict:
     """The constexpr parameters that the launch configuration does not decide."""
     return {
         "HEAD": q.shape[4],
         "BLOCK_D": padded_head(q),
         "CAUSAL": causal,
         "LENGTHS": lengths is not None,
-        "DROPOUT": seeds is not None,
+        "DROPOUT": dropping.seeds is not None,
         "INPUT_PRECISION": input_precision(),
     }
 
@@ -141,10 +154,17 @@ def length_strides(lengths: Tensor | None) -> tuple[int, int]:
     return lengths.stride(0) if lengths.dim() == 2 else 0, lengths.stride(-1)
 
 
-def config_of(op: str, q: Tensor, default: Callable[[int, int, torch.dtype], dict[str, int]]) -> dict[str, int]:
-    """The launch configuration: d is the padded head dimension, m the tokens of a sequence, j all layers' heads."""
+Config = Callable[[int, int, torch.dtype], dict[str, int]]
+
+
+def config_of(op: str, q: Tensor, default: Config, dropping: Dropping, with_dropout: Config) -> dict[str, int]:
+    """The launch configuration: d is the padded head dimension, m the tokens of a sequence, j all layers' heads.
+
+    Tuned ones are for kernels without dropout, whose counters take registers."""
     j, b, h, t, _ = q.shape
     width = padded_head(q)
+    if dropping.seeds is not None:
+        return with_dropout(width, t, q.dtype)
     return dispatch.config(op, width, t, j * b * h, q.dtype, q.device) or default(width, t, q.dtype)
 
 
@@ -166,6 +186,9 @@ def aot_cases(candidates: bool) -> Iterator[tuple[tuple[Tensor, ...], Tensor, bo
         yield heads, lse, causal, None if causal else lengths
 
 
-def aot_seeds(q: Tensor) -> Tensor:
-    """The seeds of dropout for such heads, on the meta device."""
-    return torch.empty(len(q), dtype=torch.int64, device="meta")
+def aot_dropping(q: Tensor, causal: bool) -> Dropping | None:
+    """Dropout for one of these cases, if it is one that is compiled with it, too."""
+    head = padded_head(q)
+    if head not in (64, 128) or causal != (head == 64) or q.dtype != torch.bfloat16:
+        return None
+    return Dropping(torch.empty(len(q), dtype=torch.int64, device="meta"), 0, 6554)

@@ -28,6 +28,7 @@ OPERATIONS = (
     "pack_heads",
     "average",
 )
+WIDEST_HEAD = 128  # channels of a head that attention's kernels can hold
 WIDEST = {"mlp": 256}  # channels that a kernel can hold, where that is bounded
 OLDEST = (8, 0)  # compute capability of the oldest GPUs the kernels are compiled and checked for
 
@@ -90,7 +91,7 @@ def usable(op: str, device: torch.device) -> bool:
     """Whether Triton can run on a device, for an operation that is then taken always: it has no choice to make."""
     if op in _forced:
         return _forced[op].path == "triton"
-    return device.type != "cpu" and not _unusable(torch.device(device))
+    return not _unusable(device)
 
 
 @contextmanager

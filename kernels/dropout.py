@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor, library
 
 from .common import Launch, round_to, to_float
+from .draws import LEVELS, factor_of
 
 DRAWS = tl.constexpr(8)  # of one call
-LEVELS = 1 << 16  # a draw is one of so many
 _PLACE_SHIFT = tl.constexpr(56)  # places are the counter's upper bits
 
 
@@ -119,11 +119,6 @@ def mask_reference(seeds: Tensor, place: int, rows: int, columns: int, levels: i
     return (draws >= levels).double() * factor_of(levels)
 
 
-def factor_of(levels: int) -> float:
-    """What elements that are kept are multiplied by where so many levels of 65536 are dropped."""
-    return LEVELS / (LEVELS - levels)
-
-
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,17 +145,18 @@ def launch_of(
     )
 
 
-def _check(seeds: Tensor, levels: int, out: Tensor) -> None:
-    if out.dim() != 3:
-        raise ValueError(f"the tensor is {tuple(out.shape)}, expected [J, R, C]")
-    if seeds.dtype != torch.int64 or tuple(seeds.shape) != out.shape[:1] or seeds.device != out.device:
-        raise ValueError(f"seeds is {seeds.dtype} {list(seeds.shape)} on {seeds.device}, expected int64 [{len(out)}]")
+def check_seeds(x: Tensor, seeds: Tensor, levels: int) -> None:
+    """Raise ValueError unless these can be dropout's for x [J, ...]."""
+    if seeds.dtype != torch.int64 or tuple(seeds.shape) != x.shape[:1] or seeds.device != x.device:
+        raise ValueError(f"seeds is {seeds.dtype} {list(seeds.shape)} on {seeds.device}, expected int64 [{len(x)}]")
     if not 0 <= levels < LEVELS:
         raise ValueError(f"levels = {levels}: must be in [0, {LEVELS})")
 
 
 def _run(update, y, x, out, seeds, place, levels, h) -> Tensor:
-    _check(seeds, levels, out)
+    if out.dim() != 3:
+        raise ValueError(f"the tensor is {tuple(out.shape)}, expected [J, R, C]")
+    check_seeds(out, seeds, levels)
     if out.numel():
         launch_of(update, y, x, out, seeds, place, levels, h).run()
     return out
@@ -187,16 +183,8 @@ def dropout_mask(seeds: Tensor, place: int, rows: int, columns: int, levels: int
 @library.custom_op("mlpint::drop", mutates_args=())
 def drop(update: Tensor, seeds: Tensor, place: int, levels: int) -> Tensor:
     """`update` [J, R, C] times :func:`dropout_mask`, in one pass; it is its own adjoint."""
-    return _run(
-        update.contiguous(),
-        None,
-        None,
-        torch.empty(update.shape, dtype=update.dtype, device=update.device),
-        seeds,
-        place,
-        levels,
-        1.0,
-    )
+    update = update.contiguous()
+    return _run(update, None, None, torch.empty_like(update), seeds, place, levels, 1.0)
 
 
 @library.custom_op("mlpint::drop_step", mutates_args=())
@@ -206,7 +194,7 @@ def drop_step(update: Tensor, y: Tensor, x: Tensor, seeds: Tensor, place: int, l
         got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (update, y, x))
         raise ValueError(f"update, y, x are {got}: must be of one shape, y and x of one dtype")
     y, x = (t if t[0].is_contiguous() else t.contiguous() for t in (y, x))
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
     return _run(update.contiguous(), y, x, out, seeds, place, levels, h)
 
 
@@ -217,12 +205,12 @@ def _(seeds, place, rows, columns, levels, dtype):
 
 @drop.register_fake
 def _(update, seeds, place, levels):
-    return torch.empty(update.shape, dtype=update.dtype, device=update.device)
+    return torch.empty_like(update, memory_format=torch.contiguous_format)
 
 
 @drop_step.register_fake
 def _(update, y, x, seeds, place, levels, h):
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def aot_launches(candidates: bool = False) -> Iterator[Launch]:

@@ -173,6 +173,7 @@ def test_masks_do_not_depend_on_the_batching_and_leave_torchs_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
     for key, mask in zip(keys, masks, strict=True):
         assert torch.equal(Dropout((key,), dropout.FFN, p).factors((4, 50), double, cpu)[0], mask)
+        assert torch.equal(Dropout((key,), dropout.FFN, p).factors((2, 50), double, cpu)[0], mask[:2])
     assert not torch.equal(masks[0], Dropout(keys[:1], dropout.PROJECTION, p).factors((4, 50), double, cpu)[0])
     assert len(masks.unique()) == 2 and masks.unique()[0] == 0
     many = Dropout(tuple(range(100)), dropout.FFN, p).factors((1000,), double, cpu) > 0

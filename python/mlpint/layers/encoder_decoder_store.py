@@ -14,12 +14,13 @@ from ..nn.batch_arguments import BatchArguments
 from ..nn.encoder_decoder import as_pair
 from ..state import State
 from .arguments import PerLayer
+from .divided_evaluator import DividedEvaluator, Known, Step
 from .evaluator import GradientSums, LayerCall
 from .random_keys import LayerRandom
 from .stack_evaluator import StackEvaluator
 from .stack_store import StackStore
 
-Step = Callable[[StackEvaluator, list[int], list[State], list[State | None]], list[State]]
+TWO_KINDS = "the layers of an encoder-decoder are of two kinds: coarse networks need blocks of one shape"
 
 
 class EncoderDecoderStore:
@@ -76,7 +77,7 @@ class EncoderDecoderStore:
             yield
 
     def select(self, layers: Sequence[int]) -> NoReturn:
-        raise ValueError("the layers of an encoder-decoder are of two kinds: coarse networks need blocks of one shape")
+        raise ValueError(TWO_KINDS)
 
     def save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for store in self.stores:
@@ -90,14 +91,14 @@ class EncoderDecoderStore:
         return self.stores[layer >= self.encoder_layers].may_have(layer, entry)
 
 
-class EncoderDecoderEvaluator:
+class EncoderDecoderEvaluator(DividedEvaluator):
     """As :class:`mlpint.layers.evaluator.LayerEvaluator`, made of one for the encoder and one for the decoder."""
 
     finishes_on_chain = False
 
     def __init__(self, encoder: StackEvaluator, decoder: StackEvaluator, encoder_layers: int) -> None:
         self._parts, self._encoder_layers = (encoder, decoder), encoder_layers
-        self._active = encoder
+        super().__init__(encoder)
         self.gradients = encoder.gradients
 
     @property
@@ -109,37 +110,12 @@ class EncoderDecoderEvaluator:
         for part in self._parts:
             part.gradients = sums
 
-    @property
-    def where(self) -> str:
-        return self._active.where
-
-    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
-        return self._divide(layers, lambda e, n, s, _: e.forward(n, s, level, is_final), states)
-
-    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
-        return self._divide(layers, lambda e, n, s, _: e.input_vjp(n, s, level, is_final), states)
-
-    def finish(
-        self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
-    ) -> list[State]:
-        return self._divide(layers, lambda e, n, s, k: e.finish(n, s, k, level), states, known)
-
-    def _divide(
-        self,
-        layers: Sequence[int],
-        step: Step,
-        states: Sequence[State],
-        known: Sequence[State | None] | None = None,
-    ) -> list[State]:
-        known = [None] * len(layers) if known is None else known
+    def _divide(self, layers: Sequence[int], states: Sequence[State], known: Known, step: Step) -> list[State]:
         as_pair(states[0].tensors)
         results: dict[int, State] = {}
         for which, part in enumerate(self._parts):
             own = [j for j, n in enumerate(layers) if (n >= self._encoder_layers) == bool(which)]
-            if own:
-                self._active = part
-                found = step(part, [layers[j] for j in own], [states[j] for j in own], [known[j] for j in own])
-                results.update(zip(own, found, strict=True))
+            results |= self._stepped(part, own, layers, states, known, step)
         return [results[j] for j in range(len(layers))]
 
 

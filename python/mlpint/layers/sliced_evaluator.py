@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from .._core import Grid
 from ..mgrit.layout import Layout
 from ..mgrit.options import MGRIT
 from ..state import State
 from .batch_slices import BatchSlices
+from .divided_evaluator import DividedEvaluator, Known, Step
 from .evaluator import LayerEvaluator
 
 
-class SlicedEvaluator:
+class SlicedEvaluator(DividedEvaluator):
     """As :class:`mlpint.layers.evaluator.LayerEvaluator`, for layers that a chain evaluates in slices.
 
     Such a layer is evaluated in slices in every sweep: what one slice has recorded can be differentiated without the
@@ -32,41 +33,15 @@ class SlicedEvaluator:
         self.gradients = whole.gradients
         for part in parts:
             part.gradients = whole.gradients
-        self._active = whole
+        super().__init__(whole)
 
     @property
     def finishes_on_chain(self) -> bool:
         return self.whole.finishes_on_chain
 
-    @property
-    def where(self) -> str:
-        return self._active.where
-
-    def forward(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
-        return self._divide(layers, lambda e, n, s, _: e.forward(n, s, level, is_final), states)
-
-    def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
-        return self._divide(layers, lambda e, n, s, _: e.input_vjp(n, s, level, is_final), states)
-
-    def finish(
-        self, layers: Sequence[int], states: Sequence[State], known: Sequence[State | None], level: int
-    ) -> list[State]:
-        return self._divide(layers, lambda e, n, s, k: e.finish(n, s, k, level), states, known)
-
-    def _divide(
-        self,
-        layers: Sequence[int],
-        step: Callable[[LayerEvaluator, list[int], list[State], list[State | None]], list[State]],
-        states: Sequence[State],
-        known: Sequence[State | None] | None = None,
-    ) -> list[State]:
-        known = [None] * len(layers) if known is None else known
-        results: dict[int, State] = {}
+    def _divide(self, layers: Sequence[int], states: Sequence[State], known: Known, step: Step) -> list[State]:
         whole = [j for j, n in enumerate(layers) if n not in self.chained]
-        if whole:
-            self._active = self.whole
-            found = step(self.whole, [layers[j] for j in whole], [states[j] for j in whole], [known[j] for j in whole])
-            results.update(zip(whole, found, strict=True))
+        results = self._stepped(self.whole, whole, layers, states, known, step)
         chained = [j for j, n in enumerate(layers) if n in self.chained]
         if chained:
             pieces = []

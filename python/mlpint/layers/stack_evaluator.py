@@ -136,7 +136,7 @@ class StackEvaluator:
             return out, None
 
         self._count("forward", level, len(layers))
-        return self._batched(layers, states, step, forward=True)
+        return self._batched(layers, states, step, watched=True)
 
     def input_vjp(self, layers: Sequence[int], states: Sequence[State], level: int, is_final: bool) -> list[State]:
         def step(call: StepContext, rows: range, grad: torch.Tensor) -> Stepped:
@@ -180,7 +180,7 @@ class StackEvaluator:
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _batched(
-        self, layers: Sequence[int], states: Sequence[State], step: Step, forward: bool = False
+        self, layers: Sequence[int], states: Sequence[State], step: Step, watched: bool = False
     ) -> list[State]:
         """A step of every layer, as many at once as pays."""
         self.where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
@@ -208,7 +208,7 @@ class StackEvaluator:
                         memory = memory + of_memory.view_as(memory)
                     for row, new in zip(rows, self._results(these, y.view(x.shape), memory), strict=True):
                         results[place[row]] = new
-        if forward and self.stack.watch:
+        if watched and self.stack.watch:
             for n, state, result in zip(layers, states, results, strict=True):
                 self.stack.watch(n, state.tensors[self._moves], result.tensors[self._moves])
         return results
@@ -327,8 +327,7 @@ def batch_arguments(call: LayerCall) -> tuple[BatchArguments, torch.Tensor | Non
 
 def no_gradients_wanted(call: LayerCall, memory: torch.Tensor | None) -> None:
     """Raises a TypeError where gradients are wanted for what blocks are told of a batch, but for their memory."""
-    others = dict(call.arguments[1]) | {str(i): a for i, a in enumerate(call.arguments[0])}
-    for name, argument in others.items():
+    for name, argument in call.arguments[1].items():  # what comes by its place is lengths, integers
         leaves = argument.values if isinstance(argument, PerLayer) else pytree.tree_leaves(argument)
         if call.record and any(isinstance(t, torch.Tensor) and t.requires_grad and t is not memory for t in leaves):
             raise TypeError(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..flops import Blocks
-from ..layers.encoder_decoder_store import EncoderDecoderStore
+from ..layers.encoder_decoder_store import TWO_KINDS, EncoderDecoderStore
 from ..layers.stack_store import StackStore
 from ..nn import BlockStack, EncoderDecoder
 from ..parallel.layer_parallel import LayerParallel
@@ -25,7 +25,7 @@ def runner_of(blocks: Blocks) -> Runner:
     """What runs the blocks of a model as its coarse networks."""
     store = blocks.store if isinstance(blocks, LayerParallel) else None
     if isinstance(blocks, EncoderDecoder) or isinstance(store, EncoderDecoderStore):
-        raise ValueError("the layers of an encoder-decoder are of two kinds: coarse networks need blocks of one shape")
+        raise ValueError(TWO_KINDS)
     if isinstance(blocks, LayerParallel):
         return ParallelStackRunner(blocks, store.stack) if isinstance(store, StackStore) else ParallelRunner(blocks)
     if isinstance(blocks, BlockStack):

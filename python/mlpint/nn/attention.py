@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from ..kernels.dispatch import WIDEST_HEAD
 from . import fused_attention
 from .attending import Attending, masked
 from .dropout import Dropout
-from .kernels import dropout_kernels, kernel
-
-_WIDEST_KERNEL = 128  # channels of a head
+from .kernels import dropout_kernels, kernel, recorded
 
 
 def split_heads(qkv: torch.Tensor, batch: int, heads: int, parts: int = 3) -> Sequence[torch.Tensor]:
@@ -62,36 +62,32 @@ def attention_backward(
     batch, heads, sequence = to.batch, to.heads, m // to.batch
     module = _kernel("attention_backward", qkv, to, j) if lse.numel() else None
     if module:
-        do, o = (t.view(j, batch, sequence, heads, d // heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
-        sums = lse[..., :sequence].contiguous()
-        packed = module.attention_backward_packed(do, *_per_layer(qkv, to), o, sums, to.causal, _lengths(to), to.scale)
-        return packed.view(j, m, 3 * d)
+        return _backward_by(module, grad, qkv, o, lse[..., :sequence].contiguous(), to)
     bias, causal = to.mask(qkv)
-    grad = split_output(to.clear(grad.to(qkv.dtype).view(j, batch, sequence, d)), heads)
+    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, batch, sequence, d)), heads)
     q, k, v = split_heads(qkv, batch, heads)
     operation = fused_attention.chosen(q, k, v, bias, causal) if lse.numel() else None
-    if operation is not None:
+    if operation is None:
+        gradients = fused_attention.backward_again(grad, q, k, v, bias, causal, to.scale)
+    else:
         if to.padding is not None:  # of queries that see none the kernel's is 0, from which exponentials could overflow
             hidden = to.padding.padded[:, None]  # [B, 1, T]
             lse = lse[..., :sequence].masked_fill(hidden, -masked(lse.dtype))
-        o = split_output(o.view(j, batch, sequence, d), heads)
+        o = _split_output(o.view(j, batch, sequence, d), heads)
         gradients = operation.backward(grad, q, k, v, o, lse.flatten(0, 1), bias, causal, to.scale)
-        return torch.cat([g.transpose(1, 2).reshape(j, m, d) for g in gradients], -1)
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        q, k, v = split_heads(leaf, batch, heads)
-        again = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=to.scale)
-    return torch.autograd.grad(again, leaf, grad)[0]
+    return _packed(gradients, qkv)
 
 
 def dropout_attention(qkv: torch.Tensor, to: Attending, dropout: Dropout) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with dropout of its weights: the output, and what its backward needs: the log-sum-exp [J, B, H, T]
     where the kernel is taken, else the weights before dropout, [J, B, H, T, T]. Differentiable."""
-    module = _dropout_kernel("attention", qkv, to)
-    if module and not (torch.is_grad_enabled() and qkv.requires_grad):
-        heads = _per_layer(qkv, to)
-        given = dropout.seeds(qkv.device), dropout.place, dropout.levels
-        o, lse = module.attention_train(*heads, to.causal, _lengths(to), to.scale, *given)
+    # Where a kernel can thin the weights there is nothing in torch to be faster than it.
+    fits = to.by_lengths and qkv.shape[2] // 3 // to.heads <= WIDEST_HEAD
+    if fits and not recorded(qkv) and dropout_kernels(qkv.device):
+        module = importlib.import_module("..kernels.attention", __package__)
+        o, lse = module.attention_train(
+            *_per_layer(qkv, to), to.causal, _lengths(to), to.scale, *_dropping(dropout, qkv)
+        )
         return _tokens(o), lse
     q, k, v = split_heads(qkv, to.batch, to.heads)
     bias, causal = to.mask(qkv)
@@ -103,22 +99,13 @@ def dropout_attention_backward(
     grad: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, attended: torch.Tensor, to: Attending, dropout: Dropout
 ) -> torch.Tensor:
     """The gradient for qkv of :func:`dropout_attention`."""
-    j, m, _ = qkv.shape
     if attended.dim() == 4:
-        module = importlib.import_module("..kernels.attention_backward", __package__)
-        do, o = (t.view(j, to.batch, m // to.batch, to.heads, -1).transpose(2, 3) for t in (grad.to(o.dtype), o))
-        given = to.causal, _lengths(to), to.scale, dropout.seeds(qkv.device), dropout.place, dropout.levels
-        return module.attention_backward_packed(do, *_per_layer(qkv, to), o, attended, *given).view(j, m, -1)
+        module = importlib.import_module("..kernels.attention", __package__)
+        return _backward_by(module, grad, qkv, o, attended, to, *_dropping(dropout, qkv))
+    j, m, _ = qkv.shape
     q, k, v = split_heads(qkv, to.batch, to.heads)
-    grad = split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
-    gradients = thinned_attention_backward(grad, q, k, v, attended, to.scale, dropout)
-    return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in gradients], -1)
-
-
-def _dropout_kernel(op: str, qkv: torch.Tensor, to: Attending) -> ModuleType | None:
-    """The module of attention's kernel where it can thin weights: there is nothing in torch to be faster than it."""
-    fits = to.by_lengths and qkv.shape[2] // 3 // to.heads <= _WIDEST_KERNEL
-    return importlib.import_module(f"..kernels.{op}", __package__) if fits and dropout_kernels(qkv.device) else None
+    grad = _split_output(to.clear(grad.to(qkv.dtype).view(j, to.batch, m // to.batch, -1)), to.heads)
+    return _packed(thinned_attention_backward(grad, q, k, v, attended, to.scale, dropout), qkv)
 
 
 def thinned_attention(
@@ -158,6 +145,33 @@ def thinned_attention_backward(
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
 
 
+def _dropping(dropout: Dropout, qkv: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """As attention's kernels take it."""
+    return dropout.seeds(qkv.device), dropout.place, dropout.levels
+
+
+def _backward_by(
+    module: ModuleType,
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    to: Attending,
+    *dropping: Any,
+) -> torch.Tensor:
+    """The gradient for qkv by the kernels; lse [J, B, H, T]."""
+    j, m, d = o.shape
+    do, o = (t.view(j, to.batch, m // to.batch, to.heads, d // to.heads).transpose(2, 3) for t in (grad.to(o.dtype), o))
+    given = to.causal, _lengths(to), to.scale, *dropping
+    return module.attention_backward_packed(do, *_per_layer(qkv, to), o, lse, *given).view(j, m, 3 * d)
+
+
+def _packed(gradients: Sequence[torch.Tensor], qkv: torch.Tensor) -> torch.Tensor:
+    """Those for q, k and v [J B, H, T, hd] as the one for qkv."""
+    j, m, _ = qkv.shape
+    return torch.cat([g.transpose(1, 2).reshape(j, m, -1) for g in gradients], -1)
+
+
 def _kernel(op: str, qkv: torch.Tensor, to: Attending, j: int) -> ModuleType | None:
     if not to.by_lengths:
         return None
@@ -192,7 +206,7 @@ def _merged(o: torch.Tensor, j: int, to: Attending) -> torch.Tensor:
     return to.clear(o.transpose(1, 2).reshape(j, batch // j, sequence, heads * width)).flatten(1, 2)
 
 
-def split_output(o: torch.Tensor, heads: int) -> torch.Tensor:
+def _split_output(o: torch.Tensor, heads: int) -> torch.Tensor:
     """[J, B, T, D] -> [J B, H, T, hd]."""
     j, batch, sequence, d = o.shape
     return o.reshape(j * batch, sequence, heads, d // heads).transpose(1, 2)

@@ -70,13 +70,10 @@ def cross_attention_backward(
     bias = to.bias(kv)
     grad4, o4 = (split_heads(t, to.batch, to.heads, 1)[0] for t in (to.clear(grad.to(q.dtype)), o))
     operation = fused_attention.chosen(q4, k, v, bias, False) if lse.numel() else None
-    if operation is not None:
-        gradients = operation.backward(grad4, q4, k, v, o4, lse.flatten(0, 1), bias, False, to.scale)
+    if operation is None:
+        gradients = fused_attention.backward_again(grad4, q4, k, v, bias, False, to.scale)
     else:
-        q4, k, v = (t.detach().requires_grad_() for t in (q4, k, v))
-        with torch.enable_grad():
-            again = F.scaled_dot_product_attention(q4, k, v, attn_mask=bias, scale=to.scale)
-        gradients = torch.autograd.grad(again, (q4, k, v), grad4)
+        gradients = operation.backward(grad4, q4, k, v, o4, lse.flatten(0, 1), bias, False, to.scale)
     return _merged(gradients, q, kv)
 
 

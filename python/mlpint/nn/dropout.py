@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels.draws import LEVELS, factor_of, levels_of
 from . import ops, random_keys
-from .kernels import dropout_kernels
+from .kernels import dropout_kernels, recorded
 
 # Places in a block: attention weights and the outputs of both halves; weights and output of cross-attention.
 ATTENTION, PROJECTION, FFN, CROSS_ATTENTION, CROSS_PROJECTION = range(5)
-_LEVELS = 1 << 16  # a draw is one of so many: probabilities count in parts of that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Dropout:
     @property
     def levels(self) -> int:
         """Those of 65536 draws that drop an element."""
-        return min(round(self.probability * _LEVELS), _LEVELS - 1)
+        return levels_of(self.probability)
 
     def seeds(self, device: torch.device) -> torch.Tensor:
         """The keys as kernels take them, int64 [J]."""
@@ -53,7 +53,7 @@ class Dropout:
             rows, columns = math.prod(shape[:-1]), shape[-1]
             factors = module.dropout_mask(self.seeds(device), self.place, rows, columns, self.levels, dtype)
             return factors.view(len(self.keys), *shape)
-        return self._kept(shape, device).to(dtype).mul_(_LEVELS / (_LEVELS - self.levels))
+        return self._kept(shape, device).to(dtype).mul_(factor_of(self.levels))
 
     def _kept(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         """Where elements are kept, bool [J, *shape]."""
@@ -64,12 +64,12 @@ class Dropout:
         for row, key in zip(bits, self.keys, strict=True):
             row.random_(-(2**63), None, generator=generator.manual_seed(random_keys.key(key, self.place, 0, 0)))
         draws = bits.view(torch.int16)[:, :size]
-        return (draws >= self.levels - _LEVELS // 2).view(len(self.keys), *shape)
+        return (draws >= self.levels - LEVELS // 2).view(len(self.keys), *shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x [J, ...] behind dropout. The map is linear and its own adjoint. Differentiable."""
         module = dropout_kernels(x.device)
-        if module and not _recorded(x):
+        if module and not recorded(x):
             flat = module.drop(x.flatten(1, -2), self.seeds(x.device), self.place, self.levels)
             return flat.view(x.shape)
         return x * self.factors(x.shape[1:], x.dtype, x.device)
@@ -77,14 +77,9 @@ class Dropout:
     def step(self, update: torch.Tensor, y: torch.Tensor, x: torch.Tensor, h: float) -> torch.Tensor:
         """Returns x + h ((y - x) + drop(update)), all [J, M, D]; the update's memory may be used up."""
         module = dropout_kernels(x.device)
-        if module and not _recorded(update, y, x):
+        if module and not recorded(update, y, x):
             return module.drop_step(update, y, x, self.seeds(x.device), self.place, self.levels, h)
         return ops.residual_add(self(update), y, x, h)
-
-
-def _recorded(*tensors: torch.Tensor) -> bool:
-    """Whether autograd follows, which cannot look into kernels."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 @functools.lru_cache(maxsize=256)

@@ -113,7 +113,8 @@ class EncoderDecoder(nn.Module):
         """Copies of some of the layers, which keep their numbers."""
         part = type(self).__new__(type(self))
         nn.Module.__init__(part)
-        chosen = [[i for i, n in enumerate(own.indices) if n in set(indices)] for own in self.parts]
+        wanted = set(indices)
+        chosen = [[i for i, n in enumerate(own.indices) if n in wanted] for own in self.parts]
         part._own(self.encoder.select(chosen[0]), self.decoder.select(chosen[1]), self.encoder_layers)
         return part.train(self.training)
 

@@ -60,6 +60,22 @@ def chosen(
     return _Efficient() if cuda.can_use_efficient_attention(operands) else None
 
 
+def backward_again(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensors:
+    """What a backward gives where there is no log-sum-exp: attention is evaluated again, under autograd."""
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    with torch.enable_grad():
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return torch.autograd.grad(o, (q, k, v), grad)
+
+
 class _Cpu:
     def forward(self, q, k, v, bias, causal, scale):
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)

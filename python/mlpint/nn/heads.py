@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from . import ops
-from .kernels import kernel
+from .kernels import kernel, recorded
 from .settings import BlockSettings, Weights
 from .step_context import StepContext
 
@@ -31,8 +31,8 @@ def packed(
     settings = context.settings
     weights = w.q_norm_weight, w.k_norm_weight
     given = [qkv, *(t for t in weights if t is not None)]
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    module = None if recorded else _kernel(context, *given)
+    followed = recorded(*given)
+    module = None if followed else _kernel(context, *given)
     if module:
         tables = _flat_rotation(context, qkv)
         out, *rms = module.pack_heads(qkv, settings.heads, settings.kv_heads, *weights, *tables, settings.eps)
@@ -45,7 +45,7 @@ def packed(
         q_rms, k_rms = ops.inverse_rms(q, settings.eps), ops.inverse_rms(k, settings.eps)
         q, k = ops.rms_norm(q, q_rms, w.q_norm_weight), ops.rms_norm(k, k_rms, w.k_norm_weight)
         q, k = (t.view(*t.shape[:3], -1, settings.head_width) for t in (q, k))
-    if recorded:
+    if followed:
         return _together(context, q, k, v), q_rms, k_rms
     return _in_place(context, q, k, v), q_rms, k_rms
 

@@ -31,3 +31,8 @@ def kernel(op: str, d: int, m: int, j: int, x: torch.Tensor, *others: torch.Tens
 def dropout_kernels(device: torch.device) -> ModuleType | None:
     """The module of dropout's kernels, which make all masks on a device or none: a mask is one function of its key."""
     return importlib.import_module("..kernels.dropout", __package__) if dispatch.usable("dropout", device) else None
+
+
+def recorded(*tensors: torch.Tensor) -> bool:
+    """Whether autograd follows, which cannot look into kernels."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -347,10 +347,11 @@ def _layer_parallel(blocks: nn.Module, solver: SolverConfig, comm: Comm, stacked
 def _stacked(layers: list[nn.Module]) -> BlockStack | EncoderDecoder | list[nn.Module]:
     """The same layers, stacked where they are blocks of one kind, or of an encoder and a decoder."""
     found = [n for n in layers if isinstance(n, Block)]
-    kinds = [type(n) for n in found]
-    if len(found) < len(layers) or len({(type(n), n.settings) for n in found}) != len({*kinds}):
+    kinds = {type(n) for n in found}
+    alike = len(found) == len(layers) and len({(type(n), n.settings) for n in found}) == len(kinds)
+    if not alike:
         return layers
-    return BlockStack.from_blocks(found) if {*kinds} == {Block} else EncoderDecoder.from_blocks(found)
+    return BlockStack.from_blocks(found) if kinds == {Block} else EncoderDecoder.from_blocks(found)
 
 
 def _all_alike(blocks: LayerParallel) -> bool:
